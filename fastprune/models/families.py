@@ -1,0 +1,144 @@
+"""What a KV group and a channel are in each model family.
+
+A family is a table: which parameters of a decoder layer belong to the attention
+and which to the MLP, along which dimension a unit lies in them, and how many
+rows or columns one unit takes. Everything that scores, cuts, or compensates
+reads this table; nothing else in the package knows a parameter's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastprune.errors import InputError
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+"""``config.model_type`` of the families that can be pruned."""
+
+PRUNED_PREFIX = "fastprune_"
+"""Per-layer checkpoints carry ``fastprune_<family>`` as their ``model_type``."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one decoder layer; a removed sublayer has zero units."""
+
+    query_heads: int
+    kv_heads: int
+    channels: int
+    head_dim: int
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share one KV head (0 when the attention is removed)."""
+        return self.query_heads // self.kv_heads if self.kv_heads else 0
+
+
+@dataclass(frozen=True)
+class Slice:
+    """How the units of a sublayer lie in one parameter.
+
+    ``dim`` is the dimension that units index; unit ``u`` owns the entries
+    ``u * width`` to ``(u + 1) * width`` of it.
+    """
+
+    module: str
+    parameter: str
+    dim: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.parameter}"
+
+
+def family_of(model: nn.Module) -> str:
+    """The family name of ``model``; InputError when it is not supported."""
+    model_type = getattr(model.config, "model_type", "")
+    family = model_type.removeprefix(PRUNED_PREFIX)
+    if family not in SUPPORTED:
+        raise InputError(
+            f"model type '{model_type}' is not supported; "
+            f"fastprune prunes {', '.join(SUPPORTED)} models"
+        )
+    return family
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal language model, in order."""
+    return model.model.layers
+
+
+def geometry(layer: nn.Module) -> Geometry:
+    """Read the sizes of ``layer`` off its weights, so that they are never stale."""
+    attention, mlp = layer.self_attn, layer.mlp
+    head_dim = getattr(attention, "head_dim", 0)
+    has_attention, has_mlp = hasattr(attention, "q_proj"), hasattr(mlp, "down_proj")
+    return Geometry(
+        query_heads=attention.q_proj.out_features // head_dim if has_attention else 0,
+        kv_heads=attention.k_proj.out_features // head_dim if has_attention else 0,
+        channels=mlp.down_proj.in_features if has_mlp else 0,
+        head_dim=head_dim,
+    )
+
+
+def geometries(model: nn.Module) -> list[Geometry]:
+    """The sizes of every decoder layer of ``model``."""
+    family_of(model)
+    return [geometry(layer) for layer in decoder_layers(model)]
+
+
+def attention_slices(layer: nn.Module) -> list[Slice]:
+    """The parameters that a KV group owns a part of: q, k, v rows and o columns.
+
+    Query head h is served by KV head ``h // queries_per_kv``, so the query rows
+    of one KV group are contiguous. Per-head norms (Qwen3) are shared by all
+    heads and stay whole.
+    """
+    g = geometry(layer)
+    if not g.kv_heads:
+        return []
+    query = g.queries_per_kv * g.head_dim
+    rows = [("q_proj", query), ("k_proj", g.head_dim), ("v_proj", g.head_dim)]
+    slices = [
+        Slice(f"self_attn.{name}", parameter, 0, width)
+        for name, width in rows
+        for parameter in _parameters(layer.self_attn, name)
+    ]
+    return [*slices, Slice("self_attn.o_proj", "weight", 1, query)]
+
+
+def mlp_slices(layer: nn.Module) -> list[Slice]:
+    """The parameters that a channel owns a part of: gate, up rows and down column."""
+    if not geometry(layer).channels:
+        return []
+    slices = [
+        Slice(f"mlp.{name}", parameter, 0, 1)
+        for name in ("gate_proj", "up_proj")
+        for parameter in _parameters(layer.mlp, name)
+    ]
+    return [*slices, Slice("mlp.down_proj", "weight", 1, 1)]
+
+
+def _parameters(parent: nn.Module, name: str) -> Iterator[str]:
+    module = getattr(parent, name)
+    yield "weight"
+    if module.bias is not None:
+        yield "bias"
+
+
+def block_parameters(model: nn.Module) -> int:
+    """Number of parameters inside the decoder layers."""
+    return sum(p.numel() for p in decoder_layers(model).parameters())
+
+
+def unit_cost(layer: nn.Module, slices: list[Slice]) -> int:
+    """Parameters that one unit described by ``slices`` owns in ``layer``."""
+    total = 0
+    for s in slices:
+        parameter = layer.get_parameter(s.name)
+        total += s.width * parameter.numel() // parameter.shape[s.dim]
+    return total
