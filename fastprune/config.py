@@ -1,0 +1,73 @@
+"""What every command's configuration has in common.
+
+A command is one dataclass and one function that takes it. The fields are the Python API, the flags
+and the keys of the YAML `--config` at once; the docstring under a field is its `--help` text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastprune.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(kw_only=True)
+class CommonConfig:
+    """Options every command takes."""
+
+    json: Path | None = None
+    """write the result to this file as JSON"""
+    quiet: bool = False
+    """print errors only"""
+    verbose: bool = False
+    """log every step, and show tracebacks"""
+    seed: int = 0
+    """seed of every random choice"""
+    threads: int | None = None
+    """CPU threads (default: one per physical core)"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one"""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16; auto keeps the model's own"""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device `name` (auto, cpu, cuda, cuda:N) means on this machine.
+
+    Raises InputError if it is none of these or the machine has no such device.
+    """
+    import torch  # here, so that reading a configuration does not load torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (":" in name and not index.isdecimal()):
+        raise InputError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
+    if not count:
+        raise InputError(f"device {name!r}: no CUDA device is usable here; use --device cpu")
+    if index and int(index) >= count:
+        raise InputError(f"device {name!r}: this machine has cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", int(index or 0))
+
+
+def resolve_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype `name` means; None for auto (keep the model's own). Raises InputError."""
+    import torch
+
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

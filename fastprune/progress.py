@@ -1,0 +1,119 @@
+"""What a long step shows while it runs: a bar on a terminal, a log line elsewhere.
+
+Nothing appears before DELAY seconds, so quick steps stay silent. Everything goes to stderr through
+the console below, which the log handler shares: bars and log lines never overwrite each other.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+DELAY = 2.0  # seconds before anything is shown
+console = Console(stderr=True)
+log = logging.getLogger("fastprune")
+
+
+def _shown() -> bool:
+    """Quiet means the logger lets no INFO through; the same switch silences the bars."""
+    return log.isEnabledFor(logging.INFO)
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items of `iterable`, showing how far the loop has come.
+
+    `total` is the number of items where `iterable` has no length. On a terminal a bar appears after
+    DELAY seconds; elsewhere one plain log line does.
+    """
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    if not _shown():
+        yield from iterable
+    elif console.is_terminal:
+        yield from _bar(iterable, description, total)
+    else:
+        yield from _announced(iterable, description, total)
+
+
+def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    task = progress.add_task(description, total=total)
+    start = time.monotonic()
+    running = False
+    try:
+        for item in iterable:
+            if not running and time.monotonic() - start > DELAY:
+                progress.start()
+                running = True
+            yield item
+            progress.advance(task)
+    finally:
+        if running:
+            progress.stop()
+
+
+def _announced(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    start = time.monotonic()
+    announced = False
+    for done, item in enumerate(iterable):
+        if not announced and time.monotonic() - start > DELAY:
+            log.info("%s: %d of %s", description, done, "?" if total is None else total)
+            announced = True
+        yield item
+
+
+@contextmanager
+def stage(description: str) -> Iterator[None]:
+    """Show `description` while the body, one long step without a count, runs.
+
+    On a terminal a spinner appears after DELAY seconds; elsewhere one plain log line does.
+    Bars of `track` may run inside: the spinner gives way only to the end of its body, so nest one
+    only around steps that have no bar of their own.
+    """
+    if not _shown():
+        yield
+        return
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    progress.add_task(description, total=None)
+    on_terminal = console.is_terminal
+
+    timer = threading.Timer(
+        DELAY, progress.start if on_terminal else lambda: log.info("%s …", description)
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        progress.stop()
