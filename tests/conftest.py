@@ -1,0 +1,8 @@
+"""What every test needs: no network, few threads, and `tiny` importable."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
+sys.path.insert(0, str(Path(__file__).parent))

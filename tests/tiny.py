@@ -1,0 +1,102 @@
+"""Random models of a few thousand weights, and a tokenizer, made without a network.
+
+They have what the real ones have and bugs hide in: grouped-query attention, a head size that is not
+hidden size over heads, biases (Qwen2), per-head norms (Qwen3), tied or separate embeddings.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama import LlamaConfig
+from transformers.models.mistral import MistralConfig
+from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen3 import Qwen3Config
+
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+FAMILIES = tuple(CONFIGS)
+VOCABULARY = 300
+
+TEXT = """The river that runs past the old mill turns its wheel in spring and freezes in winter.
+Children skate on it while the miller counts his sacks, and nobody remembers who built the dam.
+A model that is made smaller must still say the same things, only faster and with fewer weights.
+"""
+
+
+def tiny_config(family: str, *, tied: bool = True, layers: int = 4, **config: Any):
+    """A config of `family`: 8 query heads over 4 KV heads of size 16 on a hidden size of 64."""
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        # ten times the usual spread: logits far from uniform make a wrong weight show
+        "initializer_range": 0.2,
+    }
+    if family == "mistral":
+        settings["sliding_window"] = None
+    return CONFIGS[family](**(settings | config))
+
+
+def tiny_model(
+    family: str, *, tied: bool = True, layers: int = 4, seed: int = 0, **config: Any
+) -> torch.nn.Module:
+    """A random fp32 model of `family` in eval mode; the same `seed` gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        settings = tiny_config(family, tied=tied, layers=layers, **config)
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            # biases and norms start at zeros and ones, where a lost row would not be noticed
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+            elif "norm" in name:
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    return model.eval()
+
+
+@cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 300 tokens; it can encode any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+
+
+def tiny_checkpoint(path: Path, family: str = "llama", **options: Any) -> Path:
+    """Save a tiny model and the tokenizer into the folder `path`; options as of `tiny_model`."""
+    tiny_model(family, **options).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def token_ids(n: int = 2, s: int = 24, seed: int = 0) -> torch.Tensor:
+    """Random token ids (n, s)."""
+    return torch.randint(VOCABULARY, (n, s), generator=torch.Generator().manual_seed(seed))
