@@ -2,20 +2,23 @@
 
 A command is one dataclass and one function that takes it. The fields are the Python API, the flags
 and the keys of the YAML `--config` at once; the docstring under a field is its `--help` text.
+A field annotated `Positional[...]` stands on the command line without a flag.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
+
+from tyro.conf import Positional as Positional  # `model: Positional[str]` is MODEL, not --model
 
 from fastprune.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(kw_only=True)
@@ -34,8 +37,8 @@ class CommonConfig:
     """CPU threads (default: one per physical core)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one"""
-    dtype: str = "auto"
-    """auto, float32, bfloat16 or float16; auto keeps the model's own"""
+    dtype: Dtype = "auto"
+    """precision of the weights; auto keeps the model's own"""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -66,8 +69,8 @@ def resolve_dtype(name: str) -> torch.dtype | None:
 
     if name == "auto":
         return None
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    if name not in get_args(Dtype):
+        raise InputError(f"dtype {name!r} is not one of {', '.join(get_args(Dtype))}")
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -1,0 +1,221 @@
+"""From a configuration dataclass to flags and back: tyro derives the parser, this file the manners.
+
+What it adds to tyro: a usage error is one line instead of a box, numbers and optional values are
+named plainly in it, lists are comma-separated, and `--config FILE.yaml` supplies defaults under the
+same names as the flags.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+from tyro.conf import FlagConversionOff, PositionalMetavarFromFieldName
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from fastprune.errors import InputError
+
+C = TypeVar("C")
+
+registry = ConstructorRegistry()
+
+
+@registry.primitive_rule
+def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """int and float whose errors name the value instead of Python's conversion."""
+    if info.type not in (int, float):
+        return None
+    noun = "a whole number" if info.type is int else "a number"
+
+    def parse(args: list[str]) -> Any:
+        try:
+            return info.type(args[0])
+        except ValueError:
+            raise ValueError(f"{args[0]!r} is not {noun}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=info.type.__name__.upper(),
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, (int, info.type)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@registry.primitive_rule
+def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """`X | None`: a flag that takes an X and may be left out; the word None is not a value."""
+    if info.type_origin not in (Union, types.UnionType):
+        return None
+    inner = [member for member in get_args(info.type) if member is not types.NoneType]
+    if len(inner) != 1:
+        return None
+    spec = registry.get_primitive_spec(PrimitiveTypeInfo.make(inner[0], info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return dataclasses.replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda v: ["none"] if v is None else spec.str_from_instance(v),
+    )
+
+
+@registry.primitive_rule
+def comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """`tuple[X, ...]` and `list[X]` as one comma-separated value; positional lists stay spaced."""
+    if info.type_origin not in (tuple, list) or tyro.conf.Positional in info.markers:
+        return None
+    members = [member for member in get_args(info.type) if member is not Ellipsis]
+    if len(members) != 1:
+        return None
+    spec = registry.get_primitive_spec(PrimitiveTypeInfo.make(members[0], info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    container = info.type_origin
+
+    def parse(args: list[str]) -> Any:
+        words = [word.strip() for word in args[0].split(",") if word.strip()]
+        for word in words:
+            if spec.choices is not None and word not in spec.choices:
+                raise ValueError(f"{word!r} is not one of {', '.join(spec.choices)}")
+        return container(spec.instance_from_str([word]) for word in words)
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=",".join(spec.choices) if spec.choices else f"{spec.metavar},…",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, container),
+        str_from_instance=lambda v: [",".join(spec.str_from_instance(x)[0] for x in v)],
+    )
+
+
+def parse(config_class: type[C], args: Sequence[str], prog: str) -> C:
+    """The configuration that `args` (and the `--config` file among them) describe.
+
+    Raises InputError with one line for any usage error, SystemExit(0) after printing `--help`.
+    """
+    args, file = _take_config(args)
+    target: Any = config_class if file is None else _with_defaults(config_class, file, prog)
+    about = inspect.getdoc(config_class) or ""
+    about += "\n\nAny of these may also stand in a YAML file: --config FILE."
+    config = _tyro(target, args, prog, about, markers=(PositionalMetavarFromFieldName,))
+    config.__class__ = config_class  # not the throw-away subclass that carried the defaults
+    return config
+
+
+def _take_config(args: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Split `--config FILE` off the other arguments."""
+    rest: list[str] = []
+    file = None
+    words = iter(args)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != "--config":
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value:
+            raise InputError("--config needs the name of a YAML file")
+        file = Path(value)
+    return rest, file
+
+
+def _with_defaults(config_class: type[C], file: Path, prog: str) -> type[C]:
+    """`config_class` with the values in `file` as its defaults.
+
+    The values go through the same parser as flags, so they are checked and converted alike.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {file}: cannot be read: {_reason(error)}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {file}: not YAML: {_one_line(str(error))}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config {file}: must hold `option: value` lines")
+
+    known = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    args: list[str] = []
+    names: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise InputError(f"--config {file}: unknown option {key!r}; see {prog} --help")
+        if isinstance(value, dict):
+            raise InputError(f"--config {file}: {key}: must be one value or a list")
+        if value is None:
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        names.append(name)
+        args.append(f"--{name}={text}")
+
+    plain = get_type_hints(config_class)
+    flags_only = dataclasses.make_dataclass("File", [(name, plain[name]) for name in names])
+    try:
+        parsed = _tyro(flags_only, args, prog, None, markers=(FlagConversionOff,))
+    except InputError as error:
+        raise InputError(f"--config {file}: {error}") from error
+
+    hints = get_type_hints(config_class, include_extras=True)
+    defaults = [
+        (name, hints[name], dataclasses.field(default_factory=lambda v=getattr(parsed, name): v))
+        for name in names
+    ]
+    return dataclasses.make_dataclass(
+        config_class.__name__, defaults, bases=(config_class,), kw_only=True
+    )
+
+
+def _tyro(
+    target: Any, args: Sequence[str], prog: str, description: str | None, markers: Any = ()
+) -> Any:
+    """tyro.cli, its framed error message turned into one line."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(
+                target,
+                args=args,
+                prog=prog,
+                description=description,
+                config=markers,
+                registry=registry,
+            )
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            raise
+        raise InputError(_usage_error(stderr.getvalue(), prog)) from None
+
+
+def _usage_error(framed: str, prog: str) -> str:
+    """One line out of tyro's box: its first paragraph and the flag it suggests, if any."""
+    rows = [row.strip("│ ") for row in _uncoloured(framed).splitlines()]
+    rows = [row for row in rows if row and not row.startswith("╰")]
+    title = rows[0].strip("╭─╮ ") if rows else ""
+    end = next((n for n, row in enumerate(rows) if row.startswith("──")), len(rows))
+    text = _one_line(" ".join(rows[1:end])).removeprefix("Error parsing ").rstrip(".")
+    if title == "Required options":
+        text = "missing " + text.removeprefix(f"Missing from {prog}: ").removesuffix(" (required)")
+    suggestion = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(rows[end + 1 :]))
+    if suggestion:
+        text += f"; did you mean {suggestion[1]}?"
+    return f"{text}; see {prog} --help"
+
+
+def _uncoloured(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not text"
