@@ -1,0 +1,313 @@
+"""How a budget is spread over the layers: units to remove per sublayer.
+
+Counts only, no weights and no scores' tensors, so everything here runs in
+milliseconds. Formulas: the allocation section of docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fastprune.errors import InputError
+
+MIN_KEPT = 1
+"""Units that a thinned sublayer always keeps: it must stay a working sublayer."""
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What may be removed from one layer: units and the parameters that each one owns."""
+
+    groups: int
+    group_cost: int
+    channels: int
+    channel_cost: int
+
+    @property
+    def prunable(self) -> int:
+        """Parameters owned by units."""
+        return self.groups * self.group_cost + self.channels * self.channel_cost
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Units to remove from one layer."""
+
+    groups: int = 0
+    channels: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on the share of a layer's prunable parameters that may go."""
+
+    lowest: float = 0.0
+    highest: float = 0.9
+    align: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lowest <= self.highest <= 1:
+            raise InputError(
+                "the layer limits must satisfy 0 <= min-layer-ratio <= max-layer-ratio <= 1, "
+                f"not {self.lowest} and {self.highest}"
+            )
+        if self.align < 1:
+            raise InputError(f"--align must be at least 1, not {self.align}")
+
+
+def layer_weights(sensitivity: Sequence[float], rule: str, alpha: float) -> list[float]:
+    """Relative rates of the layers: ŝ^(-α) for ``inverse``, ŝ^α for ``proportional``.
+
+    ŝ is the sensitivity divided by its mean; sensitivities at or below a thousandth of the mean
+    (a layer whose removal does no harm, or helps) count as that thousandth.
+    """
+    mean = sum(max(s, 0.0) for s in sensitivity) / len(sensitivity)
+    if not math.isfinite(mean) or mean <= 0:
+        raise InputError("the layer sensitivities are not positive finite numbers")
+    exponent = {"inverse": -alpha, "proportional": alpha}[rule]
+    return [max(s / mean, 1e-3) ** exponent for s in sensitivity]
+
+
+def allocate(
+    sizes: Sequence[LayerSize],
+    weights: Sequence[float],
+    target: int,
+    limits: Limits,
+    order: Sequence[float] | None = None,
+) -> list[Removal]:
+    """Spread ``target`` parameters over the layers in proportion to ``weights``.
+
+    A layer's rate is its weight times a common scale, held within ``limits``. KV groups are
+    coarse, so they are apportioned first; channels then fill each layer up to its rate, which
+    brings the total within half a unit of the target. ``order`` breaks ties between layers for
+    the coarse part (lower goes first). Raises InputError with the reachable range when the
+    limits rule the target out.
+    """
+    _check_reachable(sizes, target, limits)
+    rates = _rates(sizes, weights, target, limits)
+    order = order if order is not None else range(len(sizes))
+    wanted = [r * s.groups for r, s in zip(rates, sizes)]
+    low = [min(_round(limits.lowest * s.groups), max(s.groups - MIN_KEPT, 0)) for s in sizes]
+    high = [min(_round(limits.highest * s.groups), max(s.groups - MIN_KEPT, 0)) for s in sizes]
+    middle = _round(sum(wanted))
+    candidates = sorted(range(sum(low), sum(high) + 1), key=lambda n: (abs(n - middle), n))
+    best: tuple[int, list[Removal]] | None = None
+    for total in candidates:
+        groups = _apportion(wanted, low, high, total, order)
+        removals = _fill_with_channels(sizes, rates, groups, target, limits)
+        error = abs(removed_parameters(sizes, removals) - target)
+        if error <= _half_unit(sizes, limits):
+            return removals
+        if best is None or error < best[0]:
+            best = (error, removals)
+    assert best is not None
+    return best[1]
+
+
+def allocate_same(sizes: Sequence[LayerSize], target: int, limits: Limits) -> list[Removal]:
+    """The same counts in every layer, as near to ``target`` as whole layers of units allow."""
+    if any(size != sizes[0] for size in sizes):
+        raise InputError("the uniform layout needs layers of one size; use --layout per-layer")
+    _check_reachable(sizes, target, limits)
+    one, share = sizes[0], target / len(sizes)
+    rate = share / one.prunable
+    groups = min(_round(rate * one.groups), max(one.groups - MIN_KEPT, 0))
+    if not one.channels:
+        return [Removal(groups, 0)] * len(sizes)
+    step, offset = limits.align, one.channels % limits.align
+    blocks = _round(((share - groups * one.group_cost) / one.channel_cost - offset) / step)
+    most = (one.channels - offset) // step - 1
+    channels = offset + step * min(max(blocks, 0), most)
+    return [Removal(groups, channels)] * len(sizes)
+
+
+def allocate_global(
+    sizes: Sequence[LayerSize],
+    group_scores: Sequence[Sequence[float]],
+    channel_scores: Sequence[Sequence[float]],
+    target: int,
+    limits: Limits,
+) -> list[Removal]:
+    """Remove the units of lowest score per parameter wherever they are, within ``limits``."""
+    _check_reachable(sizes, target, limits)
+    step = limits.align
+    removed = [Removal(0, s.channels % step) for s in sizes]
+    queue: list[tuple[float, int, str]] = []
+
+    def push(layer: int, kind: str) -> None:
+        done, size = removed[layer], sizes[layer]
+        if kind == "groups":
+            ranked, start, width, cost = group_scores[layer], done.groups, 1, size.group_cost
+        else:
+            ranked, start, width, cost = (
+                channel_scores[layer],
+                done.channels,
+                step,
+                size.channel_cost,
+            )
+        if start + width <= len(ranked) - MIN_KEPT:
+            price = sum(ranked[start : start + width]) / (width * cost)
+            heapq.heappush(queue, (price, layer, kind))
+
+    group_scores = [sorted(s) for s in group_scores]
+    channel_scores = [sorted(s) for s in channel_scores]
+    for layer in range(len(sizes)):
+        push(layer, "groups")
+        push(layer, "channels")
+    half = _half_unit(sizes, limits)
+    waiting: list[tuple[float, int, str]] = []
+    total = removed_parameters(sizes, removed)
+    while queue and target - total > half:
+        price, layer, kind = heapq.heappop(queue)
+        done, size = removed[layer], sizes[layer]
+        more = (
+            replace(done, groups=done.groups + 1)
+            if kind == "groups"
+            else replace(done, channels=done.channels + step)
+        )
+        gone = _parameters(size, more)
+        if gone > limits.highest * size.prunable:
+            continue
+        if total + gone - _parameters(size, done) > target + half:
+            waiting.append((price, layer, kind))
+            continue
+        total += gone - _parameters(size, done)
+        removed[layer] = more
+        push(layer, kind)
+    return _raise_to_lowest(sizes, removed, limits)
+
+
+def removed_parameters(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> int:
+    """Parameters that ``removals`` take away."""
+    return sum(_parameters(size, removal) for size, removal in zip(sizes, removals, strict=True))
+
+
+def _parameters(size: LayerSize, removal: Removal) -> int:
+    return removal.groups * size.group_cost + removal.channels * size.channel_cost
+
+
+def _raise_to_lowest(
+    sizes: Sequence[LayerSize], removals: list[Removal], limits: Limits
+) -> list[Removal]:
+    """Layers below the lowest rate give channels that the others get back."""
+    surplus = 0
+    result = list(removals)
+    for i, size in enumerate(sizes):
+        missing = limits.lowest * size.prunable - _parameters(size, result[i])
+        if missing > 0 and size.channels:
+            units = limits.align * math.ceil(missing / (size.channel_cost * limits.align))
+            units = min(units, size.channels - MIN_KEPT - result[i].channels)
+            result[i] = replace(result[i], channels=result[i].channels + units)
+            surplus += units
+    while surplus > 0:
+        i = max(
+            range(len(sizes)),
+            key=lambda i: _parameters(sizes[i], result[i]) / max(sizes[i].prunable, 1),
+        )
+        result[i] = replace(result[i], channels=result[i].channels - limits.align)
+        surplus -= limits.align
+    return result
+
+
+def _fill_with_channels(
+    sizes: Sequence[LayerSize],
+    rates: Sequence[float],
+    groups: Sequence[int],
+    target: int,
+    limits: Limits,
+) -> list[Removal]:
+    step = limits.align
+    offsets = [s.channels % step for s in sizes]
+    cost = next((s.channel_cost for s in sizes if s.channels), 0)
+    if not cost:
+        return [Removal(g, 0) for g in groups]
+
+    def blocks(rate: float, i: int) -> float:
+        left = rate * sizes[i].prunable - groups[i] * sizes[i].group_cost
+        return (left / cost - offsets[i]) / step if sizes[i].channels else 0.0
+
+    most = [max((s.channels - o) // step - 1, 0) for s, o in zip(sizes, offsets)]
+    low = [min(max(_round(blocks(limits.lowest, i)), 0), most[i]) for i in range(len(sizes))]
+    high = [min(max(_round(blocks(limits.highest, i)), 0), most[i]) for i in range(len(sizes))]
+    left = target - sum(g * s.group_cost for g, s in zip(groups, sizes)) - sum(offsets) * cost
+    total = min(max(_round(left / (cost * step)), sum(low)), sum(high))
+    wanted = [blocks(rates[i], i) for i in range(len(sizes))]
+    counts = _apportion(wanted, low, high, total, range(len(sizes)))
+    return [Removal(g, o + step * n) for g, o, n in zip(groups, offsets, counts)]
+
+
+def _apportion(
+    wanted: Sequence[float],
+    low: Sequence[int],
+    high: Sequence[int],
+    total: int,
+    order: Sequence[float],
+) -> list[int]:
+    """Whole numbers near ``wanted``, within bounds, that sum to ``total``: largest remainder."""
+    counts = [min(max(math.floor(w), a), b) for w, a, b in zip(wanted, low, high)]
+    step = 1 if sum(counts) < total else -1
+    queue = [(-step * (w - n), order[i], i) for i, (w, n) in enumerate(zip(wanted, counts))]
+    heapq.heapify(queue)
+    missing = abs(total - sum(counts))
+    while missing:
+        short, _, i = heapq.heappop(queue)
+        if low[i] <= counts[i] + step <= high[i]:
+            counts[i] += step
+            missing -= 1
+            heapq.heappush(queue, (short + 1, order[i], i))
+    return counts
+
+
+def _rates(
+    sizes: Sequence[LayerSize], weights: Sequence[float], target: int, limits: Limits
+) -> list[float]:
+    """Rates scale·weight held within limits whose removals sum to ``target`` (bisection)."""
+
+    def rates(scale: float) -> list[float]:
+        return [min(max(scale * w, limits.lowest), limits.highest) for w in weights]
+
+    def removed(scale: float) -> float:
+        return sum(r * s.prunable for r, s in zip(rates(scale), sizes))
+
+    low, high = 0.0, 1.0 / min(weights)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if removed(middle) < target else (low, middle)
+    return rates(high)
+
+
+def _check_reachable(sizes: Sequence[LayerSize], target: int, limits: Limits) -> None:
+    low = limits.lowest * sum(s.prunable for s in sizes)
+    high = sum(
+        min(
+            limits.highest * s.prunable,
+            max(s.groups - MIN_KEPT, 0) * s.group_cost
+            + max(s.channels - MIN_KEPT, 0) * s.channel_cost,
+        )
+        for s in sizes
+    )
+    half = _half_unit(sizes, limits)
+    if not low - half <= target <= high + half:
+        raise BudgetError(low, high)
+
+
+class BudgetError(InputError):
+    """The limits rule the budget out; ``low`` and ``high`` bound what can be removed."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(f"between {low:.0f} and {high:.0f} parameters can be removed")
+        self.low, self.high = low, high
+
+
+def _half_unit(sizes: Sequence[LayerSize], limits: Limits) -> float:
+    """Half of the finest step: a block of channels where there are any, else a KV group."""
+    channels = [s.channel_cost * limits.align for s in sizes if s.channels]
+    groups = [s.group_cost for s in sizes if s.groups]
+    return min(channels or groups or [0]) / 2
+
+
+def _round(x: float) -> int:
+    return math.floor(x + 0.5)

@@ -1,0 +1,87 @@
+"""How much the model suffers when a layer is removed: the guide of the allocation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.errors import InputError, NumericalError
+from fastprune.inspect.perplexity import summed_nll
+from fastprune.models.blocks import Blocks
+from fastprune.progress import track
+
+FORMAT = "fastprune-layer-importance/1"
+
+
+@torch.no_grad()
+def removal(model: nn.Module, windows: Tensor) -> tuple[list[float], float]:
+    """Perplexity increase on ``windows`` (n, s) when each layer in turn is skipped.
+
+    The hidden states before a layer are the same whether it is skipped or not, so they are
+    computed once: layer l costs a run of the layers after it only. Returns the increases, one
+    per layer, and the dense perplexity. Raises NumericalError when a loss is not finite.
+    """
+    blocks = Blocks(model)
+    head = model.get_output_embeddings()
+    device = next(model.parameters()).device
+    totals = [0.0] * (len(blocks) + 1)
+    for window in track(windows, "layer sensitivity"):
+        ids = window[None].to(device)
+
+        def loss(hidden: Tensor, ids: Tensor = ids) -> float:
+            return float(summed_nll(blocks.norm(hidden), head, ids))
+
+        hidden = blocks.embed(ids)
+        for skipped in range(len(blocks)):
+            rest = hidden
+            for index in range(skipped + 1, len(blocks)):
+                rest = blocks.run(index, rest)
+            totals[skipped] += loss(rest)
+            hidden = blocks.run(skipped, hidden)
+        totals[-1] += loss(hidden)
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    if not all(map(math.isfinite, totals)):
+        raise NumericalError(
+            "the loss with a layer skipped is not finite; run `fastprune diagnose` on the model"
+        )
+    perplexities = [math.exp(min(total / tokens, 100.0)) for total in totals]
+    return [p - perplexities[-1] for p in perplexities[:-1]], perplexities[-1]
+
+
+def save_layer_importance(path: Path, method: str, importance: Sequence[float]) -> None:
+    """Write sensitivities as layer_importance.json."""
+    layers = {str(i): value for i, value in enumerate(importance)}
+    data = {"format": FORMAT, "method": method, "layer_importance": layers}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def load_layer_importance(path: Path, layers: int) -> list[float]:
+    """Read sensitivities of ``layers`` layers; InputError when the file does not hold them.
+
+    Accepts what `save_layer_importance` writes, a bare ``{"0": value, …}``, and a list.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the layer importance {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} does not hold JSON") from error
+    if isinstance(data, dict):
+        data = data.get("layer_importance", data)
+    try:
+        values = data if isinstance(data, list) else [data[str(i)] for i in range(len(data))]
+        importance = [float(value) for value in values]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} does not hold one number per layer") from error
+    if len(importance) != layers or not all(map(math.isfinite, importance)):
+        raise InputError(
+            f"{path} holds {len(importance)} layers' importance, the model has {layers}"
+            if len(importance) != layers
+            else f"{path} holds a value that is not finite"
+        )
+    return importance
