@@ -74,3 +74,14 @@ def resolve_dtype(name: str) -> torch.dtype | None:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def apply(config: CommonConfig) -> None:
+    """Set torch's threads and random seed as `config` says. Raises InputError."""
+    import torch
+
+    if config.threads is not None:
+        if config.threads < 1:
+            raise InputError(f"--threads {config.threads}: must be at least 1")
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)

@@ -1,0 +1,200 @@
+"""The command line: parse one configuration, call one function, print its result.
+
+A command is one row of COMMANDS. What it needs is imported when it is called, so `fastprune --help`
+answers at once. Exit status: 0 done, 1 unexpected error, 2 bad input or usage, 3 a gate was not
+met, 4 numerical trouble, 130 interrupted.
+"""
+
+import dataclasses
+import difflib
+import json
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.logging import RichHandler
+
+from fastprune.config import CommonConfig, apply
+from fastprune.errors import FastpruneError, InputError
+from fastprune.flags import parse
+from fastprune.progress import console
+
+log = logging.getLogger("fastprune")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """`config`, `run` and `show` are "module:name", imported when the command is called.
+
+    `run` takes the configuration and returns a mapping or dataclass that JSON can hold; `show`
+    prints that on stdout. A command without `show` prints its own output while it runs.
+    """
+
+    summary: str
+    config: str
+    run: str
+    show: str | None = None
+
+
+COMMANDS = {
+    "prune": Command(
+        "remove KV groups and MLP channels, measure the result, write a checkpoint",
+        "fastprune.prune.pipeline:PruneConfig",
+        "fastprune.prune.pipeline:run_prune",
+        "fastprune.report.tables:show_prune",
+    ),
+    "eval": Command(
+        "perplexity, speed and memory of a model on a text",
+        "fastprune.inspect.perplexity:EvalConfig",
+        "fastprune.inspect.perplexity:run_eval",
+        "fastprune.report.tables:show_eval",
+    ),
+    "generate": Command(
+        "continue a prompt",
+        "fastprune.inspect.generate:GenerateConfig",
+        "fastprune.inspect.generate:run_generate",
+    ),
+    "chat": Command(
+        "talk to a model",
+        "fastprune.inspect.generate:ChatConfig",
+        "fastprune.inspect.generate:run_chat",
+    ),
+    "info": Command(
+        "versions, compiled kernels, why CUDA is on or off",
+        "fastprune.inspect.info:InfoConfig",
+        "fastprune.inspect.info:run_info",
+        "fastprune.report.tables:show_info",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program name); returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in args
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(_overview())
+            return 0 if args else 2
+        if args[0] == "--version":
+            print(f"fastprune {version('fastprune')}")
+            return 0
+        command = _command(args[0])
+        config = parse(_load(command.config), args[1:], f"fastprune {args[0]}")
+        verbose = config.verbose
+        _call(command, config)
+        return 0
+    except SystemExit:  # --help has been printed
+        return 0
+    except FastpruneError as error:
+        _complain("error: " + " ".join(str(error).split()), verbose)
+        return error.exit_status
+    except KeyboardInterrupt:
+        _complain("interrupted", verbose=False)
+        return 130
+    except Exception as error:
+        hint = "" if verbose else " (unexpected; run again with --verbose to see where)"
+        _complain(f"error: {type(error).__name__}: {' '.join(str(error).split())}{hint}", verbose)
+        return 1
+
+
+def _call(command: Command, config: CommonConfig) -> None:
+    _log_to_stderr(config)
+    if config.json is not None:
+        _check_writable(config.json)
+    apply(config)
+    result = _load(command.run)(config)
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        result = dataclasses.asdict(result)
+    if config.json is not None:
+        _write_json(config.json, result)
+    if command.show is not None and not config.quiet:
+        _load(command.show)(result)
+
+
+def _command(name: str) -> Command:
+    if name in COMMANDS:
+        return COMMANDS[name]
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+    raise InputError(f"no command {name!r}; {hint}")
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastprune COMMAND [ARGUMENTS]",
+            "",
+            "Prune Llama-family language models, measure the result, recover its quality.",
+            "",
+            *rows,
+            "",
+            "fastprune COMMAND --help lists a command's options.",
+        ]
+    )
+
+
+def _complain(message: str, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    print(f"fastprune: {message}", file=sys.stderr)
+
+
+def _log_to_stderr(config: CommonConfig) -> None:
+    """One handler, shared with the progress bars; libraries speak only under --verbose."""
+    level = logging.ERROR if config.quiet else logging.DEBUG if config.verbose else logging.INFO
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(
+            console=console, show_time=False, show_level=False, show_path=False
+        )
+    else:
+        handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.setLevel(level)
+    log.propagate = False
+
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").handlers = [
+        handler if config.verbose else logging.NullHandler()
+    ]
+    if not config.verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if config.quiet or not console.is_terminal:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _check_writable(path: Path) -> None:
+    """Say now, not after the work, that the result cannot be written."""
+    if path.is_dir():
+        raise InputError(f"--json {path}: is a folder; name a file")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"--json {path}: its folder does not exist or cannot be written")
+
+
+def _write_json(path: Path, result: Any) -> None:
+    """Whole or not at all: written beside, then renamed."""
+    text = json.dumps(result, indent=2, default=str) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
