@@ -1,0 +1,173 @@
+// Per-element rules, host and device. F is float, or the CPU's 16 lanes of float (cpu/level/vec.h);
+// U is uint32_t or 16 lanes of it. Everything is forced inline: the CPU loops are compiled once
+// per instruction-set level, and an out-of-line copy from a high level must never be linked
+// into a low one.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/dispatch.h"
+#include "core/ops.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define FASTPRUNE_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTPRUNE_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fastprune {
+
+FASTPRUNE_INLINE float absolute(float x) {
+  return __builtin_fabsf(x);
+}
+FASTPRUNE_INLINE float square_root(float x) {
+  return __builtin_sqrtf(x);
+}
+
+// ---------------------------------------------------------------------------- taylor
+// The score of one weight. h is the diagonal Fisher estimate, or x for activation.
+template <Score S, class F>
+FASTPRUNE_INLINE F score_term(F w, F g, F h) {
+  if constexpr (S == Score::first) return absolute(w * g);
+  if constexpr (S == Score::second) return absolute(w * w * h);
+  if constexpr (S == Score::mix) return absolute(w * g - F(0.5f) * (w * w * h));
+  if constexpr (S == Score::vector) return w * g;
+  if constexpr (S == Score::l1) return absolute(w);
+  if constexpr (S == Score::l2) return w * w;
+  if constexpr (S == Score::activation) return absolute(w) * h;
+}
+
+// ---------------------------------------------------------------------------- adamw
+// Unsound: a gradient that is not finite, or squares that overflow fp32 (v would become inf).
+FASTPRUNE_INLINE bool sound_step(double sum_of_squares, double nonfinite) {
+  return nonfinite == 0 && sum_of_squares <= 3.4028234663852886e38;
+}
+
+// Factor on every gradient: unscaling and clipping to max_norm, as clip_grad_norm_ defines it.
+FASTPRUNE_INLINE float gradient_factor(double sum_of_squares, double max_norm, double loss_scale) {
+  const double clip = max_norm > 0 ? max_norm / (sqrt(sum_of_squares) + 1e-6) : 1.0;
+  return static_cast<float>((clip < 1.0 ? clip : 1.0) / loss_scale);
+}
+
+// What the update of one tensor needs beyond its elements; `step` counts from 1.
+struct AdamWFactors {
+  float gradient;             // gradient_factor
+  float decay;                // 1 - lr * weight_decay
+  float beta2, rest1, rest2;  // beta2, 1 - beta1, 1 - beta2
+  float step_size;            // lr / (1 - beta1^step)
+  float root2;                // sqrt(1 - beta2^step)
+  float eps;
+};
+
+FASTPRUNE_INLINE AdamWFactors adamw_factors(const AdamWGroup& group, float gradient,
+                                            std::int64_t step) {
+  const double t = static_cast<double>(step);
+  AdamWFactors f{};
+  f.gradient = gradient;
+  f.decay = static_cast<float>(1.0 - group.lr * group.weight_decay);
+  f.beta2 = static_cast<float>(group.beta2);
+  f.rest1 = static_cast<float>(1.0 - group.beta1);
+  f.rest2 = static_cast<float>(1.0 - group.beta2);
+  f.step_size = static_cast<float>(group.lr / (1.0 - pow(group.beta1, t)));
+  f.root2 = static_cast<float>(sqrt(1.0 - pow(group.beta2, t)));
+  f.eps = static_cast<float>(group.eps);
+  return f;
+}
+
+// One weight: g is the raw gradient, m and v are updated, the new weight is returned.
+template <class F>
+FASTPRUNE_INLINE F adamw_weight(F w, F g, F& m, F& v, const AdamWFactors& f) {
+  g = g * F(f.gradient);
+  m = m + F(f.rest1) * (g - m);
+  v = F(f.beta2) * v + F(f.rest2) * (g * g);
+  const F denominator = square_root(v) / F(f.root2) + F(f.eps);
+  return w * F(f.decay) - F(f.step_size) * (m / denominator);
+}
+
+// ---------------------------------------------------------------------------- random bits
+// Counter-based: the bits depend on (seed, step, slot, index) only, never on threads or order.
+// A 32-bit finaliser with full avalanche (constants by C. Wellons, "lowbias32").
+template <class U>
+FASTPRUNE_INLINE U mix_bits(U x) {
+  x = x ^ (x >> 16);
+  x = x * U(0x7feb352du);
+  x = x ^ (x >> 15);
+  x = x * U(0x846ca68bu);
+  return x ^ (x >> 16);
+}
+
+// Key of up to 2^32 consecutive elements; `high` is the index divided by 2^32.
+FASTPRUNE_INLINE std::uint32_t random_key(std::uint64_t seed, std::int64_t step, std::int64_t slot,
+                                          std::uint32_t high) {
+  std::uint32_t key = mix_bits(static_cast<std::uint32_t>(seed) + 0x9e3779b9u);
+  key = mix_bits(key ^ static_cast<std::uint32_t>(seed >> 32));
+  key = mix_bits(key ^ static_cast<std::uint32_t>(step));
+  key = mix_bits(key ^ static_cast<std::uint32_t>(slot));
+  return mix_bits(key ^ high);
+}
+
+template <class U>
+FASTPRUNE_INLINE U random_bits(U low_index, std::uint32_t key) {
+  return mix_bits(mix_bits(low_index ^ U(key)) + U(key));
+}
+
+// ---------------------------------------------------------------------------- scalar conversions
+FASTPRUNE_INLINE std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+FASTPRUNE_INLINE float float_of(std::uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+FASTPRUNE_INLINE float to_float(float x) {
+  return x;
+}
+FASTPRUNE_INLINE float to_float(bf16 x) {
+  return float_of(static_cast<std::uint32_t>(x.bits) << 16);
+}
+
+#if defined(__CUDACC__)
+FASTPRUNE_INLINE float to_float(f16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+FASTPRUNE_INLINE void round_to(float x, float& y) {
+  y = x;
+}
+FASTPRUNE_INLINE void round_to(float x, bf16& y) {
+  y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+FASTPRUNE_INLINE void round_to(float x, f16& y) {
+  y.bits = __half_as_ushort(__float2half_rn(x));
+}
+#endif
+
+// Stochastic rounding, first half: a float that is exactly representable in the half type, or
+// NaN. Adding random bits below the last kept one and truncating goes up with the probability
+// of the distance, so the expected value is the input.
+FASTPRUNE_INLINE float stochastic(float x, std::uint32_t random, bf16) {
+  if (x != x) return x;
+  return float_of((bits_of(x) + (random >> 16)) & 0xffff0000u);
+}
+
+FASTPRUNE_INLINE float stochastic(float x, std::uint32_t random, f16) {
+  if (x != x) return x;
+  const std::uint32_t noise = random >> 19;  // 13 bits
+  const float magnitude = absolute(x);
+  if (magnitude >= 6.103515625e-05f)  // normal in fp16: 13 of fp32's mantissa bits go
+    return float_of((bits_of(x) + noise) & 0xffffe000u);
+  // Subnormal in fp16: a fixed grid of 2^-24.
+  const float grid = magnitude * 16777216.0f + static_cast<float>(noise) * 0.0001220703125f;
+  const float rounded =
+      static_cast<float>(static_cast<std::int32_t>(grid)) * 5.9604644775390625e-08f;
+  return x < 0 ? -rounded : rounded;
+}
+
+}  // namespace fastprune
