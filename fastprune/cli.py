@@ -111,7 +111,9 @@ def _call(command: Command, config: CommonConfig) -> None:
         _check_writable(config.json)
     apply(config)
     result = _load(command.run)(config)
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+    if hasattr(result, "to_dict"):
+        result = result.to_dict()
+    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
         result = dataclasses.asdict(result)
     if config.json is not None:
         _write_json(config.json, result)

@@ -1,0 +1,123 @@
+"""The settings of the `prune` command: flags, YAML keys and Python API at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from fastprune.config import CommonConfig
+from fastprune.errors import InputError
+
+
+@dataclass(kw_only=True)
+class PruneConfig(CommonConfig):
+    """Remove KV groups and MLP channels of a model, and prove the result by perplexity."""
+
+    model: Positional[str] = ""
+    """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
+    out: Path | None = None
+    """directory of the pruned checkpoint"""
+    overwrite: bool = False
+    """replace what --out holds"""
+    ratio: float | None = None
+    """fraction of the block parameters to remove"""
+    target_params: int | None = None
+    """total parameters of the result, instead of --ratio"""
+    structures: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+    """what may be removed"""
+    importance: Literal[
+        "taylor-first",
+        "taylor-second",
+        "taylor-mix",
+        "taylor-vector",
+        "magnitude-l1",
+        "magnitude-l2",
+        "activation",
+        "random",
+    ] = "taylor-first"
+    """criterion that ranks the units of a layer"""
+    allocation: Literal["uniform", "inverse", "proportional", "global"] = "uniform"
+    """how the ratio is spread over the layers"""
+    layer_importance: str = "removal"
+    """sensitivity for inverse and proportional: removal, or a layer_importance.json"""
+    alpha: float = 1.0
+    """exponent of the sensitivity"""
+    min_layer_ratio: float = 0.0
+    """least share of a layer's prunable parameters to remove"""
+    max_layer_ratio: float = 0.9
+    """largest share of a layer's prunable parameters to remove"""
+    layers: str | None = None
+    """only layers A to B-1, written A:B; the others stay whole"""
+    layout: Literal["per-layer", "uniform"] = "per-layer"
+    """uniform: every layer the same size, so that any engine loads the result"""
+    align: int = 1
+    """keep channels in multiples of this number"""
+    calib: str = "builtin:pydocs"
+    """calibration text"""
+    calib_samples: int = 128
+    """calibration windows"""
+    calib_seq_len: int = 128
+    """tokens of a calibration window"""
+    sensitivity_samples: int = 16
+    """calibration windows used for layer sensitivity"""
+    eval: str = "builtin:pydocs"
+    """evaluation text"""
+    eval_seq_len: int = 1024
+    """tokens of an evaluation window"""
+    eval_windows: int = 16
+    """evaluation windows, from the start of the text"""
+    gate_ppl_ratio: float | None = None
+    """stop without writing when perplexity grows by more than this factor"""
+    plan: Path | None = None
+    """apply this plan instead of making one"""
+    dry_run: bool = False
+    """make the plan and stop"""
+    allow_pickle: bool = False
+    """read a foreign .bin that holds pickled objects (it can run any code)"""
+
+    def check(self) -> None:
+        """InputError when a value is out of range or two contradict each other."""
+        budgets = [b for b in (self.ratio, self.target_params, self.plan) if b is not None]
+        if len(budgets) != 1:
+            raise InputError(
+                "give exactly one of --ratio, --target-params and --plan"
+                + ("" if budgets else ", for example --ratio 0.2")
+            )
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise InputError(f"--ratio must lie between 0 and 1, not {self.ratio}")
+        if not self.structures:
+            raise InputError("--structures names nothing; use attention, mlp, or both")
+        for name, least in (
+            ("calib_samples", 1),
+            ("calib_seq_len", 2),
+            ("sensitivity_samples", 1),
+            ("eval_seq_len", 2),
+            ("eval_windows", 1),
+        ):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}")
+        if self.gate_ppl_ratio is not None and not self.gate_ppl_ratio > 0:
+            raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
+        if self.layout == "uniform" and (self.layers or self.allocation != "uniform"):
+            raise InputError(
+                "--layout uniform makes every layer the same size: "
+                "use it with --allocation uniform and without --layers"
+            )
+
+    def selected_layers(self, count: int) -> range:
+        """The layers that ``--layers A:B`` selects of ``count``; negative ends count backward."""
+        if self.layers is None:
+            return range(count)
+        match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.layers)
+        if not match:
+            raise InputError(f"--layers must be written A:B, for example 3:27, not '{self.layers}'")
+        bounds = [int(text) if text else None for text in match.groups()]
+        selected = range(count)[slice(*bounds)]
+        if not selected or any(b is not None and abs(b) > count for b in bounds):
+            raise InputError(f"--layers {self.layers} selects nothing usable of {count} layers")
+        return selected

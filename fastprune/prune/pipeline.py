@@ -1,0 +1,207 @@
+"""The main job: score → plan → surgery → evaluate → save."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastprune.config import resolve_device
+from fastprune.data.text import eval_windows, load_documents, sample_windows, token_stream
+from fastprune.errors import GateError, InputError
+from fastprune.inspect.perplexity import Perplexity, evaluate, peak_memory_bytes
+from fastprune.models.checkpoint import check_out, save_checkpoint, staged
+from fastprune.models.families import block_parameters, family_of, geometries
+from fastprune.models.load import load_model
+from fastprune.prune.config import PruneConfig
+from fastprune.prune.plan import Plan
+from fastprune.prune.planning import make_plan, parameters_removed
+from fastprune.prune.sensitivity import save_layer_importance
+from fastprune.prune.surgery import apply_plan
+from fastprune.report.html import write_prune_report
+from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
+
+log = logging.getLogger("fastprune")
+
+
+@dataclass
+class PruneResult:
+    """What `prune` made. ``model`` was cut in place unless it was a dry run."""
+
+    model: nn.Module
+    tokenizer: Any
+    plan: Plan
+    metrics: dict[str, Any]
+    layer_importance: list[float] | None = None
+    out: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metrics, and where the checkpoint and the report lie."""
+        where = {} if self.out is None else {"out": str(self.out)}
+        return {**self.metrics, **where}
+
+
+def run_prune(config: PruneConfig) -> PruneResult:
+    """Load, prune, evaluate, and save: the `prune` command.
+
+    Raises InputError, GateError or NumericalError; ``config.out`` is complete or untouched.
+    """
+    if not config.model:
+        raise InputError("no MODEL given: name a directory, a hub id, a .gguf file or smollm2-135m")
+    if config.out is None and not config.dry_run:
+        raise InputError("--out DIR is needed (or --dry-run)")
+    config.check()
+    if config.out is not None:
+        check_out(config.out, config.overwrite)
+    clock = Clock()
+    with RunLog() as run_log:
+        with clock("load"):
+            model, tokenizer = load_model(
+                config.model,
+                dtype=config.dtype,
+                device=str(resolve_device(config.device)),
+                allow_pickle=config.allow_pickle,
+            )
+        result = prune(model, tokenizer, config, clock=clock)
+        if config.out is not None:
+            result.out = config.out
+            with staged(config.out, config.overwrite) as directory:
+                with clock("save"):
+                    _save(directory, result, weights=not config.dry_run)
+                result.metrics["seconds"] = clock.totals()
+                _record(directory / "fastprune", result, run_log)
+    return result
+
+
+def prune(
+    model: nn.Module, tokenizer: Any, config: PruneConfig, *, clock: Clock | None = None
+) -> PruneResult:
+    """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
+
+    Nothing is written. Raises InputError for settings that cannot be met, GateError when
+    perplexity grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
+    """
+    clock = clock or Clock()
+    config.check()
+    family_of(model)
+    model.eval()
+    params = sum(p.numel() for p in model.parameters())
+    block = block_parameters(model)
+    target = _target(config, params, block)
+    sizes = geometries(model)
+    plan = Plan.load(config.plan) if config.plan else None
+    if plan:
+        plan.check_model(sizes)
+    test, calibration = _texts(config, tokenizer, calibrate=plan is None)
+    device = next(model.parameters()).device
+    dense = pruned = importance = None
+    if not config.dry_run:
+        with clock("evaluate"):
+            dense = evaluate(model, test.to(device))
+    if plan is None:
+        plan, importance = make_plan(model, calibration, target, config, clock)
+    removed = parameters_removed(model, plan)
+    if not config.dry_run:
+        with clock("surgery"):
+            apply_plan(model, plan)
+        with clock("evaluate"):
+            pruned = evaluate(model, test.to(device))
+        _check_gate(config, dense, pruned)
+    metrics = {
+        "model": config.model or type(model).__name__,
+        "params": {
+            "before": params,
+            "after": params - removed,
+            "block_before": block,
+            "block_after": block - removed,
+        },
+        "ratio": {"requested": target / block if target else None, "achieved": removed / block},
+        "perplexity": [_perplexities(config.eval, dense, pruned)] if dense and pruned else [],
+        "layers": [
+            {
+                "index": i,
+                "query_heads": g.query_heads,
+                "kv_heads": g.kv_heads,
+                "channels": g.channels,
+                "query_heads_before": before.query_heads,
+                "kv_heads_before": before.kv_heads,
+                "channels_before": before.channels,
+            }
+            for i, (g, before) in enumerate(zip(plan.result(), sizes, strict=True))
+        ],
+        "seconds": clock.totals(),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "versions": versions(),
+        "command": command_line(),
+        "settings": settings(config),
+    }
+    return PruneResult(model, tokenizer, plan, metrics, importance)
+
+
+def _target(config: PruneConfig, params: int, block: int) -> int | None:
+    """Parameters to remove; None when a given plan decides."""
+    if config.ratio is not None:
+        return round(config.ratio * block)
+    if config.target_params is None:
+        return None
+    target = params - config.target_params
+    if not 0 < target < block:
+        raise InputError(
+            f"--target-params {config.target_params} cannot be reached: the model has {params} "
+            f"parameters, {block} of them in its blocks"
+        )
+    return target
+
+
+def _texts(config: PruneConfig, tokenizer: Any, *, calibrate: bool) -> tuple[Tensor, Tensor | None]:
+    """Evaluation windows from the start of the text, calibration windows from what is not tested."""
+    stream = token_stream(tokenizer, load_documents(config.eval))
+    test = eval_windows(stream, config.eval_seq_len, config.eval_windows)
+    if not calibrate:
+        return test, None
+    skip = test.numel()
+    if config.calib != config.eval:
+        stream, skip = token_stream(tokenizer, load_documents(config.calib)), 0
+    return test, sample_windows(
+        stream, config.calib_seq_len, config.calib_samples, config.seed, skip=skip
+    )
+
+
+def _check_gate(config: PruneConfig, dense: Perplexity, pruned: Perplexity) -> None:
+    growth = pruned.perplexity / dense.perplexity
+    if config.gate_ppl_ratio is not None and not growth <= config.gate_ppl_ratio:
+        raise GateError(
+            f"perplexity grew from {dense.perplexity:.2f} to {pruned.perplexity:.2f}, a factor of "
+            f"{growth:.2f}; the gate is {config.gate_ppl_ratio:g}; nothing was written"
+        )
+
+
+def _perplexities(text: str, dense: Perplexity, pruned: Perplexity) -> dict[str, Any]:
+    return {
+        "text": text,
+        "seq_len": dense.seq_len,
+        "windows": dense.windows,
+        "before": dense.perplexity,
+        "after": pruned.perplexity,
+    }
+
+
+def _save(directory: Path, result: PruneResult, *, weights: bool) -> None:
+    if weights:
+        save_checkpoint(result.model, result.tokenizer, directory)
+    records = directory / "fastprune"
+    records.mkdir()
+    result.plan.save(records / "plan.json")
+    if result.layer_importance is not None:
+        save_layer_importance(
+            records / "layer_importance.json", "removal", result.layer_importance
+        )
+
+
+def _record(directory: Path, result: PruneResult, run_log: RunLog) -> None:
+    write_json(directory / "metrics.json", result.metrics)
+    write_prune_report(directory / "report.html", result.metrics, result.plan.to_dict())
+    run_log.save(directory / "run.log")

@@ -1,0 +1,113 @@
+"""What a run records of itself: stage times, log, versions, command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from io import StringIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+log = logging.getLogger("fastprune")
+
+
+@dataclass
+class Clock:
+    """Seconds by stage, in the order the stages first ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begin
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+        log.info("%s took %.1f s", stage, spent)
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by stage, and ``total`` since this clock was made."""
+        return {**self.seconds, "total": time.perf_counter() - self.start}
+
+
+class RunLog:
+    """Collects everything the ``fastprune`` logger says while the body runs."""
+
+    def __init__(self) -> None:
+        self._text = StringIO()
+        self._handler = logging.StreamHandler(self._text)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def __enter__(self) -> RunLog:
+        log.addHandler(self._handler)
+        log.info("%s", command_line())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        log.removeHandler(self._handler)
+
+    def save(self, path: Path) -> None:
+        path.write_text(self._text.getvalue(), encoding="utf-8")
+
+
+def command_line() -> str:
+    """How this process was called, as one could type it again."""
+    program = Path(sys.argv[0]).name
+    if program == "__main__.py":
+        program = f"python -m {Path(sys.argv[0]).parent.name}"
+        return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """The fields of a configuration dataclass as JSON-ready data."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    packages = ("fastprune", "torch", "transformers", "safetensors")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as JSON, whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
