@@ -20,12 +20,8 @@
 
 namespace fastprune {
 
-FASTPRUNE_INLINE float absolute(float x) {
-  return __builtin_fabsf(x);
-}
-FASTPRUNE_INLINE float square_root(float x) {
-  return __builtin_sqrtf(x);
-}
+FASTPRUNE_INLINE float absolute(float x) { return __builtin_fabsf(x); }
+FASTPRUNE_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 
 // ---------------------------------------------------------------------------- taylor
 // The score of one weight. h is the diagonal Fisher estimate, or x for activation.
@@ -114,60 +110,26 @@ FASTPRUNE_INLINE U random_bits(U low_index, std::uint32_t key) {
   return mix_bits(mix_bits(low_index ^ U(key)) + U(key));
 }
 
-// ---------------------------------------------------------------------------- scalar conversions
-FASTPRUNE_INLINE std::uint32_t bits_of(float x) {
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return bits;
-}
-
-FASTPRUNE_INLINE float float_of(std::uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-}
-
-FASTPRUNE_INLINE float to_float(float x) {
-  return x;
-}
-FASTPRUNE_INLINE float to_float(bf16 x) {
-  return float_of(static_cast<std::uint32_t>(x.bits) << 16);
-}
-
-#if defined(__CUDACC__)
-FASTPRUNE_INLINE float to_float(f16 x) {
-  return __half2float(__ushort_as_half(x.bits));
-}
-FASTPRUNE_INLINE void round_to(float x, float& y) {
-  y = x;
-}
-FASTPRUNE_INLINE void round_to(float x, bf16& y) {
-  y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
-}
-FASTPRUNE_INLINE void round_to(float x, f16& y) {
-  y.bits = __half_as_ushort(__float2half_rn(x));
-}
-#endif
-
 // Stochastic rounding, first half: a float that is exactly representable in the half type, or
 // NaN. Adding random bits below the last kept one and truncating goes up with the probability
 // of the distance, so the expected value is the input.
-FASTPRUNE_INLINE float stochastic(float x, std::uint32_t random, bf16) {
-  if (x != x) return x;
-  return float_of((bits_of(x) + (random >> 16)) & 0xffff0000u);
+template <class F, class U>
+FASTPRUNE_INLINE F stochastic(F x, U random, bf16) {
+  const F rounded = float_of((bits_of(x) + (random >> 16)) & U(0xffff0000u));
+  return select(x == x, rounded, x);
 }
 
-FASTPRUNE_INLINE float stochastic(float x, std::uint32_t random, f16) {
-  if (x != x) return x;
-  const std::uint32_t noise = random >> 19;  // 13 bits
-  const float magnitude = absolute(x);
-  if (magnitude >= 6.103515625e-05f)  // normal in fp16: 13 of fp32's mantissa bits go
-    return float_of((bits_of(x) + noise) & 0xffffe000u);
-  // Subnormal in fp16: a fixed grid of 2^-24.
-  const float grid = magnitude * 16777216.0f + static_cast<float>(noise) * 0.0001220703125f;
-  const float rounded =
-      static_cast<float>(static_cast<std::int32_t>(grid)) * 5.9604644775390625e-08f;
-  return x < 0 ? -rounded : rounded;
+template <class F, class U>
+FASTPRUNE_INLINE F stochastic(F x, U random, f16) {
+  const U noise = random >> 19;  // 13 bits, as many as a normal number loses
+  const F normal = float_of((bits_of(x) + noise) & U(0xffffe000u));
+  // Below 2^-14 fp16 is a fixed grid of 2^-24.
+  const F magnitude = absolute(x);
+  const F grid = magnitude * F(16777216.0f) + as_float(noise) * F(0.0001220703125f);
+  const F on_grid = whole_part(grid) * F(5.9604644775390625e-08f);
+  const F subnormal = float_of(bits_of(on_grid) | (bits_of(x) & U(0x80000000u)));
+  const F rounded = select(magnitude < F(6.103515625e-05f), subnormal, normal);
+  return select(x == x, rounded, x);
 }
 
 }  // namespace fastprune
