@@ -1,0 +1,134 @@
+"""Allocation: budgets are met to half a unit, within the limits, by pure counting."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from fastprune.errors import InputError
+from fastprune.prune.allocation import (
+    LayerSize,
+    Limits,
+    Removal,
+    allocate,
+    allocate_global,
+    allocate_same,
+    layer_weights,
+    removed_parameters,
+)
+
+SMOLLM2 = LayerSize(groups=3, group_cost=294_912, channels=1536, channel_cost=1728)
+LLAMA3 = LayerSize(groups=8, group_cost=5_242_880, channels=14336, channel_cost=12288)
+
+
+def budget(sizes: list[LayerSize], ratio: float) -> int:
+    return round(ratio * sum(s.prunable for s in sizes))
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.2, 0.35, 0.5, 0.8])
+@pytest.mark.parametrize("size", [SMOLLM2, LLAMA3])
+@pytest.mark.parametrize("rule", ["equal", "inverse", "proportional"])
+def test_budget_is_met_to_half_a_channel(ratio: float, size: LayerSize, rule: str) -> None:
+    sizes = [size] * 30
+    sensitivity = [10.0, *(0.5 + 0.1 * i for i in range(28)), 4.0]
+    weights = [1.0] * 30 if rule == "equal" else layer_weights(sensitivity, rule, 1.2)
+    target = budget(sizes, ratio)
+    removals = allocate(sizes, weights, target, Limits(highest=0.95))
+    assert abs(removed_parameters(sizes, removals) - target) <= size.channel_cost / 2
+    for removal in removals:
+        assert 0 <= removal.groups < size.groups and 0 <= removal.channels < size.channels
+
+
+def test_rates_follow_the_weights() -> None:
+    sizes = [SMOLLM2] * 3
+    removals = allocate(sizes, [1.0, 2.0, 3.0], budget(sizes, 0.2), Limits())
+    removed = [removed_parameters([SMOLLM2], [r]) for r in removals]
+    # half a channel of the 205 that the first layer loses is 0.25 %
+    assert removed[1] / removed[0] == pytest.approx(2, rel=3e-3)
+    assert removed[2] / removed[0] == pytest.approx(3, rel=3e-3)
+
+
+def test_limits_hold() -> None:
+    sizes = [LLAMA3] * 4
+    weights = [1e-3, 1.0, 1.0, 1e3]
+    removals = allocate(sizes, weights, budget(sizes, 0.2), Limits(0.1, 0.35))
+    shares = [removed_parameters([LLAMA3], [r]) / LLAMA3.prunable for r in removals]
+    half = LLAMA3.channel_cost / LLAMA3.prunable
+    assert min(shares) >= 0.1 - half and max(shares) <= 0.35 + half
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5])
+def test_attention_only_is_met_to_half_a_group(ratio: float) -> None:
+    sizes = [LayerSize(8, 1000, 0, 0)] * 10
+    target = budget(sizes, ratio)
+    removals = allocate(sizes, [1.0] * 10, target, Limits())
+    assert abs(removed_parameters(sizes, removals) - target) <= 500
+    assert all(r.channels == 0 for r in removals)
+
+
+def test_ties_among_groups_go_by_order() -> None:
+    sizes = [LayerSize(3, 100, 0, 0)] * 3
+    removals = allocate(sizes, [1.0] * 3, 100, Limits(), order=[0.3, 0.1, 0.2])
+    assert [r.groups for r in removals] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("align", [8, 64, 128])
+@pytest.mark.parametrize("channels", [1536, 1500])
+def test_aligned_channels(align: int, channels: int) -> None:
+    sizes = [LayerSize(4, 9000, channels, 100)] * 5
+    target = budget(sizes, 0.3)
+    removals = allocate(sizes, [1.0] * 5, target, Limits(align=align))
+    assert all((channels - r.channels) % align == 0 for r in removals)
+    assert abs(removed_parameters(sizes, removals) - target) <= 100 * align / 2
+
+
+def test_unreachable_budget_names_the_range() -> None:
+    sizes = [SMOLLM2] * 3
+    with pytest.raises(InputError, match="parameters can be removed"):
+        allocate(sizes, [1.0] * 3, budget(sizes, 0.5), Limits(0.1, 0.3))
+    with pytest.raises(InputError, match="can be removed"):
+        allocate(sizes, [1.0] * 3, budget(sizes, 0.05), Limits(0.1, 0.3))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
+def test_same_everywhere(ratio: float) -> None:
+    sizes = [SMOLLM2] * 30
+    removals = allocate_same(sizes, budget(sizes, ratio), Limits())
+    assert len(set(removals)) == 1
+    error = abs(removed_parameters(sizes, removals) - budget(sizes, ratio))
+    assert error <= 30 * SMOLLM2.channel_cost / 2  # a channel goes from every layer at once
+
+
+def test_global_takes_the_cheapest_parameters_first() -> None:
+    sizes = [LayerSize(2, 10, 4, 1)] * 2
+    groups = [[100.0, 200.0], [1.0, 300.0]]
+    channels = [[0.1, 5.0, 6.0, 7.0], [0.2, 8.0, 9.0, 9.5]]
+    removals = allocate_global(sizes, groups, channels, 12, Limits())
+    assert removals == [Removal(0, 1), Removal(1, 1)]
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
+def test_global_meets_the_budget_and_the_lowest_rate(ratio: float) -> None:
+    sizes = [SMOLLM2] * 6
+    groups = [[1e5 * (layer + g + 1) for g in range(3)] for layer in range(6)]
+    channels = [[(layer + 1) * (c + 1) for c in range(1536)] for layer in range(6)]
+    limits = Limits(lowest=0.05)
+    removals = allocate_global(sizes, groups, channels, budget(sizes, ratio), limits)
+    removed = removed_parameters(sizes, removals)
+    assert abs(removed - budget(sizes, ratio)) <= SMOLLM2.channel_cost / 2
+    for removal in removals:
+        assert removed_parameters([SMOLLM2], [removal]) >= 0.05 * SMOLLM2.prunable
+
+
+def test_weights_reject_what_is_no_sensitivity() -> None:
+    for bad in ([0.0, 0.0], [float("nan"), 1.0]):
+        with pytest.raises(InputError, match="sensitivities"):
+            layer_weights(bad, "inverse", 1.0)
+
+
+def test_harmless_layers_do_not_take_everything() -> None:
+    weights = layer_weights([-1.0, 1.0, 1.0], "inverse", 1.0)
+    assert weights[0] == pytest.approx(1000)  # a thousandth of the mean, inverted
+    for alpha, rule in itertools.product((0.5, 2.0), ("inverse", "proportional")):
+        assert all(w > 0 for w in layer_weights([-1.0, 0.0, 5.0], rule, alpha))
