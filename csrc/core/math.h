@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "core/dispatch.h"
 #include "core/ops.h"
@@ -20,8 +21,40 @@
 
 namespace fastprune {
 
-FASTPRUNE_INLINE float absolute(float x) { return __builtin_fabsf(x); }
-FASTPRUNE_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+// ---------------------------------------------------------------------------- scalar vocabulary
+// What the rules below are written in; vec.h has the same words for lanes.
+FASTPRUNE_INLINE float absolute(float x) { return fabsf(x); }
+FASTPRUNE_INLINE float square_root(float x) { return sqrtf(x); }
+FASTPRUNE_INLINE float select(bool condition, float yes, float no) { return condition ? yes : no; }
+FASTPRUNE_INLINE float as_float(std::uint32_t x) { return static_cast<float>(x); }
+FASTPRUNE_INLINE float whole_part(float x) { return truncf(x); }
+
+FASTPRUNE_INLINE std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+FASTPRUNE_INLINE float float_of(std::uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+#if defined(__CUDACC__)
+FASTPRUNE_INLINE float to_float(float x) { return x; }
+FASTPRUNE_INLINE float to_float(bf16 x) {
+  return float_of(static_cast<std::uint32_t>(x.bits) << 16);
+}
+FASTPRUNE_INLINE float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+// To nearest, ties to even.
+FASTPRUNE_INLINE void round_to(float x, float& y) { y = x; }
+FASTPRUNE_INLINE void round_to(float x, bf16& y) {
+  y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+FASTPRUNE_INLINE void round_to(float x, f16& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
+#endif
 
 // ---------------------------------------------------------------------------- taylor
 // The score of one weight. h is the diagonal Fisher estimate, or x for activation.
