@@ -1,0 +1,49 @@
+"""Numbers for people: one spelling for tables on the terminal and in reports."""
+
+import math
+
+
+def count(n: float) -> str:
+    """134515008 → 134.5 M"""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(n) >= limit:
+            return f"{n / limit:.4g} {unit}"
+    return f"{n:,.0f}"
+
+
+def size(n_bytes: float) -> str:
+    """536870912 → 512 MiB"""
+    for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if abs(n_bytes) >= 1024**exponent:
+            return f"{n_bytes / 1024**exponent:.3g} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """0.034 → 34 ms; 75.2 → 1 min 15 s"""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def percent(fraction: float) -> str:
+    """0.2 → 20.0 %"""
+    return f"{100 * fraction:.1f} %"
+
+
+def perplexity(value: float | None) -> str:
+    """22.5534 → 22.55; — where it was not measured"""
+    if value is None:
+        return "—"
+    return f"{value:.2f}" if value < 1e5 or not math.isfinite(value) else f"{value:.2e}"
+
+
+def factor(before: float | None, after: float | None) -> str:
+    """How many times `after` is `before`: ×1.42; — where either is missing."""
+    if not before or after is None:
+        return "—"
+    return f"×{after / before:.3g}"
