@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ def _remove_stale(directory: Path) -> None:
 
 def _save_dequantised(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import modeling_gguf_pytorch_utils as reader
 
+    # its progress bar does not listen to the library's own switch
+    reader.tqdm = partial(reader.tqdm, disable=True)
     source, name = str(path.parent), path.name
     try:
         with quiet_libraries():
