@@ -5,15 +5,13 @@ answers at once. Exit status: 0 done, 1 unexpected error, 2 bad input or usage, 
 met, 4 numerical trouble, 130 interrupted.
 """
 
-import dataclasses
 import difflib
-import json
 import logging
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -25,16 +23,17 @@ from fastprune.config import CommonConfig, apply
 from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
 from fastprune.progress import console
+from fastprune.report.run import write_json
 
 log = logging.getLogger("fastprune")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Command:
     """`config`, `run` and `show` are "module:name", imported when the command is called.
 
-    `run` takes the configuration and returns a mapping or dataclass that JSON can hold; `show`
-    prints that on stdout. A command without `show` prints its own output while it runs.
+    `run` takes the configuration and returns a mapping, a dataclass, or an object with `to_dict`;
+    `show` prints that on stdout. A command without `show` prints its own output while it runs.
     """
 
     summary: str
@@ -46,7 +45,7 @@ class Command:
 COMMANDS = {
     "prune": Command(
         "remove KV groups and MLP channels, measure the result, write a checkpoint",
-        "fastprune.prune.pipeline:PruneConfig",
+        "fastprune.prune.config:PruneConfig",
         "fastprune.prune.pipeline:run_prune",
         "fastprune.report.tables:show_prune",
     ),
@@ -113,10 +112,10 @@ def _call(command: Command, config: CommonConfig) -> None:
     result = _load(command.run)(config)
     if hasattr(result, "to_dict"):
         result = result.to_dict()
-    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
-        result = dataclasses.asdict(result)
+    elif is_dataclass(result) and not isinstance(result, type):
+        result = asdict(result)
     if config.json is not None:
-        _write_json(config.json, result)
+        write_json(config.json, result)
     if command.show is not None and not config.quiet:
         _load(command.show)(result)
 
@@ -186,17 +185,3 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"--json {path}: is a folder; name a file")
     if not os.access(path.absolute().parent, os.W_OK):
         raise InputError(f"--json {path}: its folder does not exist or cannot be written")
-
-
-def _write_json(path: Path, result: Any) -> None:
-    """Whole or not at all: written beside, then renamed."""
-    text = json.dumps(result, indent=2, default=str) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -12,14 +12,16 @@ import io
 import re
 import types
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_type_hints
 
 import tyro
 import yaml
 from tyro.conf import FlagConversionOff, PositionalMetavarFromFieldName
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from fastprune.config import CommonConfig
 from fastprune.errors import InputError
 
 C = TypeVar("C")
@@ -63,7 +65,7 @@ def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     return dataclasses.replace(
         spec,
         is_instance=lambda value: value is None or spec.is_instance(value),
-        str_from_instance=lambda v: ["none"] if v is None else spec.str_from_instance(v),
+        str_from_instance=lambda v: [] if v is None else spec.str_from_instance(v),
     )
 
 
@@ -102,12 +104,38 @@ def parse(config_class: type[C], args: Sequence[str], prog: str) -> C:
     Raises InputError with one line for any usage error, SystemExit(0) after printing `--help`.
     """
     args, file = _take_config(args)
-    target: Any = config_class if file is None else _with_defaults(config_class, file, prog)
+    values = {} if file is None else _read_config(config_class, file, prog)
     about = inspect.getdoc(config_class) or ""
     about += "\n\nAny of these may also stand in a YAML file: --config FILE."
-    config = _tyro(target, args, prog, about, markers=(PositionalMetavarFromFieldName,))
-    config.__class__ = config_class  # not the throw-away subclass that carried the defaults
+    markers = (PositionalMetavarFromFieldName,)
+    config = _tyro(_presented(config_class, values), args, prog, about, markers)
+    config.__class__ = config_class  # not the throw-away subclass
     return config
+
+
+def _presented(config_class: type[C], values: dict[str, Any]) -> type[C]:
+    """A throw-away subclass for one parse: `values` as defaults, the common options listed last."""
+    hints = get_type_hints(config_class, include_extras=True)
+    members = []
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        default, factory = field.default, field.default_factory
+        if field.name in values:
+            default, factory = dataclasses.MISSING, partial(values.get, field.name)
+        hint = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=_default_hint)]
+        copy: Any = dataclasses.field(default=default, default_factory=factory)
+        members.append((field.name, hint, copy))
+    shown = dataclasses.make_dataclass(
+        config_class.__name__, members, bases=(config_class,), kw_only=True
+    )
+    fields = shown.__dataclass_fields__  # its order is that of the help text
+    common = {field.name for field in dataclasses.fields(CommonConfig)}
+    shown.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda item: item[0] in common))
+    return shown
+
+
+def _default_hint(default: str) -> str:
+    """What the help text says of a default; nothing where leaving the option out says it all."""
+    return "" if default in ("", "''", "False") else f"(default: {default})"
 
 
 def _take_config(args: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -127,8 +155,8 @@ def _take_config(args: Sequence[str]) -> tuple[list[str], Path | None]:
     return rest, file
 
 
-def _with_defaults(config_class: type[C], file: Path, prog: str) -> type[C]:
-    """`config_class` with the values in `file` as its defaults.
+def _read_config(config_class: type, file: Path, prog: str) -> dict[str, Any]:
+    """The options that the YAML `file` sets, by field name.
 
     The values go through the same parser as flags, so they are checked and converted alike.
     """
@@ -141,7 +169,7 @@ def _with_defaults(config_class: type[C], file: Path, prog: str) -> type[C]:
     if not isinstance(values, dict):
         raise InputError(f"--config {file}: must hold `option: value` lines")
 
-    known = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(config_class)}
     args: list[str] = []
     names: list[str] = []
     for key, value in values.items():
@@ -163,14 +191,7 @@ def _with_defaults(config_class: type[C], file: Path, prog: str) -> type[C]:
     except InputError as error:
         raise InputError(f"--config {file}: {error}") from error
 
-    hints = get_type_hints(config_class, include_extras=True)
-    defaults = [
-        (name, hints[name], dataclasses.field(default_factory=lambda v=getattr(parsed, name): v))
-        for name in names
-    ]
-    return dataclasses.make_dataclass(
-        config_class.__name__, defaults, bases=(config_class,), kw_only=True
-    )
+    return {name: getattr(parsed, name) for name in names}
 
 
 def _tyro(
@@ -202,7 +223,8 @@ def _usage_error(framed: str, prog: str) -> str:
     end = next((n for n, row in enumerate(rows) if row.startswith("──")), len(rows))
     text = _one_line(" ".join(rows[1:end])).removeprefix("Error parsing ").rstrip(".")
     if title == "Required options":
-        text = "missing " + text.removeprefix(f"Missing from {prog}: ").removesuffix(" (required)")
+        name, _, about = text.removeprefix(f"Missing from {prog}: ").partition(" ")
+        text = f"missing {name} ({about.removesuffix(' (required)')})"
     suggestion = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(rows[end + 1 :]))
     if suggestion:
         text += f"; did you mean {suggestion[1]}?"

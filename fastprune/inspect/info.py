@@ -1,16 +1,13 @@
-"""What is installed and what can run: the first thing to look at when something is slow or missing."""
+"""What is installed and what can run: look here first when something is slow or missing."""
 
-import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from fastprune.config import CommonConfig
 from fastprune.kernels import backend
-
-PACKAGES = ("fastprune", "torch", "transformers", "peft", "safetensors", "gguf")
+from fastprune.report.run import versions
 
 
 @dataclass(kw_only=True)
@@ -21,23 +18,11 @@ class InfoConfig(CommonConfig):
 def run_info(config: InfoConfig) -> dict[str, Any]:
     """Versions, backends and devices as plain data."""
     return {
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions(),
         "kernels": backend.report(),
         "devices": [_device(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Installed versions of the packages a result depends on; None where one is missing."""
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _device(index: int) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _figure(before: list[dict[str, Any]], kept: list[dict[str, Any]]) -> dict[st
     rows = max((size["kv_heads"] for size in before), default=0)
     cell = CELL if rows <= 8 else max(3, 8 * CELL / rows)
     top = 18
-    bars_top = top + rows * cell + 30
+    bars_top = top + rows * cell + 36
     cells, bars, ticks = [], [], []
     step = 1 if len(before) <= 40 else 5
     for i, (size, layer) in enumerate(zip(before, kept, strict=True)):

@@ -1,0 +1,84 @@
+"""Results on the terminal: one function per command, plain tables on stdout."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastprune.report import format
+
+
+def show_prune(result: dict[str, Any]) -> None:
+    """Parameters, perplexity and the shape of every layer, before and after."""
+    out = Console()
+    params = result["params"]
+    table = _table("", "before", "after", "change")
+    for name, key in (("parameters", ""), ("in the blocks", "block_")):
+        before, after = params[f"{key}before"], params[f"{key}after"]
+        change = f"−{format.percent(1 - after / before)}"
+        table.add_row(name, format.count(before), format.count(after), change)
+    for p in result["perplexity"]:
+        name = f"perplexity, {p['text']}, {p['windows']} × {p['seq_len']}"
+        change = format.factor(p["before"], p["after"])
+        row = (format.perplexity(p["before"]), format.perplexity(p["after"]), change)
+        table.add_row(Text(name), *row)
+    out.print(_layers(result["layers"]), table, sep="\n")
+    if "out" in result:
+        out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
+        out.print(Text(f"report      {result['out']}/fastprune/report.html"), soft_wrap=True)
+
+
+def _layers(layers: list[dict[str, Any]]) -> Table:
+    """One row per run of equal layers, with the query:KV ratio that pruning must preserve."""
+    table = _table("layers", "query : KV heads", "ratio", "channels")
+    shapes = [
+        tuple((layer[f"{k}_before"], layer[k]) for k in ("query_heads", "kv_heads", "channels"))
+        for layer in layers
+    ]
+    first = 0
+    for i, shape in enumerate(shapes):
+        if i + 1 < len(shapes) and shapes[i + 1] == shape:
+            continue
+        (q0, q), (k0, k), (c0, c) = shape
+        name = str(first) if first == i else f"{first}–{i}"
+        ratio = f"{q // k} : 1" if k else "—"
+        table.add_row(name, f"{q0} : {k0} → {q} : {k}", ratio, f"{c0} → {c}")
+        first = i + 1
+    return table
+
+
+def show_eval(result: dict[str, Any]) -> None:
+    """Perplexity with the window it was measured at, speed and memory."""
+    table = _table("", "")
+    table.add_row("perplexity", format.perplexity(result["perplexity"]))
+    table.add_row("windows", f"{result['windows']} × {result['seq_len']} tokens")
+    table.add_row("speed", f"{result['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("time", format.duration(result["seconds"]))
+    table.add_row("peak memory", format.size(result["peak_memory_bytes"]))
+    Console().print(table)
+
+
+def show_info(result: dict[str, Any]) -> None:
+    """Versions, kernels and devices, one to a line."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in result["versions"].items():
+        table.add_row(name, Text(value))
+    table.add_row("threads", str(result["threads"]))
+    for name, value in result["kernels"].items():
+        table.add_row(name, Text(str(value)))
+    for device in result["devices"]:
+        memory = format.size(device["memory_bytes"])
+        table.add_row(
+            f"cuda:{device['index']}",
+            Text(f"{device['name']}, {memory}, compute capability {device['capability']}"),
+        )
+    Console().print(table)
+
+
+def _table(*columns: str) -> Table:
+    """Names to the left, figures to the right, no frame."""
+    table = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
