@@ -1,0 +1,213 @@
+"""Perplexity in non-overlapping windows, and the loss it rests on.
+
+Logits of a long window are large (1024 tokens of a 128,000-word vocabulary: 0.5 GB in fp32), so the
+head is applied to a few tokens at a time and the logits of a window never stand whole.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.config import CommonConfig
+from fastprune.data.text import BUILTIN, eval_windows, load_documents, token_stream
+from fastprune.errors import InputError
+from fastprune.models.load import load_model
+from fastprune.progress import track
+
+CHUNK_LOGITS = 2**24
+"""Logits computed at a time: 64 MB in fp32, large enough to keep a device busy."""
+BATCH_TOKENS = 2048
+"""Tokens in one forward pass where no batch size is given."""
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config fields of families whose logits are not simply the head's output."""
+IGNORED = -100
+"""Label of a token that is not scored."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and everything that must be said with it."""
+
+    perplexity: float
+    tokens: int
+    """tokens scored: windows * (seq_len - 1)"""
+    seq_len: int
+    windows: int
+    seconds: float
+    tokens_per_second: float
+    """tokens read (windows * seq_len) per second"""
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The fields as JSON knows them."""
+        return asdict(self)
+
+
+@dataclass(kw_only=True)
+class EvalConfig(CommonConfig):
+    """Measure perplexity, speed and memory of a model."""
+
+    model: str
+    """Hugging Face folder, hub id, .gguf file, or smollm2-135m"""
+    text: str = BUILTIN
+    """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:pydocs"""
+    seq_len: int = 1024
+    """tokens per window"""
+    windows: int = 16
+    """number of windows, from the start of the text; fewer where the text is shorter"""
+    batch_size: int | None = None
+    """windows per forward pass (default: about 2048 tokens)"""
+    allow_pickle: bool = False
+    """read a pickled .bin file; it can run any code it contains"""
+
+
+def run_eval(config: EvalConfig) -> Perplexity:
+    """Load the model and the text that `config` names and measure. Raises InputError."""
+    documents = load_documents(config.text)
+    model, tokenizer = load_model(
+        config.model, dtype=config.dtype, device=config.device, allow_pickle=config.allow_pickle
+    )
+    windows = text_windows(tokenizer, documents, config.seq_len, config.windows)
+    return evaluate(model, windows, batch_size=config.batch_size)
+
+
+def text_windows(tokenizer: Any, documents: list[str], seq_len: int, windows: int) -> Tensor:
+    """The first `windows` windows (n, seq_len) of `documents`; n is less for a short text."""
+    stream = token_stream(tokenizer, documents, limit=max(seq_len, 1) * max(windows, 1))
+    return eval_windows(stream, seq_len, windows)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch_size: int | None = None,
+    description: str = "evaluating",
+) -> Perplexity:
+    """Perplexity of `model` on the token ids `windows` (n, s); the first of each is not scored.
+
+    exp of the mean negative log-likelihood over all n * (s - 1) scored tokens, summed in float64.
+    Not a number, or infinite, when the model's output is: the caller decides what that means.
+    """
+    n, seq_len = windows.shape
+    device = next(model.parameters()).device
+    batch_size = batch_size or max(1, BATCH_TOKENS // seq_len)
+    decoder, head = decoder_and_head(model)
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    start = time.perf_counter()
+    try:
+        batches = windows.split(batch_size)
+        for batch in track(batches, description):
+            ids = batch.to(device)
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            total += chunked_loss(hidden, head, ids)[0]
+    finally:
+        model.train(training)
+    tokens = n * (seq_len - 1)
+    mean = total.item() / tokens  # waits for the device, so the clock below is right
+    seconds = time.perf_counter() - start
+    return Perplexity(
+        perplexity=_exp(mean),
+        tokens=tokens,
+        seq_len=seq_len,
+        windows=n,
+        seconds=seconds,
+        tokens_per_second=n * seq_len / seconds,
+        peak_memory_bytes=peak_memory_bytes(device),
+    )
+
+
+def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The part of a causal language model up to the final norm, and its output layer.
+
+    Works through a PEFT wrapper. Raises InputError for models whose logits need more than that.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for field in SCALED_LOGITS:
+        if getattr(inner.config, field, None) is not None:
+            raise InputError(
+                f"models of type '{inner.config.model_type}' scale their logits ({field}), "
+                "which this measurement does not support"
+            )
+    return inner.base_model, inner.get_output_embeddings()
+
+
+def chunked_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, int]:
+    """Summed negative log-likelihood, float64 scalar, and the number of tokens it sums over.
+
+    `hidden` (n, s, h) are final hidden states, `labels` (n, s) the token ids themselves: position t
+    predicts label t+1. Labels of -100 are not scored.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    count = 0
+    for states, targets, _ in _chunks(hidden, head, labels):
+        logits = head(states).float()
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        total += losses.double().sum()
+        count += len(targets)
+    return total, count
+
+
+@torch.no_grad()
+def loss_and_hidden_grad(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss, fp32 scalar, and its gradient with respect to `hidden` (n, s, h), same dtype.
+
+    Labels as in `chunked_loss`. The gradient of a chunk is (softmax - one hot) @ W, taken while the
+    chunk's logits are at hand, so nothing of vocabulary size outlives its chunk. The head's own
+    gradient is not computed. With no scored token the loss is 0 and so is the gradient.
+    """
+    grad = torch.zeros_like(hidden)
+    flat = grad.view(-1, hidden.shape[-1])
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    count = max(1, int((labels[:, 1:] != IGNORED).sum()))
+    for states, targets, rows in _chunks(hidden, head, labels):
+        logits = head(states).float()
+        normaliser = logits.logsumexp(-1)
+        picked = logits.gather(1, targets[:, None])[:, 0]
+        total += (normaliser - picked).double().sum()
+        probabilities = logits.sub_(normaliser[:, None]).exp_()
+        probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
+        flat[rows] = probabilities.div_(count).to(head.weight.dtype) @ head.weight
+    return (total / count).float(), grad
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory use so far: of the CUDA device's allocator, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _chunks(
+    hidden: Tensor, head: nn.Module, labels: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Scored positions, some at a time: hidden states (c, h), targets (c,), flat positions (c,)."""
+    seq_len = hidden.shape[1]
+    scored = (labels[:, 1:] != IGNORED).to(hidden.device)
+    row, column = scored.nonzero(as_tuple=True)
+    states = hidden.reshape(-1, hidden.shape[-1])
+    targets = labels.to(hidden.device)[row, column + 1]
+    size = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    positions = row * seq_len + column
+    for rows, chosen in zip(positions.split(size), targets.split(size), strict=True):
+        yield states[rows], chosen, rows
+
+
+def _exp(mean: float) -> float:
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
