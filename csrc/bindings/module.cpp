@@ -1,0 +1,216 @@
+// The Python face of the kernels, and the only C++ that knows Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/dlpack.h"
+#include "core/check.h"
+#include "core/ops.h"
+#include "cpu/level.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using fastprune::Device;
+using fastprune::DeviceType;
+using fastprune::Tensor;
+using fastprune::dlpack::TensorList;
+
+namespace {
+
+#if defined(FASTPRUNE_WITH_CUDA)
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
+// Runs the op's CPU or CUDA function on the device, without the GIL. A backend that is not
+// compiled is not named, hence the macro.
+#if defined(FASTPRUNE_WITH_CUDA)
+#define RUN_ON(device, function, params)                                                    \
+  do {                                                                                      \
+    const bool on_cuda = (device).type == DeviceType::cuda;                                 \
+    void* stream = on_cuda ? fastprune::dlpack::current_stream(device) : nullptr;           \
+    py::gil_scoped_release nogil;                                                           \
+    on_cuda ? fastprune::cuda::function(params, stream) : fastprune::cpu::function(params); \
+  } while (0)
+#define WORKSPACE(device, function, ...)                                      \
+  ((device).type == DeviceType::cuda ? fastprune::cuda::function(__VA_ARGS__) \
+                                     : fastprune::cpu::function(__VA_ARGS__))
+#else
+#define RUN_ON(device, function, params)                            \
+  do {                                                              \
+    fastprune::require((device).type == DeviceType::cpu, #function, \
+                       ": the CUDA kernels are not compiled in");   \
+    py::gil_scoped_release nogil;                                   \
+    fastprune::cpu::function(params);                               \
+  } while (0)
+#define WORKSPACE(device, function, ...) \
+  (static_cast<void>(device), fastprune::cpu::function(__VA_ARGS__))
+#endif
+
+// ---------------------------------------------------------------------------- taylor
+fastprune::Score score_named(const std::string& kind) {
+  using fastprune::Score;
+  if (kind == "first") return Score::first;
+  if (kind == "second") return Score::second;
+  if (kind == "mix") return Score::mix;
+  if (kind == "vector") return Score::vector;
+  if (kind == "l1") return Score::l1;
+  if (kind == "l2") return Score::l2;
+  fastprune::require(kind == "activation", "taylor: kind '", kind, "' is unknown");
+  return Score::activation;
+}
+
+std::int64_t taylor_workspace(Tensor w) {
+  return WORKSPACE(w.device, taylor_workspace, w.rows(), w.cols());
+}
+
+void taylor(const std::string& kind, Tensor w, Tensor g, Tensor h, Tensor x, Tensor rows,
+            Tensor cols, Tensor workspace) {
+  const fastprune::TaylorParams p{score_named(kind), w, g, h, x, rows, cols, workspace};
+  RUN_ON(w.device, taylor, p);
+}
+
+// ---------------------------------------------------------------------------- gather
+fastprune::GatherParams gather_params(const TensorList& src, const TensorList& index,
+                                      const std::vector<int>& dims, const TensorList& dst) {
+  const std::size_t n = src.views.size();
+  fastprune::require(index.views.size() == n && dims.size() == n && dst.views.size() == n,
+                     "gather: the lists have different lengths");
+  fastprune::GatherParams p;
+  p.items.reserve(n);
+  for (std::size_t i = 0; i < n; ++i)
+    p.items.push_back({src.views[i], index.views[i], dims[i], dst.views[i]});
+  return p;
+}
+
+std::int64_t gather_workspace([[maybe_unused]] const TensorList& src,
+                              [[maybe_unused]] const TensorList& index,
+                              [[maybe_unused]] const std::vector<int>& dims,
+                              [[maybe_unused]] const TensorList& dst) {
+#if defined(FASTPRUNE_WITH_CUDA)
+  if (!src.views.empty() && src.views[0].device.type == DeviceType::cuda)
+    return fastprune::cuda::gather_workspace(gather_params(src, index, dims, dst).items);
+#endif
+  return 0;
+}
+
+void gather(const TensorList& src, const TensorList& index, const std::vector<int>& dims,
+            const TensorList& dst, Tensor workspace) {
+  fastprune::GatherParams p = gather_params(src, index, dims, dst);
+  p.workspace = workspace;
+  if (!p.items.empty()) RUN_ON(p.items[0].src.device, gather, p);
+}
+
+// ---------------------------------------------------------------------------- scan
+std::int64_t scan_workspace(const TensorList& tensors) {
+  const Device device = tensors.views.empty() ? Device{} : tensors.views[0].device;
+  return WORKSPACE(device, scan_workspace, tensors.views);
+}
+
+void scan(const TensorList& tensors, Tensor out, Tensor workspace) {
+  const fastprune::ScanParams p{tensors.views, out, workspace};
+  RUN_ON(out.device, scan, p);
+}
+
+// ---------------------------------------------------------------------------- adamw
+fastprune::Master master_named(const std::string& mode) {
+  using fastprune::Master;
+  if (mode == "none") return Master::none;
+  if (mode == "fp32") return Master::fp32;
+  fastprune::require(mode == "stochastic", "adamw: master '", mode, "' is unknown");
+  return Master::stochastic;
+}
+
+std::int64_t adamw_workspace(const TensorList& params) {
+  std::vector<fastprune::AdamWItem> items(params.views.size());
+  for (std::size_t i = 0; i < items.size(); ++i) items[i].w = params.views[i];
+  const Device device = items.empty() ? Device{} : items[0].w.device;
+  return WORKSPACE(device, adamw_workspace, items);
+}
+
+// One step over borrowed tensors: valid while the caller holds them, that is, within one
+// optimizer step. Parameters without a gradient (None) are left out.
+class AdamWStep {
+ public:
+  AdamWStep(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+            const TensorList& exp_avg_sqs, const TensorList& masters,
+            const std::vector<int>& group_of, const std::vector<std::vector<double>>& groups,
+            Tensor steps, Tensor stats, Tensor total, Tensor control, Tensor workspace,
+            double max_norm, const std::string& master, std::uint64_t seed, double growth,
+            double backoff, std::int64_t interval) {
+    const std::size_t n = params.views.size();
+    fastprune::require(grads.views.size() == n && exp_avgs.views.size() == n &&
+                           exp_avg_sqs.views.size() == n && masters.views.size() == n &&
+                           group_of.size() == n,
+                       "adamw: the lists have different lengths");
+    p_.items.reserve(n);
+    for (std::size_t i = 0; i < n; ++i) {
+      if (!grads.views[i].present()) continue;
+      p_.items.push_back({params.views[i], grads.views[i], exp_avgs.views[i], exp_avg_sqs.views[i],
+                          masters.views[i], group_of[i], std::int64_t(i)});
+    }
+    for (const auto& g : groups) {
+      fastprune::require(g.size() == 5, "adamw: a group has lr, beta1, beta2, eps, weight_decay");
+      p_.groups.push_back({g[0], g[1], g[2], g[3], g[4]});
+    }
+    p_.steps = steps;
+    p_.stats = stats;
+    p_.total = total;
+    p_.control = control;
+    p_.workspace = workspace;
+    p_.max_norm = max_norm;
+    p_.master = master_named(master);
+    p_.seed = seed;
+    p_.growth = growth;
+    p_.backoff = backoff;
+    p_.interval = interval;
+  }
+
+  void norms() const { RUN_ON(p_.total.device, adamw_norms, p_); }
+  void update() const { RUN_ON(p_.total.device, adamw_update, p_); }
+
+ private:
+  fastprune::AdamWParams p_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of fastprune; fastprune.kernels.ops is their only caller.";
+  m.attr("with_cuda") = kWithCuda;
+
+  m.def("connect", &fastprune::dlpack::connect, "tensor_type"_a, "exchange_api"_a);
+  m.def(
+      "set_parallel_for",
+      [](std::uintptr_t function) {
+        fastprune::cpu::set_parallel_for(reinterpret_cast<fastprune::cpu::ParallelFor>(function));
+      },
+      "function"_a, "Address of torch_parallel_for, or 0 to run on the calling thread.");
+  m.def("cpu_levels", &fastprune::cpu::usable_levels);
+  m.def("cpu_level", [] { return std::string(fastprune::cpu::level().name); });
+  m.def("set_cpu_level", &fastprune::cpu::choose_level, "name"_a);
+#if defined(FASTPRUNE_WITH_CUDA)
+  m.def("cuda_unavailable_reason", &fastprune::cuda::unavailable_reason);
+#else
+  m.def("cuda_unavailable_reason", [] { return "the CUDA kernels are not compiled in"; });
+#endif
+
+  m.def("taylor_workspace", &taylor_workspace, "w"_a);
+  m.def("taylor", &taylor, "kind"_a, "w"_a, "g"_a, "h"_a, "x"_a, "rows"_a, "cols"_a, "workspace"_a);
+  m.def("gather_workspace", &gather_workspace, "src"_a, "index"_a, "dims"_a, "dst"_a);
+  m.def("gather", &gather, "src"_a, "index"_a, "dims"_a, "dst"_a, "workspace"_a);
+  m.def("scan_workspace", &scan_workspace, "tensors"_a);
+  m.def("scan", &scan, "tensors"_a, "out"_a, "workspace"_a);
+  m.def("adamw_workspace", &adamw_workspace, "params"_a);
+  py::class_<AdamWStep>(m, "AdamWStep")
+      .def(py::init<const TensorList&, const TensorList&, const TensorList&, const TensorList&,
+                    const TensorList&, const std::vector<int>&,
+                    const std::vector<std::vector<double>>&, Tensor, Tensor, Tensor, Tensor, Tensor,
+                    double, const std::string&, std::uint64_t, double, double, std::int64_t>(),
+           "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "masters"_a, "group_of"_a,
+           "groups"_a, "steps"_a, "stats"_a, "total"_a, "control"_a, "workspace"_a, "max_norm"_a,
+           "master"_a, "seed"_a, "growth"_a, "backoff"_a, "interval"_a)
+      .def("norms", &AdamWStep::norms)
+      .def("update", &AdamWStep::update);
+}

@@ -1,0 +1,155 @@
+// One parallel loop over blocks of output rows of all tensors. Kept rows are copied as runs of
+// adjacent rows; kept columns are picked by a shuffle plan made once per tensor.
+#include <cstring>
+
+#include "core/check.h"
+#include "cpu/level.h"
+#include "cpu/parallel.h"
+
+namespace fastprune::cpu {
+namespace {
+
+constexpr std::int64_t kTaskBytes = 256 * 1024;
+
+struct ColumnPlan {
+  ColumnGather gather{};
+  std::vector<std::int64_t> first, base;
+  std::vector<std::uint16_t> picks16;
+  std::vector<std::uint32_t> picks32;
+};
+
+// Elements of 8 bytes are moved as two of 4.
+std::vector<std::int64_t> as_pairs(const std::int64_t* index, std::int64_t kept) {
+  std::vector<std::int64_t> pairs;
+  pairs.reserve(std::size_t(2 * kept));
+  for (std::int64_t i = 0; i < kept; ++i) {
+    pairs.push_back(2 * index[i]);
+    pairs.push_back(2 * index[i] + 1);
+  }
+  return pairs;
+}
+
+template <class T>
+void plan_blocks(ColumnPlan& plan, std::vector<T>& picks, const std::int64_t* index,
+                 std::int64_t kept, std::int64_t in) {
+  const std::int64_t lanes = level().vector_bytes / std::int64_t(sizeof(T));
+  for (std::int64_t start = 0; start < kept; start += lanes) {
+    // The last block ends with the row: it may repeat outputs, and needs no tail.
+    const std::int64_t first = start + lanes <= kept ? start : kept - lanes;
+    const std::int64_t low = index[first], high = index[first + lanes - 1];
+    std::int64_t base = low + 2 * lanes <= in ? low : in - 2 * lanes;
+    if (high - base >= 2 * lanes) base = -1;
+    plan.first.push_back(first);
+    plan.base.push_back(base);
+    for (std::int64_t i = 0; i < lanes; ++i)
+      picks.push_back(base < 0 ? T(0) : T(index[first + i] - base));
+  }
+  plan.gather.blocks = std::int64_t(plan.first.size());
+  plan.gather.first = plan.first.data();
+  plan.gather.base = plan.base.data();
+  plan.gather.picks = picks.data();
+}
+
+// What one tensor needs, ready for any thread.
+struct Job {
+  const char* src = nullptr;
+  char* dst = nullptr;
+  std::int64_t rows = 0, src_stride = 0, row_bytes = 0;  // of the output; stride in bytes
+  const std::int64_t* index = nullptr;                   // kept rows, or kept columns
+  int item = 0;                                          // bytes of one element
+  bool columns = false, shuffled = false;
+  std::vector<std::int64_t> pairs;
+  ColumnPlan plan;
+  std::int64_t rows_per_task = 1, first_task = 0;
+};
+
+void prepare_columns(Job& job, const GatherItem& entry) {
+  std::int64_t kept = entry.index.shape[0], in = entry.src.shape[1];
+  if (job.item == 8) {
+    job.pairs = as_pairs(job.index, kept);
+    job.index = job.pairs.data();
+    job.item = 4;
+    kept *= 2;
+    in *= 2;
+  }
+  job.plan.gather.item_size = job.item;
+  job.plan.gather.kept = kept;
+  job.plan.gather.index = job.index;
+  const std::int64_t lanes = level().vector_bytes / job.item;
+  job.shuffled = job.item != 1 && kept >= lanes && in >= 2 * lanes;
+  if (!job.shuffled) return;
+  if (job.item == 4)
+    plan_blocks(job.plan, job.plan.picks32, job.index, kept, in);
+  else
+    plan_blocks(job.plan, job.plan.picks16, job.index, kept, in);
+}
+
+void prepare(Job& job, const GatherItem& entry) {
+  job.item = item_size(entry.src.dtype);
+  job.src = entry.src.as<const char>();
+  job.dst = entry.dst.as<char>();
+  job.rows = entry.dst.rows();
+  job.src_stride = entry.src.row_stride() * job.item;
+  job.row_bytes = entry.dst.cols() * job.item;
+  job.index = entry.index.as<const std::int64_t>();
+  job.columns = entry.dim == 1;
+  if (job.columns) prepare_columns(job, entry);
+  job.rows_per_task = job.row_bytes > 0 ? kTaskBytes / job.row_bytes : 0;
+  if (job.rows_per_task < 1) job.rows_per_task = 1;
+}
+
+void copy_rows(const Job& job, std::int64_t begin, std::int64_t end) {
+  const Level& loops = level();
+  const bool adjacent = job.src_stride == job.row_bytes;
+  for (std::int64_t r = begin; r < end;) {
+    std::int64_t run = 1;
+    while (adjacent && r + run < end && job.index[r + run] == job.index[r] + run) ++run;
+    loops.copy(job.dst + r * job.row_bytes, job.src + job.index[r] * job.src_stride,
+               run * job.row_bytes);
+    r += run;
+  }
+}
+
+void copy_columns(const Job& job, std::int64_t begin, std::int64_t end) {
+  const Level& loops = level();
+  for (std::int64_t r = begin; r < end; ++r) {
+    const char* from = job.src + r * job.src_stride;
+    char* to = job.dst + r * job.row_bytes;
+    if (job.shuffled) {
+      loops.gather_columns(job.plan.gather, from, to);
+      continue;
+    }
+    for (std::int64_t i = 0; i < job.plan.gather.kept; ++i)
+      std::memcpy(to + i * job.item, from + job.index[i] * job.item, std::size_t(job.item));
+  }
+}
+
+}  // namespace
+
+void gather(const GatherParams& p) {
+  check(p);
+  std::vector<Job> jobs;
+  jobs.reserve(p.items.size());
+  std::int64_t tasks = 0;
+  for (const GatherItem& entry : p.items) {
+    if (entry.dst.numel() == 0) continue;
+    Job& job = jobs.emplace_back();
+    prepare(job, entry);
+    job.first_task = tasks;
+    tasks += (job.rows + job.rows_per_task - 1) / job.rows_per_task;
+  }
+  for_each_task(tasks, [&](std::int64_t task) {
+    std::size_t low = 0, high = jobs.size();  // the last job that starts at or before the task
+    while (high - low > 1) {
+      const std::size_t middle = (low + high) / 2;
+      (jobs[middle].first_task <= task ? low : high) = middle;
+    }
+    const Job& job = jobs[low];
+    const std::int64_t begin = (task - job.first_task) * job.rows_per_task;
+    const std::int64_t left = job.rows - begin;
+    const std::int64_t end = begin + (left < job.rows_per_task ? left : job.rows_per_task);
+    job.columns ? copy_columns(job, begin, end) : copy_rows(job, begin, end);
+  });
+}
+
+}  // namespace fastprune::cpu

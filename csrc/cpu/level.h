@@ -1,0 +1,86 @@
+// The loops that are compiled once per instruction-set level, and the table that picks one.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/math.h"
+#include "core/ops.h"
+
+namespace fastprune::cpu {
+
+// Scores of a block of a matrix. Pointers are at its first element; row strides in elements.
+struct TaylorTile {
+  Score score;
+  DType dtype, h_dtype;   // of w and g; of h
+  const void *w, *g, *h;  // nullptr where the score does not read it
+  std::int64_t w_stride, g_stride, h_stride;
+  const float* x;
+  std::int64_t rows, cols;
+  float* row_sums;  // (rows,)
+  float* col_sums;  // (cols,)
+};
+
+// One block of a column gather: `lanes` outputs picked from two adjacent vectors at src + base.
+// base < 0: the columns are too far apart and are copied one by one.
+struct ColumnGather {
+  int item_size;              // 2 or 4
+  std::int64_t kept;          // columns kept, at least one vector
+  std::int64_t blocks;        // each one vector of outputs; the last may overlap its predecessor
+  const std::int64_t* first;  // (blocks,) first output column
+  const std::int64_t* base;   // (blocks,)
+  const void* picks;          // (blocks, lanes) of the item's width, in [0, 2 * lanes)
+  const std::int64_t* index;  // (kept,)
+};
+
+// Sums over one chunk of a tensor; moments, min and max over finite values.
+struct ScanPart {
+  double nan, inf, zeros, min, max, sum, squares;
+};
+
+struct NormPart {
+  double squares, nonfinite;
+};
+
+struct AdamWChunk {
+  void* w;
+  const void* g;
+  float *m, *v, *master;
+  DType w_dtype, g_dtype;
+  std::int64_t n;
+  Master mode;
+  AdamWFactors factors;
+  std::uint32_t first, key;  // random bits: low index of the first element, key of the tensor
+};
+
+struct Level {
+  const char* name;
+  int vector_bytes;
+  void (*taylor_tile)(const TaylorTile&);
+  // out[c] = sum over r of partials[r * stride + c], by a fixed tree; partials is overwritten.
+  void (*sum_rows)(float* partials, std::int64_t rows, std::int64_t stride, std::int64_t cols,
+                   float* out);
+  void (*copy)(void* dst, const void* src, std::int64_t bytes);
+  void (*gather_columns)(const ColumnGather&, const void* src, void* dst);
+  ScanPart (*scan_chunk)(DType, const void* x, std::int64_t n);
+  // Values further than `limit` from `mean`; non-finite values do not count.
+  std::int64_t (*count_outliers)(DType, const void* x, std::int64_t n, float mean, float limit);
+  NormPart (*norm_chunk)(DType, const void* g, std::int64_t n, float factor);
+  void (*adamw_chunk)(const AdamWChunk&);
+};
+
+#if defined(__x86_64__)
+extern const Level level_v2, level_v3, level_v4;
+#else
+extern const Level level_generic;
+#endif
+
+// Names of the levels this machine can run, lowest first.
+std::vector<std::string> usable_levels();
+// The level in use: the highest usable one until another is chosen.
+const Level& level();
+// Throws std::invalid_argument for a level this machine cannot run.
+void choose_level(const std::string& name);
+
+}  // namespace fastprune::cpu

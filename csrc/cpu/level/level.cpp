@@ -1,0 +1,30 @@
+// Compiled once per instruction-set level; FASTPRUNE_LEVEL is its name.
+#include "cpu/level.h"
+
+#include "cpu/level/adamw.h"
+#include "cpu/level/gather.h"
+#include "cpu/level/scan.h"
+#include "cpu/level/taylor.h"
+
+#define FASTPRUNE_TEXT(x) #x
+#define FASTPRUNE_NAME(x) FASTPRUNE_TEXT(x)
+#define FASTPRUNE_GLUE(a, b) a##b
+#define FASTPRUNE_TABLE(x) FASTPRUNE_GLUE(level_, x)
+
+namespace fastprune::cpu {
+
+extern const Level FASTPRUNE_TABLE(FASTPRUNE_LEVEL);
+const Level FASTPRUNE_TABLE(FASTPRUNE_LEVEL) = {
+    FASTPRUNE_NAME(FASTPRUNE_LEVEL),
+    kVectorBytes,
+    taylor_tile,
+    sum_rows,
+    copy,
+    gather_columns,
+    scan_chunk,
+    count_outliers,
+    norm_chunk,
+    adamw_chunk,
+};
+
+}  // namespace fastprune::cpu
