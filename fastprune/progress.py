@@ -78,11 +78,12 @@ def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator
 def _announced(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
     start = time.monotonic()
     announced = False
-    for done, item in enumerate(iterable):
-        if not announced and time.monotonic() - start > DELAY:
-            log.info("%s: %d of %s", description, done, "?" if total is None else total)
-            announced = True
+    for done, item in enumerate(iterable, start=1):
         yield item
+        if not announced and time.monotonic() - start > DELAY:
+            whole = "" if total is None else f" of {total}"
+            log.info("%s: %d%s so far", description, done, whole)
+            announced = True
 
 
 @contextmanager
@@ -90,8 +91,7 @@ def stage(description: str) -> Iterator[None]:
     """Show `description` while the body, one long step without a count, runs.
 
     On a terminal a spinner appears after DELAY seconds; elsewhere one plain log line does.
-    Bars of `track` may run inside: the spinner gives way only to the end of its body, so nest one
-    only around steps that have no bar of their own.
+    Only one display can be live: do not put it around steps that have a bar of their own.
     """
     if not _shown():
         yield

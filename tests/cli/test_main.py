@@ -1,0 +1,153 @@
+"""The command line's manners: exit statuses, one line on stderr, the JSON file, quick help."""
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from fastprune import cli
+from fastprune.config import CommonConfig
+from fastprune.errors import GateError, InputError, NumericalError
+
+ERRORS = {
+    "input": InputError("the model\nis not there"),
+    "gate": GateError("too bad"),
+    "numerical": NumericalError("not finite"),
+    "bug": KeyError("oops"),
+    "stop": KeyboardInterrupt(),
+}
+
+
+@dataclass(kw_only=True)
+class EchoConfig(CommonConfig):
+    """Give back a word, or fail as told."""
+
+    word: str = "hello"
+    """the word"""
+    fail: str | None = None
+    """how to fail"""
+
+
+def run_echo(config: EchoConfig) -> dict[str, object]:
+    logging.getLogger("fastprune").info("echoing")
+    if config.fail:
+        raise ERRORS[config.fail]
+    return {"word": config.word}
+
+
+def show_echo(result: dict[str, object]) -> None:
+    print("the word is", result["word"])
+
+
+@pytest.fixture(autouse=True)
+def echo(monkeypatch):
+    here = __name__
+    command = cli.Command("echo", f"{here}:EchoConfig", f"{here}:run_echo", f"{here}:show_echo")
+    monkeypatch.setitem(cli.COMMANDS, "echo", command)
+
+
+@pytest.fixture(autouse=True)
+def restored_logging():
+    """main() sets up logging for a process; a test must not leave that behind."""
+    log, warnings = logging.getLogger("fastprune"), logging.getLogger("py.warnings")
+    before = log.handlers[:], log.level, log.propagate, warnings.handlers[:]
+    yield
+    log.handlers, log.level, log.propagate, warnings.handlers = before
+    logging.captureWarnings(False)
+
+
+def test_a_command_prints_its_result(capsys):
+    assert cli.main(["echo", "--word", "yes"]) == 0
+    assert capsys.readouterr().out == "the word is yes\n"
+
+
+def test_quiet_prints_nothing(capsys):
+    assert cli.main(["echo", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("fail", "status", "line"),
+    [
+        ("input", 2, "fastprune: error: the model is not there"),
+        ("gate", 3, "fastprune: error: too bad"),
+        ("numerical", 4, "fastprune: error: not finite"),
+        ("stop", 130, "fastprune: interrupted"),
+        ("bug", 1, "fastprune: error: KeyError: 'oops' (unexpected; run again with --verbose"),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(capsys, tmp_path, fail, status, line):
+    file = tmp_path / "out.json"
+    assert cli.main(["echo", "--quiet", "--fail", fail, "--json", str(file)]) == status
+    captured = capsys.readouterr()
+    assert captured.err.startswith(line)
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verbose_shows_the_traceback(capsys):
+    assert cli.main(["echo", "--fail", "bug", "--verbose"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["ecko"], "no command 'ecko'; did you mean echo?"),
+        (["zzz"], "no command 'zzz'; one of "),
+        (["echo", "--words", "x"], "did you mean --word?"),
+        (["echo", "--threads", "0"], "--threads 0: must be at least 1"),
+        (["echo", "--json", "missing/out.json"], "its folder does not exist"),
+        (["echo", "--json", "."], "is a folder; name a file"),
+    ],
+)
+def test_usage_errors(capsys, args, words):
+    assert cli.main(args) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_json_is_written_whole(tmp_path):
+    file = tmp_path / "out.json"
+    file.write_text("old")
+    assert cli.main(["echo", "--json", str(file)]) == 0
+    assert json.loads(file.read_text()) == {"word": "hello"}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_overview_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert name in text
+        assert command.summary in text
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "echo"])
+def test_every_command_exists(name, capsys):
+    """Each row of the table leads to a real configuration and real functions."""
+    command = cli.COMMANDS[name]
+    assert callable(cli._load(command.run))
+    assert command.show is None or callable(cli._load(command.show))
+    assert cli.main([name, "--help"]) == 0
+    assert f"usage: fastprune {name}" in capsys.readouterr().out
+
+
+def test_help_does_not_load_torch():
+    code = "import sys, fastprune.cli as c; c.main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("False\n"), done.stderr
+
+
+def test_python_m_fastprune():
+    command = [sys.executable, "-m", "fastprune", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fastprune: error: no command 'nothing'")
