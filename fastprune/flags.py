@@ -216,23 +216,30 @@ def _tyro(
 
 
 def _usage_error(framed: str, prog: str) -> str:
-    """One line out of tyro's box: its first paragraph and the flag it suggests, if any."""
-    rows = [row.strip("│ ") for row in _uncoloured(framed).splitlines()]
-    rows = [row for row in rows if row and not row.startswith("╰")]
-    title = rows[0].strip("╭─╮ ") if rows else ""
-    end = next((n for n, row in enumerate(rows) if row.startswith("──")), len(rows))
-    text = _one_line(" ".join(rows[1:end])).removeprefix("Error parsing ").rstrip(".")
+    """One line out of tyro's box: its first paragraph and the flag it suggests, if any.
+
+    The box is drawn with lines or, where stdout is not UTF-8, with dashes: title, rule, paragraphs.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", framed)
+    rows = [row.strip("╭╮╰╯│─ ") for row in plain.splitlines()]
+    paragraphs: list[list[str]] = [[]]
+    for row in rows:
+        if row.strip("-"):
+            paragraphs[-1].append(row)
+        elif paragraphs[-1]:
+            paragraphs.append([])
+    if "─" in plain:  # the title shares its row with the rule
+        paragraphs.insert(0, [paragraphs[0].pop(0)])
+    title, text, *rest = (_one_line(" ".join(rows)) for rows in [*paragraphs, [""]])
+
+    text = text.removeprefix("Error parsing ").rstrip(".")
     if title == "Required options":
         name, _, about = text.removeprefix(f"Missing from {prog}: ").partition(" ")
         text = f"missing {name} ({about.removesuffix(' (required)')})"
-    suggestion = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(rows[end + 1 :]))
+    suggestion = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(rest))
     if suggestion:
         text += f"; did you mean {suggestion[1]}?"
     return f"{text}; see {prog} --help"
-
-
-def _uncoloured(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def _one_line(text: str) -> str:

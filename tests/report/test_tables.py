@@ -1,0 +1,54 @@
+"""What the commands print on the terminal."""
+
+from fastprune.report.tables import show_eval, show_prune
+
+
+def layer(index, kv_heads, channels):
+    return {
+        "index": index,
+        "query_heads": 3 * kv_heads,
+        "kv_heads": kv_heads,
+        "channels": channels,
+        "query_heads_before": 9,
+        "kv_heads_before": 3,
+        "channels_before": 1536,
+    }
+
+
+def test_prune(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    show_prune(
+        {
+            "params": {"before": 2000, "after": 1800, "block_before": 1000, "block_after": 800},
+            "perplexity": [
+                {"text": "[a].txt", "seq_len": 128, "windows": 64, "before": 20.0, "after": 30.0}
+            ],
+            "layers": [layer(0, 2, 1400), layer(1, 2, 1400), layer(2, 0, 0)],
+            "out": "runs/x",
+        }
+    )
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "0–1 9 : 3 → 6 : 2 3 : 1 1536 → 1400" in lines
+    assert "2 9 : 3 → 0 : 0 — 1536 → 0" in lines
+    assert "parameters 2,000 1,800 −10.0 %" in lines
+    assert "in the blocks 1,000 800 −20.0 %" in lines
+    assert "perplexity, [a].txt, 64 × 128 20.00 30.00 ×1.5" in lines
+    assert "report runs/x/fastprune/report.html" in lines
+
+
+def test_eval(capsys):
+    show_eval(
+        {
+            "perplexity": 22.5534,
+            "tokens": 16368,
+            "seq_len": 1024,
+            "windows": 16,
+            "seconds": 30.0,
+            "tokens_per_second": 545.6,
+            "peak_memory_bytes": 3 * 1024**3,
+        }
+    )
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "perplexity 22.55" in lines
+    assert "windows 16 × 1024 tokens" in lines
+    assert "peak memory 3 GiB" in lines
