@@ -23,6 +23,7 @@ from fastprune.config import CommonConfig, apply
 from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
 from fastprune.progress import console
+from fastprune.progress import log as progress_log
 from fastprune.report.run import write_json
 
 log = logging.getLogger("fastprune")
@@ -156,8 +157,11 @@ def _complain(message: str, verbose: bool) -> None:
 
 
 def _log_to_stderr(config: CommonConfig) -> None:
-    """One handler, shared with the progress bars; libraries speak only under --verbose."""
-    level = logging.ERROR if config.quiet else logging.DEBUG if config.verbose else logging.INFO
+    """Progress and warnings by default, everything under --verbose, errors only under --quiet.
+
+    The logger itself stays at INFO, for the run log of commands that keep one.
+    """
+    console.quiet = config.quiet
     if console.is_terminal:
         handler: logging.Handler = RichHandler(
             console=console, show_time=False, show_level=False, show_path=False
@@ -165,8 +169,12 @@ def _log_to_stderr(config: CommonConfig) -> None:
     else:
         handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    if config.quiet:
+        handler.setLevel(logging.ERROR)
+    elif not config.verbose:
+        handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name == progress_log.name)
     log.handlers = [handler]
-    log.setLevel(level)
+    log.setLevel(logging.DEBUG if config.verbose else logging.INFO)
     log.propagate = False
 
     logging.captureWarnings(True)

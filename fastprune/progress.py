@@ -1,7 +1,8 @@
 """What a long step shows while it runs: a bar on a terminal, a log line elsewhere.
 
-Nothing appears before DELAY seconds, so quick steps stay silent. Everything goes to stderr through
-the console below, which the log handler shares: bars and log lines never overwrite each other.
+Nothing appears before DELAY seconds, so quick steps stay silent. Bars go to stderr through the
+console below, which the log handler shares, so that the two never overwrite each other;
+`console.quiet = True` silences them.
 """
 
 import logging
@@ -26,12 +27,7 @@ T = TypeVar("T")
 
 DELAY = 2.0  # seconds before anything is shown
 console = Console(stderr=True)
-log = logging.getLogger("fastprune")
-
-
-def _shown() -> bool:
-    """Quiet means the logger lets no INFO through; the same switch silences the bars."""
-    return log.isEnabledFor(logging.INFO)
+log = logging.getLogger("fastprune.progress")
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -42,7 +38,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    if not _shown():
+    if console.quiet:
         yield from iterable
     elif console.is_terminal:
         yield from _bar(iterable, description, total)
@@ -93,7 +89,7 @@ def stage(description: str) -> Iterator[None]:
     On a terminal a spinner appears after DELAY seconds; elsewhere one plain log line does.
     Only one display can be live: do not put it around steps that have a bar of their own.
     """
-    if not _shown():
+    if console.quiet:
         yield
         return
     progress = Progress(

@@ -32,7 +32,9 @@ class EchoConfig(CommonConfig):
 
 
 def run_echo(config: EchoConfig) -> dict[str, object]:
-    logging.getLogger("fastprune").info("echoing")
+    log = logging.getLogger("fastprune")
+    log.info("echoing")
+    log.warning("take care")
     if config.fail:
         raise ERRORS[config.fail]
     return {"word": config.word}
@@ -50,8 +52,9 @@ def echo(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def restored_logging():
+def restored_logging(monkeypatch):
     """main() sets up logging for a process; a test must not leave that behind."""
+    monkeypatch.setattr(cli.console, "quiet", False)
     log, warnings = logging.getLogger("fastprune"), logging.getLogger("py.warnings")
     before = log.handlers[:], log.level, log.propagate, warnings.handlers[:]
     yield
@@ -61,7 +64,12 @@ def restored_logging():
 
 def test_a_command_prints_its_result(capsys):
     assert cli.main(["echo", "--word", "yes"]) == 0
-    assert capsys.readouterr().out == "the word is yes\n"
+    assert capsys.readouterr() == ("the word is yes\n", "take care\n")
+
+
+def test_verbose_logs_every_step(capsys):
+    assert cli.main(["echo", "--verbose"]) == 0
+    assert capsys.readouterr().err == "echoing\ntake care\n"
 
 
 def test_quiet_prints_nothing(capsys):

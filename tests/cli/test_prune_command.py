@@ -1,0 +1,230 @@
+"""`fastprune prune` end to end on a tiny model: what it writes, and how it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TEXT, VOCABULARY, tiny_checkpoint, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from fastprune import cli
+from fastprune.prune import pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT * 40)
+    return file
+
+
+@pytest.fixture
+def prune(model, text, tmp_path, capsys):
+    """Run the command with small settings; returns (status, stdout, stderr)."""
+
+    def run(*flags: str, source: Path | str = model, out: Path | None = tmp_path / "out"):
+        args = ["prune", str(source), *(["--out", str(out)] if out else [])]
+        args += ["--calib", str(text), "--calib-samples", "4", "--calib-seq-len", "32"]
+        args += ["--eval", str(text), "--eval-seq-len", "32", "--eval-windows", "2"]
+        status = cli.main([*args, *flags])
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(prune, tmp_path):
+    """Run the command and check that it refused: one line on stderr, nothing written."""
+
+    def run(*flags: str, status: int = 2, **options) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        got, stdout, stderr = prune(*flags, **options)
+        assert (got, stdout) == (status, "")
+        assert stderr.startswith("fastprune: error: ")
+        assert stderr.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return stderr
+
+    return run
+
+
+def test_it_writes_a_checkpoint_and_its_records(prune, tmp_path):
+    status, stdout, _ = prune("--ratio", "0.3", "--json", str(tmp_path / "result.json"))
+    assert status == 0
+    out = tmp_path / "out"
+    metrics = json.loads((out / "fastprune" / "metrics.json").read_text())
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["params"] == metrics["params"]
+    assert metrics["ratio"]["requested"] == pytest.approx(0.3, abs=1e-4)  # a whole parameter count
+    for key in ("before", "after"):
+        assert metrics["perplexity"][0][key] > 1
+        assert f"{metrics['perplexity'][0][key]:.2f}" in stdout
+    stages = {"load", "score", "plan", "surgery", "evaluate", "save", "total"}
+    assert stages <= set(metrics["seconds"])
+    assert {"plan.json", "report.html", "run.log"} <= {
+        p.name for p in (out / "fastprune").iterdir()
+    }
+    assert (out / "tokenizer.json").is_file()
+
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert sum(p.numel() for p in loaded.parameters()) == metrics["params"]["after"]
+
+
+def test_a_dry_run_writes_the_plan_that_prune_applies(prune, tmp_path):
+    assert prune("--ratio", "0.3", "--dry-run", out=tmp_path / "dry")[0] == 0
+    assert not list((tmp_path / "dry").glob("*.safetensors"))
+    plan = tmp_path / "dry" / "fastprune" / "plan.json"
+    assert prune("--plan", str(plan), out=tmp_path / "out")[0] == 0
+    applied = tmp_path / "out" / "fastprune" / "plan.json"
+    assert json.loads(applied.read_text()) == json.loads(plan.read_text())
+
+
+def test_a_config_file(prune, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("ratio: 0.9\nimportance: magnitude-l2\ncalib-samples: 3\n")
+    assert prune("--config", str(file), "--ratio", "0.2")[0] == 0
+    settings = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())["settings"]
+    assert (settings["ratio"], settings["importance"]) == (0.2, "magnitude-l2")
+    assert settings["calib_samples"] == 4, "flags override the file"
+
+
+class TestModel:
+    def test_missing_folder(self, refused, tmp_path):
+        assert "no such file or folder" in refused("--ratio", "0.2", source=tmp_path / "nowhere")
+
+    def test_not_a_model(self, refused, tmp_path):
+        (tmp_path / "folder").mkdir()
+        assert "config.json" in refused("--ratio", "0.2", source=tmp_path / "folder")
+
+    def test_unsupported_family(self, refused, tmp_path):
+        config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=VOCABULARY, n_positions=64)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+        tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+        assert "gpt2" in refused("--ratio", "0.2", source=tmp_path / "gpt2")
+
+    @pytest.mark.parametrize("damage", ["truncated", "corrupt", "missing"])
+    def test_damaged_weights(self, refused, tmp_path, damage):
+        folder = tiny_checkpoint(tmp_path / "damaged")
+        file = folder / "model.safetensors"
+        if damage == "missing":
+            file.unlink()
+        elif damage == "truncated":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        else:
+            file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+        assert "safetensors" in refused("--ratio", "0.2", source=folder)
+
+    def test_no_tokenizer(self, refused, tmp_path):
+        folder = tiny_checkpoint(tmp_path / "mute")
+        for file in folder.glob("token*"):
+            file.unlink()
+        assert "tokenizer" in refused("--ratio", "0.2", source=folder)
+
+    def test_weights_that_are_not_finite(self, refused, tmp_path):
+        folder = tiny_checkpoint(tmp_path / "sick")
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        refused("--ratio", "0.2", source=folder, status=4)
+
+
+class TestFlags:
+    @pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.5", "nan", "inf", "much", ""])
+    def test_ratio(self, refused, ratio):
+        assert "--ratio" in refused("--ratio", ratio)
+
+    def test_no_budget(self, refused):
+        assert "--ratio" in refused()
+
+    def test_a_ratio_that_empties_a_layer(self, refused):
+        assert "0.97" in refused("--ratio", "0.97")
+
+    @pytest.mark.parametrize(
+        ("flag", "value"),
+        [
+            ("--importance", "guess"),
+            ("--structures", "attention,nose"),
+            ("--layout", "round"),
+            ("--layers", "3"),
+            ("--layers", "7:9"),
+            ("--device", "tpu"),
+            ("--eval-windows", "0"),
+        ],
+    )
+    def test_unknown_values(self, refused, flag, value):
+        line = refused("--ratio", "0.2", flag, value)
+        assert flag.strip("-") in line
+
+    def test_no_out(self, refused):
+        assert "--out" in refused("--ratio", "0.2", out=None)
+
+
+class TestText:
+    @pytest.mark.parametrize("content", [b"", b"  \n", b"\x00\xff\xfe\x89PNG" * 100])
+    @pytest.mark.parametrize("flag", ["--calib", "--eval"])
+    def test_empty_or_binary(self, refused, tmp_path, flag, content):
+        file = tmp_path / "bad.txt"
+        file.write_bytes(content)
+        assert "bad.txt" in refused("--ratio", "0.2", flag, str(file))
+
+    def test_missing(self, refused, tmp_path):
+        assert "gone.txt" in refused("--ratio", "0.2", "--calib", str(tmp_path / "gone.txt"))
+
+    def test_too_short(self, refused, tmp_path):
+        (tmp_path / "short.txt").write_text("One sentence.")
+        refused("--ratio", "0.2", "--eval", str(tmp_path / "short.txt"))
+
+
+class TestOut:
+    def test_other_content_stays(self, refused, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("years of work")
+        assert "--overwrite" in refused("--ratio", "0.2")
+        assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+    def test_overwrite(self, prune, tmp_path):
+        assert prune("--ratio", "0.2")[0] == 0
+        assert prune("--ratio", "0.3")[0] == 2
+        assert prune("--ratio", "0.3", "--overwrite")[0] == 0
+        metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
+        assert metrics["settings"]["ratio"] == 0.3
+
+
+class TestPlan:
+    def test_for_another_model(self, prune, refused, tmp_path):
+        other = tiny_checkpoint(tmp_path / "other", layers=3)
+        assert prune("--ratio", "0.2", "--dry-run", source=other, out=tmp_path / "dry")[0] == 0
+        plan = tmp_path / "dry/fastprune/plan.json"
+        assert "another model" in refused("--plan", str(plan))
+
+    @pytest.mark.parametrize("content", ["", "{}", "[1, 2]", "{not json"])
+    def test_broken(self, refused, tmp_path, content):
+        (tmp_path / "plan.json").write_text(content)
+        assert "plan.json" in refused("--plan", str(tmp_path / "plan.json"))
+
+
+def test_a_gate_that_is_not_met(refused):
+    assert "gate" in refused("--ratio", "0.5", "--gate-ppl-ratio", "0.01", status=3)
+
+
+@pytest.mark.parametrize("stage", ["load_model", "make_plan", "apply_plan", "save_checkpoint"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_ctrl_c_leaves_nothing(prune, tmp_path, monkeypatch, stage, before):
+    real = getattr(pipeline, stage)
+
+    def interrupted(*args, **kwargs):
+        if not before:
+            real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, stage, interrupted)
+    status, stdout, stderr = prune("--ratio", "0.2")
+    assert (status, stdout, stderr) == (130, "", "fastprune: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
