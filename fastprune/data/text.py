@@ -46,17 +46,18 @@ PART_FIELDS = (
 log = logging.getLogger("fastprune")
 
 
-def load_documents(spec: str) -> list[str]:
+def load_documents(spec: str | Path) -> list[str]:
     """The documents that `spec` names, none of them blank, in the order of the sources.
 
     Raises InputError for a source that is missing, unreadable, binary, or empty.
     """
-    parts = [spec] if Path(spec).exists() else [part.strip() for part in spec.split(",")]
+    name = str(spec)
+    parts = [name] if name and Path(name).exists() else [part.strip() for part in name.split(",")]
     documents: list[str] = []
     for part in parts:
         found = [text for text in _source(part) if text.strip()]
         if not found:
-            raise InputError(f"{part or spec!r}: no text in it")
+            raise InputError(f"{part}: no text in it")
         documents.extend(found)
     return documents
 
@@ -130,6 +131,8 @@ def _tokenise(tokenizer: Any, text: str) -> Tensor:
 
 
 def _source(spec: str) -> Iterator[str]:
+    if not spec.strip():
+        raise InputError("an empty name stands where a text is expected")
     if spec == BUILTIN:
         return _pydocs()
     path = Path(spec).expanduser()
@@ -174,9 +177,10 @@ def _read(path: Path) -> str:
     if b"\0" in content:
         raise InputError(f"{path}: not text (it has zero bytes)")
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start} is wrong)") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # or line ends would count as tokens
 
 
 def _plain(path: Path) -> Iterator[str]:
