@@ -149,7 +149,7 @@ void check(const AdamWParams& p) {
   require_buffer(op, "steps", p.steps, DType::i64, 0, device);
   require_buffer(op, "stats", p.stats, DType::f64, 2 * slots, device);
   require_buffer(op, "total", p.total, DType::f64, 2, device);
-  require_buffer(op, "control", p.control, DType::f64, 3, device);
+  require_buffer(op, "control", p.control, DType::f64, kControlFields, device);
   require_buffer(op, "workspace", p.workspace, DType::u8, 0, device);
 }
 

@@ -116,6 +116,41 @@ FASTPRUNE_INLINE F adamw_weight(F w, F g, F& m, F& v, const AdamWFactors& f) {
   return w * F(f.decay) - F(f.step_size) * (m / denominator);
 }
 
+// AdamWParams::control after a step: a skip is counted, and the loss scale falls after it and
+// rises after `interval` sound steps.
+FASTPRUNE_INLINE void adapt_loss_scale(double* control, bool sound, double growth, double backoff,
+                                       std::int64_t interval) {
+  if (!sound) control[kSkippedSteps] += 1;
+  if (interval == 0) return;
+  control[kSoundSteps] = sound ? control[kSoundSteps] + 1 : 0;
+  if (!sound) {
+    control[kLossScale] *= backoff;
+  } else if (control[kSoundSteps] >= static_cast<double>(interval)) {
+    control[kLossScale] *= growth;
+    control[kSoundSteps] = 0;
+  }
+}
+
+// ---------------------------------------------------------------------------- scan
+// Completes a row that holds the counts, the extremes and numel by the sums over finite values.
+FASTPRUNE_INLINE void finish_scan_row(double sum, double squares, double* out) {
+  const double finite = out[kScanNumel] - out[kScanNan] - out[kScanInf];
+  out[kScanOutliers] = 0;
+  if (finite > 0) {
+    out[kScanAbsmax] = fmax(-out[kScanMin], out[kScanMax]);
+    out[kScanMean] = sum / finite;
+    out[kScanSecondMoment] = squares / finite;
+  } else {
+    out[kScanMin] = out[kScanMax] = out[kScanAbsmax] = NAN;
+    out[kScanMean] = out[kScanSecondMoment] = NAN;
+  }
+}
+
+// Outliers lie further than this from the mean.
+FASTPRUNE_INLINE double outlier_limit(const double* row) {
+  return 6.0 * sqrt(fmax(0.0, row[kScanSecondMoment] - row[kScanMean] * row[kScanMean]));
+}
+
 // ---------------------------------------------------------------------------- random bits
 // Counter-based: the bits depend on (seed, step, slot, index) only, never on threads or order.
 // A 32-bit finaliser with full avalanche (constants by C. Wellons, "lowbias32").

@@ -76,6 +76,8 @@ void check(const ScanParams& p);
 //   update: nothing if the step is unsound (see sound_step in math.h), else clip and update
 enum class Master : std::uint8_t { none, fp32, stochastic };
 
+enum ControlField : int { kLossScale, kSoundSteps, kSkippedSteps, kControlFields };
+
 struct AdamWGroup {  // hyperparameters
   double lr, beta1, beta2, eps, weight_decay;
 };
@@ -96,7 +98,7 @@ struct AdamWParams {
   Tensor stats;         // (slots, 2) f64: sum of squares, non-finite count; 0 for absent slots
   Tensor total;         // (2,) f64: the same over all items; between the passes the caller may
                         //   add in other devices' totals
-  Tensor control;       // (3,) f64: loss scale, sound steps since it changed, skipped steps
+  Tensor control;       // (kControlFields,) f64; sound steps count since the scale changed
   Tensor workspace;     // bytes (u8)
   double max_norm = 0;  // 0: no clipping
   Master master = Master::none;

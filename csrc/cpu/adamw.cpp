@@ -7,9 +7,6 @@
 namespace fastprune::cpu {
 namespace {
 
-// Columns of AdamWParams::control.
-enum : int { kLossScale, kSoundSteps, kSkipped };
-
 Chunks chunks_of(const std::vector<AdamWItem>& items) {
   Chunks chunks;
   for (const AdamWItem& item : items) chunks.add(item.w.numel());
@@ -17,19 +14,6 @@ Chunks chunks_of(const std::vector<AdamWItem>& items) {
 }
 
 float* at(const Tensor& t, std::int64_t i) { return t.present() ? t.as<float>() + i : nullptr; }
-
-void adapt_loss_scale(const AdamWParams& p, bool sound) {
-  double* control = p.control.as<double>();
-  if (!sound) control[kSkipped] += 1;
-  if (p.interval == 0) return;
-  control[kSoundSteps] = sound ? control[kSoundSteps] + 1 : 0;
-  if (!sound) {
-    control[kLossScale] *= p.backoff;
-  } else if (control[kSoundSteps] >= double(p.interval)) {
-    control[kLossScale] *= p.growth;
-    control[kSoundSteps] = 0;
-  }
-}
 
 }  // namespace
 
@@ -101,7 +85,7 @@ void adamw_update(const AdamWParams& p) {
       loops.adamw_chunk(chunk);
     });
   }
-  adapt_loss_scale(p, sound);
+  adapt_loss_scale(p.control.as<double>(), sound, p.growth, p.backoff, p.interval);
 }
 
 }  // namespace fastprune::cpu

@@ -10,8 +10,6 @@
 namespace fastprune::cpu {
 namespace {
 
-constexpr double kSigmas = 6;
-
 const void* at(const Tensor& t, std::int64_t i) {
   return t.as<const char>() + i * item_size(t.dtype);
 }
@@ -32,23 +30,13 @@ ScanPart combine(const ScanPart* parts, std::int64_t n) {
 }
 
 void write(const ScanPart& part, double numel, double* out) {
-  const double finite = numel - part.nan - part.inf;
-  const bool any = finite > 0;
   out[kScanNan] = part.nan;
   out[kScanInf] = part.inf;
   out[kScanZeros] = part.zeros;
-  out[kScanOutliers] = 0;
-  out[kScanMin] = any ? part.min : NAN;
-  out[kScanMax] = any ? part.max : NAN;
-  out[kScanAbsmax] = any ? std::fmax(-part.min, part.max) : NAN;
-  out[kScanMean] = any ? part.sum / finite : NAN;
-  out[kScanSecondMoment] = any ? part.squares / finite : NAN;
+  out[kScanMin] = part.min;
+  out[kScanMax] = part.max;
   out[kScanNumel] = numel;
-}
-
-double outlier_limit(const double* out) {
-  const double mean = out[kScanMean];
-  return kSigmas * std::sqrt(std::fmax(0.0, out[kScanSecondMoment] - mean * mean));
+  finish_scan_row(part.sum, part.squares, out);
 }
 
 bool reaches_beyond(const double* out, double limit) {

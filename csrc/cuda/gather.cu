@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/check.h"
 #include "cuda/launch.cuh"
 #include "cuda/multi_tensor.cuh"
 #include "cuda/reduce.cuh"
@@ -168,6 +169,7 @@ std::int64_t gather_workspace(const std::vector<GatherItem>& items) {
 }
 
 void gather(const GatherParams& p, void* stream_) {
+  check(p);
   if (p.items.empty()) return;
   const auto stream = static_cast<cudaStream_t>(stream_);
   const DeviceGuard guard(p.items.front().src.device);

@@ -6,6 +6,7 @@
 // them in ascending order. Tiles depend on the dtype only, so results do not depend on the card.
 #include <type_traits>
 
+#include "core/check.h"
 #include "core/math.h"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
@@ -283,6 +284,9 @@ std::int64_t taylor_workspace(std::int64_t out, std::int64_t in) {
 }
 
 void taylor(const TaylorParams& p, void* stream) {
+  check(p);
+  require(p.workspace.numel() >= taylor_workspace(p.w.rows(), p.w.cols()),
+          "taylor: workspace is too small");
   const DeviceGuard guard(p.w.device);
   dispatch_float(p.w.dtype, [&](auto type) {
     run_score<typename decltype(type)::type>(p, static_cast<cudaStream_t>(stream));

@@ -67,7 +67,68 @@ __device__ __forceinline__ T load_one(const T* p) {
   return one.elements[0];
 }
 
-inline bool aligned(const void* p, std::int64_t bytes) {
+template <class T>
+__device__ __forceinline__ void store_one(T value, T* p) {
+  Pack<T, 1> one;
+  one.elements[0] = value;
+  one.store(p);
+}
+
+// A block of kThreads takes a chunk of n elements in stripes of kThreads * N. In each stripe a
+// thread has N elements: side by side where memory is aligned to them, else one in every kThreads,
+// so that single accesses of a warp are still consecutive.
+template <int kThreads, int N, bool kAligned>
+struct Stripes {
+  static constexpr int kLength = kThreads * N;
+  static constexpr int kStep = kAligned ? 1 : kThreads;
+
+  int first;  // the thread's first element in the first stripe
+  int n;
+
+  __device__ __forceinline__ explicit Stripes(int n_)
+      : first(static_cast<int>(threadIdx.x) * (kAligned ? N : 1)), n(n_) {}
+
+  __device__ __forceinline__ int whole() const { return n / kLength; }
+
+  // Position in the chunk of the thread's k-th element of a stripe.
+  __device__ __forceinline__ int at(int stripe, int k) const {
+    return stripe * kLength + first + k * kStep;
+  }
+
+  // visit(i) for the thread's elements from a stripe on to the end of the chunk, one by one.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_from(int stripe, Visit visit) const {
+    for (int begin = stripe * kLength + first; begin < n; begin += kLength) {
+#pragma unroll 1
+      for (int k = 0; k < N && begin + k * kStep < n; ++k) visit(begin + k * kStep);
+    }
+  }
+
+  // chunk: (n,) T; the stripe is whole
+  template <class T>
+  __device__ __forceinline__ Pack<T, N> load(const T* chunk, int stripe) const {
+    Pack<T, N> values;
+    if constexpr (kAligned) {
+      values.load(chunk + at(stripe, 0));
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) values.elements[k] = load_one(chunk + at(stripe, k));
+    }
+    return values;
+  }
+
+  template <class T>
+  __device__ __forceinline__ void store(const Pack<T, N>& values, T* chunk, int stripe) const {
+    if constexpr (kAligned) {
+      values.store(chunk + at(stripe, 0));
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) store_one(values.elements[k], chunk + at(stripe, k));
+    }
+  }
+};
+
+__host__ __device__ inline bool aligned(const void* p, std::int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(p) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
