@@ -167,6 +167,14 @@ class AdamWStep {
     p_.interval = interval;
   }
 
+  // Parameters whose gradient is not laid out like the weight.
+  std::vector<std::int64_t> misfits() const {
+    std::vector<std::int64_t> slots;
+    for (const auto& item : p_.items)
+      if (!item.g.same_layout(item.w)) slots.push_back(item.slot);
+    return slots;
+  }
+
   void norms() const { RUN_ON(p_.total.device, adamw_norms, p_); }
   void update() const { RUN_ON(p_.total.device, adamw_update, p_); }
 
@@ -211,6 +219,7 @@ PYBIND11_MODULE(_C, m) {
            "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "masters"_a, "group_of"_a,
            "groups"_a, "steps"_a, "stats"_a, "total"_a, "control"_a, "workspace"_a, "max_norm"_a,
            "master"_a, "seed"_a, "growth"_a, "backoff"_a, "interval"_a)
+      .def("misfits", &AdamWStep::misfits)
       .def("norms", &AdamWStep::norms)
       .def("update", &AdamWStep::update);
 }

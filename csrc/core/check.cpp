@@ -65,33 +65,36 @@ void check(const TaylorParams& p) {
 
 void check(const GatherParams& p) {
   constexpr const char* op = "gather";
+  std::int64_t number = 0;
   for (const GatherItem& item : p.items) {
     const Device device = p.items.front().src.device;
-    require(item_size(item.src.dtype) > 0, op, ": src has an unsupported dtype");
-    require_device(op, "src", item.src, device);
-    require_matrix(op, "src", item.src);
-    require(item.dim >= 0 && item.dim < item.src.ndim, op, ": dim is ", item.dim,
-            " for a tensor of shape ", describe_shape(item.src));
-    require(item.index.ndim == 1, op, ": index must have 1 dimension, not ",
+    require(item_size(item.src.dtype) > 0, op, ": tensor ", number, " has an unsupported dtype");
+    require_device(op, "a tensor", item.src, device);
+    require_matrix(op, "a tensor", item.src);
+    require(item.dim >= 0 && item.dim < item.src.ndim, op, ": dim is ", item.dim, " for tensor ",
+            number, " of shape ", describe_shape(item.src));
+    require(item.index.ndim == 1, op, ": index ", number, " must have 1 dimension, not ",
             describe_shape(item.index));
-    require_buffer(op, "index", item.index, DType::i64, 0, Device{});
+    require_buffer(op, "an index", item.index, DType::i64, 0, Device{});
     const std::int64_t length = item.src.shape[item.dim], kept = item.index.shape[0];
     std::int64_t previous = -1;
     for (std::int64_t i = 0; i < kept; ++i) {
       const std::int64_t now = item.index.as<std::int64_t>()[i];
-      require(now > previous, op, ": index must be ascending and non-negative, but ", now,
-              " follows ", previous);
+      require(now > previous, op, ": index ", number, " must be ascending and non-negative, but ",
+              now, " follows ", previous);
       previous = now;
     }
-    require(previous < length, op, ": index ", previous, " is beyond dimension ", item.dim,
-            " of a tensor of shape ", describe_shape(item.src));
-    require_dtype(op, "dst", item.dst, item.src.dtype);
-    require_device(op, "dst", item.dst, device);
+    require(previous < length, op, ": index ", number, " reaches ", previous, ", beyond dimension ",
+            item.dim, " of shape ", describe_shape(item.src));
+    require_dtype(op, "a result", item.dst, item.src.dtype);
+    require_device(op, "a result", item.dst, device);
     bool fits = item.dst.ndim == item.src.ndim && item.dst.contiguous();
     for (int d = 0; fits && d < item.src.ndim; ++d)
       fits = item.dst.shape[d] == (d == item.dim ? kept : item.src.shape[d]);
-    require(fits, op, ": dst has shape ", describe_shape(item.dst), ", which does not hold ", kept,
-            " entries along dimension ", item.dim, " of ", describe_shape(item.src));
+    require(fits, op, ": result ", number, " has shape ", describe_shape(item.dst),
+            ", which does not hold ", kept, " entries along dimension ", item.dim, " of ",
+            describe_shape(item.src));
+    ++number;
   }
 }
 

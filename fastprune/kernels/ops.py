@@ -1,0 +1,417 @@
+"""The kernels as eager functions, and as torch.ops.fastprune.* for traced programs.
+
+The functions here check their arguments (ValueError names the culprit), allocate results and
+workspaces, and call the compiled module, or reference.py where that does not serve the device.
+They are not differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fastprune.kernels import reference
+from fastprune.kernels.backend import compiled
+from fastprune.kernels.reference import KINDS, SCAN_FIELDS
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MASTERS = ("fp32", "stochastic", "none")
+_READS_G = ("first", "mix", "vector")
+_READS_H = ("second", "mix")
+
+
+class ScanResult(NamedTuple):
+    """Health of a tensor. Extremes and moments are over its finite values, NaN if there are none;
+    outliers lie further than 6 standard deviations from the mean."""
+
+    nan: int
+    inf: int
+    zeros: int
+    outliers: int
+    min: float
+    max: float
+    absmax: float
+    mean: float
+    second_moment: float
+    numel: int
+
+
+# ---------------------------------------------------------------------------- taylor
+
+
+def taylor(
+    w: Tensor,
+    g: Tensor | None = None,
+    h: Tensor | None = None,
+    *,
+    x: Tensor | None = None,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """Scores of the rows and columns of a weight in one pass over it.
+
+    Args:
+        w: weight (out, in), or (n,) which counts as (n, 1); float32, bfloat16 or float16.
+        g: gradient, like w.
+        h: diagonal Fisher estimate, like w (float32 also allowed); None means g * g.
+        x: norms of the input columns (in,), float32; kind "activation" only.
+        kind: per weight, first |w g|, second |w^2 h|, mix |w g - w^2 h / 2|, vector w g (signed),
+            l1 |w|, l2 w^2, activation |w| x.
+
+    Returns:
+        rows (out,) and cols (in,), float32: sums over columns and over rows, accumulated in
+        float32 in an order that depends on the shape only.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape, device or no memory.
+    """
+    _check_taylor(w, g, h, x, kind)
+    module = compiled(w.device)
+    if module is None:
+        return reference.taylor(w, g, h, x=x, kind=kind)
+    out, columns = w.shape[0], w.shape[1] if w.ndim == 2 else 1
+    # A vector is faster as one long row; its two results change places.
+    as_row = columns == 1 and kind != "activation"
+    shape = (1, out) if as_row else (out, columns)
+    w, g, h = (None if t is None else _inner_contiguous(t, shape) for t in (w, g, h))
+    rows = torch.empty(shape[0], dtype=torch.float32, device=w.device)
+    cols = torch.empty(shape[1], dtype=torch.float32, device=w.device)
+    workspace = _bytes(module.taylor_workspace(w), w.device)
+    module.taylor(kind, w, g, h, None if x is None else x.contiguous(), rows, cols, workspace)
+    return (cols, rows) if as_row else (rows, cols)
+
+
+def _check_taylor(
+    w: Tensor, g: Tensor | None, h: Tensor | None, x: Tensor | None, kind: str
+) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"taylor: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    _check_float("taylor", "w", w)
+    if w.ndim not in (1, 2):
+        raise ValueError(f"taylor: w must have 1 or 2 dimensions, not shape {tuple(w.shape)}")
+    needs_g = kind in _READS_G or (kind == "second" and h is None)
+    _check_presence("taylor", kind, "g", g, needs_g)
+    if h is not None or kind not in _READS_H:
+        _check_presence("taylor", kind, "h", h, kind in _READS_H)
+    _check_presence("taylor", kind, "x", x, kind == "activation")
+    for name, t, dtypes in (("g", g, (w.dtype,)), ("h", h, (w.dtype, torch.float32))):
+        if t is not None:
+            _check_tensor("taylor", name, t, dtypes, w.device, tuple(w.shape))
+    if x is not None:
+        columns = w.shape[1] if w.ndim == 2 else 1
+        _check_tensor("taylor", "x", x, (torch.float32,), w.device, (columns,))
+
+
+# ---------------------------------------------------------------------------- gather
+
+
+def gather(
+    tensors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    dims: Sequence[int],
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Kept rows or columns of many tensors in one parallel loop or launch.
+
+    Args:
+        tensors: 1-D or 2-D, any real dtype, all on one device.
+        indices: per tensor, the kept positions: int64 on the CPU, strictly ascending.
+        dims: per tensor, 0 (rows) or 1 (columns).
+        out: results to fill instead of new tensors: contiguous, of the right shapes.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape, device or no memory.
+    """
+    if not len(tensors) == len(indices) == len(dims):
+        raise ValueError(
+            f"gather: {len(tensors)} tensors, {len(indices)} indices and {len(dims)} dims differ"
+        )
+    if out is not None and len(out) != len(tensors):
+        raise ValueError(f"gather: {len(tensors)} tensors, but {len(out)} results to fill")
+    for number, (t, index, dim) in enumerate(zip(tensors, indices, dims)):
+        _check_gather(number, t, index, dim, tensors[0].device)
+    if not tensors:
+        return []
+    device = tensors[0].device
+    module = compiled(device)
+    if module is None:
+        for number, (t, index, dim) in enumerate(zip(tensors, indices, dims)):
+            _check_index(number, t, index, dim)
+        results = reference.gather(tensors, indices, dims)
+        if out is None:
+            return results
+        for result, filled in zip(results, out):
+            filled.copy_(result)
+        return list(out)
+    if out is None:
+        out = [_gathered(t, index, dim) for t, index, dim in zip(tensors, indices, dims)]
+    src = [_inner_contiguous(t, tuple(t.shape)) for t in tensors]
+    index = [i.contiguous() for i in indices]
+    dst, dims = list(out), list(dims)
+    size = module.gather_workspace(src, index, dims, dst)
+    module.gather(src, index, dims, dst, _bytes(size, device) if size else None)
+    torch.autograd.graph.increment_version(dst)
+    return dst
+
+
+def _check_gather(number: int, t: Tensor, index: Tensor, dim: int, device: torch.device) -> None:
+    _check_tensor("gather", f"tensor {number}", t, None, device, None)
+    _check_tensor("gather", f"index {number}", index, (torch.int64,), torch.device("cpu"), None)
+    if t.dtype.is_complex or t.is_quantized:
+        raise ValueError(f"gather: tensor {number} must be real, not {t.dtype}")
+    if t.ndim not in (1, 2) or not 0 <= dim < t.ndim:
+        raise ValueError(f"gather: dim is {dim} for tensor {number} of shape {tuple(t.shape)}")
+    if index.ndim != 1:
+        raise ValueError(f"gather: index {number} must have 1 dimension, not {tuple(index.shape)}")
+
+
+def _check_index(number: int, t: Tensor, index: Tensor, dim: int) -> None:
+    """What the compiled kernels check by themselves."""
+    if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= t.shape[dim]):
+        raise ValueError(
+            f"gather: index {number} reaches beyond dimension {dim} of shape {tuple(t.shape)}"
+        )
+    if not bool((index[1:] > index[:-1]).all()):
+        raise ValueError(f"gather: index {number} must be ascending")
+
+
+def _gathered(t: Tensor, index: Tensor, dim: int) -> Tensor:
+    shape = list(t.shape)
+    shape[dim] = index.shape[0]
+    return torch.empty(shape, dtype=t.dtype, device=t.device)
+
+
+# ---------------------------------------------------------------------------- scan
+
+
+def scan(x: Tensor) -> ScanResult:
+    """Health of one tensor in one pass. Waits for the device."""
+    return scan_all([x])[0]
+
+
+def scan_all(tensors: Sequence[Tensor]) -> list[ScanResult]:
+    """Health of tensors of one device in one go: one wait for the device.
+
+    Raises:
+        ValueError: a tensor is not float32, bfloat16 or float16, or is on another device.
+    """
+    for number, t in enumerate(tensors):
+        _check_float("scan", f"tensor {number}", t)
+        _check_tensor("scan", f"tensor {number}", t, None, tensors[0].device, None)
+    return [_scan_result(row) for row in _scan(list(tensors)).tolist()] if tensors else []
+
+
+def _scan(tensors: list[Tensor]) -> Tensor:
+    device = tensors[0].device
+    module = compiled(device)
+    if module is None:
+        return torch.stack([reference.scan(t) for t in tensors])
+    tensors = [_dense(t) for t in tensors]
+    out = torch.empty(len(tensors), SCAN_FIELDS, dtype=torch.float64, device=device)
+    module.scan(tensors, out, _bytes(module.scan_workspace(tensors), device))
+    return out
+
+
+def _scan_result(row: list[float]) -> ScanResult:
+    counts = [int(v) for v in row[:4]]
+    return ScanResult(*counts, *row[4:9], numel=int(row[9]))
+
+
+# ---------------------------------------------------------------------------- adamw
+
+
+def adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    exp_avgs: list[Tensor | None],
+    exp_avg_sqs: list[Tensor | None],
+    masters: list[Tensor | None],
+    group_of: list[int],
+    groups: list[list[float]],
+    *,
+    steps: Tensor,
+    stats: Tensor,
+    total: Tensor,
+    control: Tensor,
+    workspace: Tensor,
+    max_norm: float,
+    master: str,
+    seed: int = 0,
+    growth: float = 1.0,
+    backoff: float = 1.0,
+    interval: int = 0,
+) -> reference.AdamWStep:
+    """One optimizer step over tensors of one device, as an object with two passes.
+
+    Call norms(), then (after adding other processes' or devices' totals into `total`) update().
+    All tensors are changed in place; no pass waits for the device. Nothing is copied: the object
+    is valid as long as the caller holds the tensors, and is meant for one step.
+
+    Args:
+        params: n weights; float32, bfloat16 or float16; each fills one block of memory.
+        grads: n gradients laid out like the weights; None leaves a parameter out of this step.
+        exp_avgs, exp_avg_sqs: n moments, float32, laid out like the weights.
+        masters: n float32 weights where `master` is "fp32" and the weight is not float32, else None.
+        group_of: n indices into `groups`, which holds [lr, beta1, beta2, eps, weight_decay].
+        steps: (n,) int64, steps taken.
+        stats: (n, 2) float64, result: sum of squares (of finite values), non-finite count.
+        total: (2,) float64, result: the same over all parameters.
+        control: (3,) float64: loss scale, sound steps since it changed, skipped steps.
+        workspace: bytes, adamw_workspace(params) of them.
+        max_norm: clip the gradients' total norm; 0 does not clip.
+        master: "fp32", "stochastic" (rounding, drawn from seed, step, slot and index) or "none".
+        growth, backoff, interval: change of the loss scale after `interval` sound steps in a row,
+            and after a skipped one; interval 0 keeps it.
+    """
+    module = compiled(total.device)
+    step = reference.AdamWStep if module is None else module.AdamWStep
+    return step(
+        params, grads, exp_avgs, exp_avg_sqs, masters, group_of, groups, steps, stats, total,
+        control, workspace, max_norm, master, seed, growth, backoff, interval,
+    )  # fmt: skip
+
+
+def adamw_workspace(params: list[Tensor]) -> Tensor:
+    """A workspace for adamw_step over these parameters or any part of them."""
+    device = params[0].device
+    module = compiled(device)
+    return _bytes(0 if module is None else module.adamw_workspace(params), device)
+
+
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: Tensor,
+    stats: Tensor,
+    total: Tensor,
+    control: Tensor,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    max_norm: float = 0.0,
+    master: str = "none",
+    seed: int = 0,
+) -> None:
+    """A whole step with one set of hyperparameters, in place; see adamw_step for the tensors.
+
+    `masters` is empty where none are needed. fastprune.kernels.AdamW keeps all this for you.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape, device or no memory.
+    """
+    _check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, steps, stats, total, control)
+    if master not in MASTERS:
+        raise ValueError(f"adamw: master is {master!r}, expected one of {', '.join(MASTERS)}")
+    if not params:
+        return
+    step = adamw_step(
+        params, grads, exp_avgs, exp_avg_sqs, masters or [None] * len(params), [0] * len(params),
+        [[lr, beta1, beta2, eps, weight_decay]], steps=steps, stats=stats, total=total,
+        control=control, workspace=adamw_workspace(params), max_norm=max_norm, master=master,
+        seed=seed,
+    )  # fmt: skip
+    step.norms()
+    step.update()
+    torch.autograd.graph.increment_version(
+        [*params, *exp_avgs, *exp_avg_sqs, *masters, steps, stats, total, control]
+    )
+
+
+def _check_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: Tensor,
+    stats: Tensor,
+    total: Tensor,
+    control: Tensor,
+) -> None:
+    n, f32 = len(params), (torch.float32,)
+    lists = {
+        "grads": (grads, FLOATS),
+        "exp_avgs": (exp_avgs, f32),
+        "exp_avg_sqs": (exp_avg_sqs, f32),
+        "masters": (masters or [], f32),
+    }
+    for name, (tensors, _) in lists.items():
+        if len(tensors) != n and not (name == "masters" and not tensors):
+            raise ValueError(f"adamw: {n} params, but {len(tensors)} {name}")
+    for number, p in enumerate(params):
+        _check_float("adamw", f"params[{number}]", p)
+        for name, (tensors, dtypes) in lists.items():
+            if tensors:
+                _check_tensor(
+                    "adamw", f"{name}[{number}]", tensors[number], dtypes, p.device, tuple(p.shape)
+                )
+    device = params[0].device if n else total.device
+    f64 = (torch.float64,)
+    _check_tensor("adamw", "steps", steps, (torch.int64,), device, (n,))
+    _check_tensor("adamw", "stats", stats, f64, device, (n, 2))
+    _check_tensor("adamw", "total", total, f64, device, (2,))
+    _check_tensor("adamw", "control", control, f64, device, (3,))
+
+
+# ---------------------------------------------------------------------------- checks and layouts
+
+
+def _check_float(op: str, name: str, t: Tensor) -> None:
+    _check_tensor(op, name, t, FLOATS, None, None)
+
+
+def _check_presence(op: str, kind: str, name: str, t: Tensor | None, needed: bool) -> None:
+    if (t is not None) != needed:
+        raise ValueError(f"{op}: kind {kind!r} {'needs' if needed else 'does not use'} {name}")
+
+
+def _check_tensor(
+    op: str,
+    name: str,
+    t: Tensor,
+    dtypes: tuple[torch.dtype, ...] | None,
+    device: torch.device | None,
+    shape: tuple[int, ...] | None,
+) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, not {type(t).__name__}")
+    if isinstance(t, FakeTensor) or t.is_meta:
+        raise ValueError(f"{op}: {name} has no memory (a FakeTensor or meta tensor)")
+    if t.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, not {t.layout}")
+    if dtypes is not None and t.dtype not in dtypes:
+        expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{op}: {name} must be {expected}, not {t.dtype}")
+    if device is not None and t.device != device:
+        raise ValueError(f"{op}: {name} is on {t.device}, expected {device}")
+    if shape is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {shape}")
+
+
+def _inner_contiguous(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """t in `shape`, with inner stride 1; a copy only where t's strides or lazy sign ask for it."""
+    t = t.detach()
+    if t.is_neg():
+        t = t.resolve_neg()
+    if tuple(t.shape) != shape:
+        return t.reshape(shape).contiguous()
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def _dense(t: Tensor) -> Tensor:
+    t = t.detach().resolve_neg()
+    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+    return t if t.numel() == 0 or extent == t.numel() else t.contiguous()
+
+
+def _bytes(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)

@@ -1,0 +1,225 @@
+"""Every op in plain torch: what it means, the oracle of the tests, and the fallback.
+
+The fallback runs where the compiled module is missing or has no backend for the device. The
+`compute` argument lets a test ask for the same sums in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+KINDS = ("first", "second", "mix", "vector", "l1", "l2", "activation")
+SCAN_FIELDS = 10
+SIGMAS = 6.0
+_WORD = 0xFFFFFFFF
+
+
+def taylor(
+    w: Tensor,
+    g: Tensor | None = None,
+    h: Tensor | None = None,
+    *,
+    x: Tensor | None = None,
+    kind: str,
+    compute: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Sums of the per-weight scores of w (out, in): over columns (out,) and over rows (in,).
+
+    The terms are those of LLM-Pruner (arXiv 2305.11627).
+    """
+    w = _matrix(w, compute)
+    g = None if g is None else _matrix(g, compute)
+    if h is not None:
+        h = _matrix(h, compute)
+    elif g is not None:
+        h = g * g
+    if kind == "first":
+        terms = (w * g).abs()
+    elif kind == "second":
+        terms = (w * w * h).abs()
+    elif kind == "mix":
+        terms = (w * g - 0.5 * (w * w * h)).abs()
+    elif kind == "vector":
+        terms = w * g
+    elif kind == "l1":
+        terms = w.abs()
+    elif kind == "l2":
+        terms = w * w
+    else:
+        terms = w.abs() * x.to(compute)
+    return terms.sum(1), terms.sum(0)
+
+
+def gather(
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], dims: Sequence[int]
+) -> list[Tensor]:
+    """Selected rows (dim 0) or columns (dim 1) of each tensor."""
+    return [
+        t.detach().index_select(dim, index.to(t.device))
+        for t, index, dim in zip(tensors, indices, dims)
+    ]
+
+
+def scan(x: Tensor) -> Tensor:
+    """Health of a tensor as (SCAN_FIELDS,) float64, in the order of ops.ScanResult."""
+    x = x.detach().to(torch.float64).flatten()
+    finite = x[x.isfinite()]
+    counts = [x.isnan().sum(), x.isinf().sum(), (x == 0).sum()]
+    if finite.numel() == 0:
+        nan = x.new_full((), math.nan)
+        moments, outliers = [nan] * 5, x.new_zeros(())
+    else:
+        mean, second = finite.mean(), (finite * finite).mean()
+        sigma = (second - mean * mean).clamp(min=0).sqrt()
+        outliers = ((finite - mean).abs() > SIGMAS * sigma).sum()
+        moments = [finite.min(), finite.max(), finite.abs().max(), mean, second]
+    numel = x.new_full((), x.numel())
+    return torch.stack([v.to(torch.float64) for v in (*counts, outliers, *moments, numel)])
+
+
+class AdamWStep:
+    """One optimizer step in two passes; see fastprune.kernels.ops.adamw_step for the arguments.
+
+    norms() sums the squares and counts the non-finite values of the gradients; update() changes
+    weights, moments and counters, or only the counter of skipped steps. Neither waits for a device.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        exp_avgs: list[Tensor | None],
+        exp_avg_sqs: list[Tensor | None],
+        masters: list[Tensor | None],
+        group_of: list[int],
+        groups: list[list[float]],
+        steps: Tensor,
+        stats: Tensor,
+        total: Tensor,
+        control: Tensor,
+        workspace: Tensor,
+        max_norm: float,
+        master: str,
+        seed: int,
+        growth: float,
+        backoff: float,
+        interval: int,
+    ) -> None:
+        self.items = [
+            (slot, p, g, m, v, w32, groups[group])
+            for slot, (p, g, m, v, w32, group) in enumerate(
+                zip(params, grads, exp_avgs, exp_avg_sqs, masters, group_of)
+            )
+            if g is not None
+        ]
+        self.steps, self.stats, self.total, self.control = steps, stats, total, control
+        self.max_norm, self.master, self.seed = max_norm, master, seed
+        self.growth, self.backoff, self.interval = growth, backoff, interval
+
+    def misfits(self) -> list[int]:
+        """Parameters whose gradient is laid out differently; here that does not matter."""
+        return []
+
+    @torch.no_grad()
+    def norms(self) -> None:
+        self.stats.zero_()
+        unscale = self._factor(clip=False)
+        for slot, _, g, *_ in self.items:
+            g = g.float() * unscale
+            finite = g.isfinite()
+            self.stats[slot, 0] = g.where(finite, 0).double().square().sum()
+            self.stats[slot, 1] = (~finite).sum()
+        self.total.copy_(self.stats.sum(0))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        largest = torch.finfo(torch.float32).max
+        sound = (self.total[1] == 0) & (self.total[0] <= largest)
+        factor = self._factor(clip=True)
+        for slot, p, g, m, v, w32, (lr, beta1, beta2, eps, decay) in self.items:
+            step = self.steps[slot] + 1
+            correction1 = (lr / (1 - beta1 ** step.double())).float()
+            correction2 = (1 - beta2 ** step.double()).sqrt().float()
+            g = g.float() * factor
+            w = p.float() if w32 is None else w32
+            m_new = m + (1 - beta1) * (g - m)
+            v_new = beta2 * v + (1 - beta2) * (g * g)
+            denominator = v_new.sqrt() / correction2 + eps
+            w_new = w * (1 - lr * decay) - correction1 * (m_new / denominator)
+            if self.master == "stochastic" and p.dtype != torch.float32:
+                p_new = stochastic_round(w_new, p.dtype, self.seed, step, slot)
+            else:
+                p_new = w_new.to(p.dtype)
+            changes = [(p, p_new), (m, m_new), (v, v_new)]
+            if w32 is not None:
+                changes.append((w32, w_new))
+            for old, new in changes:
+                old.copy_(torch.where(sound, new, old))
+            self.steps[slot] += sound
+        self._adapt_loss_scale(sound)
+
+    def _factor(self, clip: bool) -> Tensor:
+        factor = self.total.new_ones(())
+        if clip and self.max_norm > 0:
+            factor = (self.max_norm / (self.total[0].sqrt() + 1e-6)).clamp(max=1.0)
+        return (factor / self.control[0]).float()
+
+    def _adapt_loss_scale(self, sound: Tensor) -> None:
+        scale, good, skipped = self.control.clone().unbind()
+        self.control[2] = skipped + ~sound
+        if self.interval == 0:
+            return
+        good = torch.where(sound, good + 1, 0.0)
+        grows = sound & (good >= self.interval)
+        factor = torch.where(sound, torch.where(grows, self.growth, 1.0), self.backoff)
+        self.control[0] = scale * factor
+        self.control[1] = torch.where(grows, 0.0, good)
+
+
+def _mix_bits(x: Tensor | int) -> Tensor | int:
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D & _WORD
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B & _WORD
+    return x ^ (x >> 16)
+
+
+def random_bits(seed: int, step: Tensor, slot: int, numel: int) -> Tensor:
+    """32 random bits per element as int64: a function of (seed, step, slot, index) only."""
+    key = _mix_bits((seed & _WORD) + 0x9E3779B9 & _WORD)
+    key = _mix_bits(key ^ (seed >> 32 & _WORD))
+    index = torch.arange(numel, device=step.device)
+    step_key = _mix_bits(_mix_bits(step ^ key) ^ slot)
+    keys = _mix_bits(step_key ^ (index >> 32))
+    return _mix_bits(_mix_bits((index & _WORD) ^ keys) + keys & _WORD)
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int, step: Tensor, slot: int) -> Tensor:
+    """Rounds float32 to a half-precision neighbour, up with the probability of the distance."""
+    random = random_bits(seed, step, slot, x.numel())
+    # Elements are numbered in memory order, which for a dense tensor is that of its strides.
+    flat = x.as_strided((x.numel(),), (1,))
+    bits = flat.view(torch.int32).long() & _WORD
+    if dtype == torch.bfloat16:
+        rounded = _float_of(bits + (random >> 16) & 0xFFFF0000)
+    else:
+        noise = random >> 19
+        normal = _float_of(bits + noise & 0xFFFFE000)
+        grid = flat.abs() * 2.0**24 + noise.float() * 2.0**-13
+        subnormal = (grid.trunc() * 2.0**-24).copysign(flat)
+        rounded = torch.where(flat.abs() < 2.0**-14, subnormal, normal)
+    rounded = torch.where(flat.isnan(), flat, rounded).to(dtype)
+    return rounded.as_strided(x.shape, x.stride())
+
+
+def _float_of(bits: Tensor) -> Tensor:
+    return torch.where(bits > 0x7FFFFFFF, bits - (1 << 32), bits).int().view(torch.float32)
+
+
+def _matrix(t: Tensor, compute: torch.dtype) -> Tensor:
+    t = t.detach().to(compute)
+    return t if t.ndim == 2 else t.unsqueeze(1)
