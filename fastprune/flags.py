@@ -121,10 +121,10 @@ def _presented(config_class: type[C], values: dict[str, Any]) -> type[C]:
         default, factory = field.default, field.default_factory
         if field.name in values:
             default, factory = dataclasses.MISSING, partial(values.get, field.name)
-        hint = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=_default_hint)]
+        hint: Any = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=_default_hint)]
         copy: Any = dataclasses.field(default=default, default_factory=factory)
         members.append((field.name, hint, copy))
-    shown = dataclasses.make_dataclass(
+    shown: Any = dataclasses.make_dataclass(
         config_class.__name__, members, bases=(config_class,), kw_only=True
     )
     fields = shown.__dataclass_fields__  # its order is that of the help text

@@ -87,7 +87,6 @@ def stage(description: str) -> Iterator[None]:
     """Show `description` while the body, one long step without a count, runs.
 
     On a terminal a spinner appears after DELAY seconds; elsewhere one plain log line does.
-    Only one display can be live: do not put it around steps that have a bar of their own.
     """
     if console.quiet:
         yield

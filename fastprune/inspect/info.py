@@ -1,12 +1,12 @@
 """What is installed and what can run: look here first when something is slow or missing."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from fastprune.config import CommonConfig
-from fastprune.kernels import backend
+from fastprune.kernels.backend import backends
 from fastprune.report.run import versions
 
 
@@ -19,7 +19,7 @@ def run_info(config: InfoConfig) -> dict[str, Any]:
     """Versions, backends and devices as plain data."""
     return {
         "versions": versions(),
-        "kernels": backend.report(),
+        "kernels": [asdict(found) for found in backends()],
         "devices": [_device(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
     }

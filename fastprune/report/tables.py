@@ -65,8 +65,9 @@ def show_info(result: dict[str, Any]) -> None:
     for name, value in result["versions"].items():
         table.add_row(name, Text(value))
     table.add_row("threads", str(result["threads"]))
-    for name, value in result["kernels"].items():
-        table.add_row(name, Text(str(value)))
+    for kernels in result["kernels"]:
+        words = ["on" if kernels["usable"] else "off", kernels["detail"], kernels["reason"]]
+        table.add_row(f"{kernels['name']} kernels", Text("; ".join(filter(None, words))))
     for device in result["devices"]:
         memory = format.size(device["memory_bytes"])
         table.add_row(
