@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import NumericalError
-from fastprune.inspect.perplexity import loss_and_hidden_grad
+from fastprune.inspect.perplexity import decoder_and_head, loss_and_hidden_grad
 from fastprune.kernels import ops
 from fastprune.models.families import (
     Slice,
@@ -96,6 +96,8 @@ def _reduce(
 ) -> Tensor:
     """Unit sums (units,) of one parameter's terms."""
     parameter = layer.get_parameter(s.name).detach()
+    if grad is not None:
+        parameter = parameter.to(grad.dtype)
     rows, columns = ops.taylor(parameter, grad, x=x, kind=kind)
     return (rows if s.dim == 0 else columns).double().view(-1, s.width).sum(1)
 
@@ -141,11 +143,11 @@ def _taylor(model: nn.Module, windows: Tensor, kind: str) -> Scores:
         ):
             for s in slices:
                 hooks[layer.get_parameter(s.name)] = reducer(total, layer, s)
-    head = model.get_output_embeddings()
+    decoder, head = decoder_and_head(model)
     with _only_gradients_of(model, hooks):
         for window in track(windows, "scoring"):
             ids = window[None].to(device)
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             _, gradient = loss_and_hidden_grad(hidden.detach(), head, ids)
             hidden.backward(gradient * scale)
     finish = torch.abs if kind == "vector" else torch.Tensor.clone
@@ -196,8 +198,9 @@ def input_norms(model: nn.Module, windows: Tensor) -> dict[nn.Module, Tensor]:
     ]
     try:
         device = next(model.parameters()).device
+        decoder, _ = decoder_and_head(model)
         for window in track(windows, "activations"):
-            model.model(input_ids=window[None].to(device), use_cache=False)
+            decoder(input_ids=window[None].to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

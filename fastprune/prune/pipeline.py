@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastprune.config import resolve_device
-from fastprune.data.text import eval_windows, load_documents, sample_windows, token_stream
+from fastprune.data.text import load_documents, sample_windows, token_stream
 from fastprune.errors import GateError, InputError
-from fastprune.inspect.perplexity import Perplexity, evaluate, peak_memory_bytes
+from fastprune.inspect.perplexity import Perplexity, evaluate, peak_memory_bytes, text_windows
 from fastprune.models.checkpoint import check_out, save_checkpoint, staged
 from fastprune.models.families import block_parameters, family_of, geometries
 from fastprune.models.load import load_model
@@ -158,15 +158,18 @@ def _target(config: PruneConfig, params: int, block: int) -> int | None:
 
 def _texts(config: PruneConfig, tokenizer: Any, *, calibrate: bool) -> tuple[Tensor, Tensor | None]:
     """Evaluation windows from the start of the text, calibration windows from what is not tested."""
-    stream = token_stream(tokenizer, load_documents(config.eval))
-    test = eval_windows(stream, config.eval_seq_len, config.eval_windows)
+    documents = load_documents(config.eval)
+    test = text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
     if not calibrate:
         return test, None
-    skip = test.numel()
-    if config.calib != config.eval:
-        stream, skip = token_stream(tokenizer, load_documents(config.calib)), 0
+    shared = config.calib == config.eval
+    stream = token_stream(tokenizer, documents if shared else load_documents(config.calib))
     return test, sample_windows(
-        stream, config.calib_seq_len, config.calib_samples, config.seed, skip=skip
+        stream,
+        config.calib_seq_len,
+        config.calib_samples,
+        config.seed,
+        skip=test.numel() if shared else 0,
     )
 
 

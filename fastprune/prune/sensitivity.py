@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError, NumericalError
-from fastprune.inspect.perplexity import summed_nll
+from fastprune.inspect.perplexity import chunked_loss, decoder_and_head
 from fastprune.models.blocks import Blocks
 from fastprune.progress import track
 
@@ -27,14 +27,14 @@ def removal(model: nn.Module, windows: Tensor) -> tuple[list[float], float]:
     per layer, and the dense perplexity. Raises NumericalError when a loss is not finite.
     """
     blocks = Blocks(model)
-    head = model.get_output_embeddings()
+    _, head = decoder_and_head(model)
     device = next(model.parameters()).device
     totals = [0.0] * (len(blocks) + 1)
     for window in track(windows, "layer sensitivity"):
         ids = window[None].to(device)
 
         def loss(hidden: Tensor, ids: Tensor = ids) -> float:
-            return float(summed_nll(blocks.norm(hidden), head, ids))
+            return chunked_loss(blocks.norm(hidden), head, ids)[0].item()
 
         hidden = blocks.embed(ids)
         for skipped in range(len(blocks)):
