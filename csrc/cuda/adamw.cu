@@ -172,8 +172,7 @@ struct UpdateRecord {
   const Decision* decision;
 };
 
-constexpr int kUpdateVector = 4;    // elements side by side: 16 bytes of the fp32 arrays
-constexpr int kUpdateInFlight = 2;  // stripes a thread has loaded before it uses the first
+constexpr int kUpdateVector = 4;  // elements side by side: 16 bytes of the fp32 arrays
 
 template <Master M, class W, class G>
 struct Update {
@@ -209,35 +208,25 @@ struct Update {
   __device__ __forceinline__ void run(int n) const {
     constexpr int kN = kUpdateVector;
     const Stripes<kThreads, kN, kAligned> stripes(n);
-    int stripe = 0;
-    for (; stripe + kUpdateInFlight <= stripes.whole(); stripe += kUpdateInFlight) {
-      Pack<Old, kN> olds[kUpdateInFlight];
-      Pack<G, kN> gradients[kUpdateInFlight];
-      Pack<float, kN> ms[kUpdateInFlight], vs[kUpdateInFlight];
+    for (int stripe = 0; stripe < stripes.whole(); ++stripe) {
+      const Pack<G, kN> gradients = stripes.load(g, stripe);
+      Pack<float, kN> ms = stripes.template load<float>(m, stripe);
+      Pack<float, kN> vs = stripes.template load<float>(v, stripe);
+      const Pack<Old, kN> olds = stripes.load(old(), stripe);
+      Pack<float, kN> weights;
+      Pack<W, kN> stored;
 #pragma unroll
-      for (int s = 0; s < kUpdateInFlight; ++s) {
-        gradients[s] = stripes.load(g, stripe + s);
-        ms[s] = stripes.load(static_cast<const float*>(m), stripe + s);
-        vs[s] = stripes.load(static_cast<const float*>(v), stripe + s);
-        olds[s] = stripes.load(old(), stripe + s);
+      for (int k = 0; k < kN; ++k) {
+        weights.elements[k] = olds[k];
+        element(stripes.at(stripe, k), weights.elements[k], gradients[k], ms.elements[k],
+                vs.elements[k], stored.elements[k]);
       }
-#pragma unroll
-      for (int s = 0; s < kUpdateInFlight; ++s) {
-        Pack<W, kN> stored;
-        Pack<float, kN> weights;
-#pragma unroll
-        for (int k = 0; k < kN; ++k) {
-          weights.elements[k] = olds[s][k];
-          element(stripes.at(stripe + s, k), weights.elements[k], gradients[s][k],
-                  ms[s].elements[k], vs[s].elements[k], stored.elements[k]);
-        }
-        stripes.store(ms[s], m, stripe + s);
-        stripes.store(vs[s], v, stripe + s);
-        if constexpr (kMaster) stripes.store(weights, master, stripe + s);
-        stripes.store(stored, w, stripe + s);
-      }
+      stripes.store(ms, m, stripe);
+      stripes.store(vs, v, stripe);
+      if constexpr (kMaster) stripes.store(weights, master, stripe);
+      stripes.store(stored, w, stripe);
     }
-    stripes.for_each_from(stripe, [&](int i) {
+    stripes.for_each_from(stripes.whole(), [&](int i) {
       float weight = to_float(old()[i]);
       element(i, weight, to_float(g[i]), m[i], v[i], w[i]);
       if constexpr (kMaster) master[i] = weight;
@@ -246,7 +235,7 @@ struct Update {
 };
 
 template <Master M, class W, class G>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     adamw_update_chunks(const __grid_constant__ Table<UpdateRecord> table, std::uint64_t seed) {
   const Place place = find_place(table, static_cast<int>(blockIdx.x));
   const UpdateRecord r = table.records[place.record];
