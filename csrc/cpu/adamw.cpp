@@ -29,7 +29,7 @@ void adamw_norms(const AdamWParams& p) {
   NormPart* parts = p.workspace.as<NormPart>();
   const float unscale = gradient_factor(0, 0, p.control.as<double>()[kLossScale]);
   const Level& loops = level();
-  for_each_task(chunks.count(), [&](std::int64_t i) {
+  for_each_task(chunks.count(), bytes_of(chunks), [&](std::int64_t i) {
     const Chunks::Place place = chunks[i];
     const Tensor& g = p.items[place.tensor].g;
     parts[i] = loops.norm_chunk(g.dtype, g.as<const char>() + place.begin * item_size(g.dtype),
@@ -65,7 +65,7 @@ void adamw_update(const AdamWParams& p) {
       factors.push_back(
           adamw_factors(p.groups[std::size_t(item.group)], factor, ++steps[item.slot]));
     const Level& loops = level();
-    for_each_task(chunks.count(), [&](std::int64_t i) {
+    for_each_task(chunks.count(), bytes_of(chunks), [&](std::int64_t i) {
       const Chunks::Place place = chunks[i];
       const AdamWItem& item = p.items[place.tensor];
       AdamWChunk chunk{};

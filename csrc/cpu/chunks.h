@@ -21,9 +21,11 @@ class Chunks {
 
   void add(std::int64_t numel) {
     numel_.push_back(numel);
+    elements_ += numel;
     first_.push_back(first_.back() + chunks_of(numel));
   }
   std::int64_t count() const { return first_.back(); }
+  std::int64_t elements() const { return elements_; }
   // Chunks [first(t), first(t + 1)) belong to tensor t.
   std::int64_t first(std::size_t tensor) const { return first_[tensor]; }
 
@@ -40,6 +42,10 @@ class Chunks {
 
  private:
   std::vector<std::int64_t> numel_, first_{0};
+  std::int64_t elements_ = 0;
 };
+
+// Bytes that a pass over the chunks reads at the least.
+inline std::int64_t bytes_of(const Chunks& chunks) { return 2 * chunks.elements(); }
 
 }  // namespace fastprune::cpu

@@ -130,15 +130,16 @@ void gather(const GatherParams& p) {
   check(p);
   std::vector<Job> jobs;
   jobs.reserve(p.items.size());
-  std::int64_t tasks = 0;
+  std::int64_t tasks = 0, bytes = 0;
   for (const GatherItem& entry : p.items) {
     if (entry.dst.numel() == 0) continue;
     Job& job = jobs.emplace_back();
     prepare(job, entry);
     job.first_task = tasks;
+    bytes += job.rows * job.row_bytes;
     tasks += (job.rows + job.rows_per_task - 1) / job.rows_per_task;
   }
-  for_each_task(tasks, [&](std::int64_t task) {
+  for_each_task(tasks, bytes, [&](std::int64_t task) {
     std::size_t low = 0, high = jobs.size();  // the last job that starts at or before the task
     while (high - low > 1) {
       const std::size_t middle = (low + high) / 2;

@@ -60,7 +60,7 @@ void scan(const ScanParams& p) {
   ScanPart* parts = p.workspace.as<ScanPart>();
   double* out = p.out.as<double>();
   const Level& loops = level();
-  for_each_task(chunks.count(), [&](std::int64_t i) {
+  for_each_task(chunks.count(), bytes_of(chunks), [&](std::int64_t i) {
     const Chunks::Place place = chunks[i];
     const Tensor& t = p.tensors[place.tensor];
     parts[i] = loops.scan_chunk(t.dtype, at(t, place.begin), place.n);
@@ -78,7 +78,7 @@ void scan(const ScanParams& p) {
   }
 
   std::int64_t* counts = p.workspace.as<std::int64_t>();
-  for_each_task(again.count(), [&](std::int64_t i) {
+  for_each_task(again.count(), bytes_of(again), [&](std::int64_t i) {
     const Chunks::Place place = again[i];
     const Tensor& t = p.tensors[owner[place.tensor]];
     const double* row = out + owner[place.tensor] * kScanFields;

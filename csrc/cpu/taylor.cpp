@@ -41,7 +41,7 @@ void taylor(const TaylorParams& p) {
   float* row_partials = col_partials + down * in;  // (across, out)
   const Level& loops = level();
 
-  for_each_task(down * across, [&](std::int64_t task) {
+  for_each_task(down * across, out * in * item_size(p.w.dtype), [&](std::int64_t task) {
     const std::int64_t i = task / across, j = task % across;
     const std::int64_t r = i * kTileRows, c = j * kTileCols;
     TaylorTile tile{};
@@ -63,11 +63,12 @@ void taylor(const TaylorParams& p) {
   });
 
   if (down > 1)
-    for_each_task(tiles(in, kSumCols), [&](std::int64_t task) {
-      const std::int64_t c = task * kSumCols;
-      const std::int64_t n = in - c < kSumCols ? in - c : kSumCols;
-      loops.sum_rows(col_partials + c, down, in, n, cols + c);
-    });
+    for_each_task(tiles(in, kSumCols), down * in * std::int64_t(sizeof(float)),
+                  [&](std::int64_t task) {
+                    const std::int64_t c = task * kSumCols;
+                    const std::int64_t n = in - c < kSumCols ? in - c : kSumCols;
+                    loops.sum_rows(col_partials + c, down, in, n, cols + c);
+                  });
   if (across > 1) loops.sum_rows(row_partials, across, out, out, rows);
 }
 

@@ -2,8 +2,10 @@
 
 from fastprune.kernels.backend import Backend, backends, cpu_level
 from fastprune.kernels.ops import ScanResult, adamw, gather, scan, scan_all, taylor
+from fastprune.kernels.optim import AdamW
 
 __all__ = [
+    "AdamW",
     "Backend",
     "ScanResult",
     "adamw",

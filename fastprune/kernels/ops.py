@@ -254,7 +254,7 @@ def adamw_step(
         params: n weights; float32, bfloat16 or float16; each fills one block of memory.
         grads: n gradients laid out like the weights; None leaves a parameter out of this step.
         exp_avgs, exp_avg_sqs: n moments, float32, laid out like the weights.
-        masters: n float32 weights where `master` is "fp32" and the weight is not float32, else None.
+        masters: n float32 weights where `master` is "fp32" and the weight is not, else None.
         group_of: n indices into `groups`, which holds [lr, beta1, beta2, eps, weight_decay].
         steps: (n,) int64, steps taken.
         stats: (n, 2) float64, result: sum of squares (of finite values), non-finite count.
