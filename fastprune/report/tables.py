@@ -62,6 +62,8 @@ def show_eval(result: dict[str, Any]) -> None:
 def show_info(result: dict[str, Any]) -> None:
     """Versions, kernels and devices, one to a line."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in result["versions"].items():
         table.add_row(name, Text(value))
     table.add_row("threads", str(result["threads"]))

@@ -1,6 +1,6 @@
 """What the commands print on the terminal."""
 
-from fastprune.report.tables import show_eval, show_prune
+from fastprune.report.tables import show_eval, show_info, show_prune
 
 
 def layer(index, kv_heads, channels):
@@ -52,3 +52,24 @@ def test_eval(capsys):
     assert "perplexity 22.55" in lines
     assert "windows 16 × 1024 tokens" in lines
     assert "peak memory 3 GiB" in lines
+
+
+def test_info_shows_long_reasons_whole(capsys):
+    path = "/a/very" + "/deep" * 30 + "/_C.so"
+    show_info(
+        {
+            "versions": {"torch": "2.13.0"},
+            "threads": 2,
+            "kernels": [
+                {"name": "cpu", "usable": True, "detail": "level v4", "reason": ""},
+                {"name": "cuda", "usable": False, "detail": "", "reason": f"{path}: no driver"},
+            ],
+            "devices": [
+                {"index": 0, "name": "H200", "memory_bytes": 139 * 1024**3, "capability": "9.0"}
+            ],
+        }
+    )
+    text = "".join(capsys.readouterr().out.split())
+    assert "cpukernelson;levelv4" in text
+    assert f"cudakernelsoff;{path}:nodriver" in text
+    assert "cuda:0H200,139GiB,computecapability9.0" in text
