@@ -1,0 +1,56 @@
+"""fastprune: structured pruning of grouped-query language models, without breaking them.
+
+Names below are imported when they are first used, so that ``import fastprune`` is quick.
+Importing the package also makes its per-layer checkpoints known to transformers'
+``AutoModelForCausalLM``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastprune.models.lazy import register_on_first_use
+
+if TYPE_CHECKING:
+    from fastprune.errors import FastpruneError, GateError, InputError, NumericalError
+    from fastprune.kernels.ops import taylor as taylor_scores
+    from fastprune.kernels.optim import AdamW
+    from fastprune.prune.config import PruneConfig
+    from fastprune.prune.pipeline import PruneResult, prune
+
+_PUBLIC = {
+    "AdamW": "fastprune.kernels.optim:AdamW",
+    "FastpruneError": "fastprune.errors:FastpruneError",
+    "GateError": "fastprune.errors:GateError",
+    "InputError": "fastprune.errors:InputError",
+    "NumericalError": "fastprune.errors:NumericalError",
+    "PruneConfig": "fastprune.prune.config:PruneConfig",
+    "PruneResult": "fastprune.prune.pipeline:PruneResult",
+    "prune": "fastprune.prune.pipeline:prune",
+    "taylor_scores": "fastprune.kernels.ops:taylor",
+}
+
+__all__ = [
+    "AdamW",
+    "FastpruneError",
+    "GateError",
+    "InputError",
+    "NumericalError",
+    "PruneConfig",
+    "PruneResult",
+    "prune",
+    "taylor_scores",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastprune' has no attribute '{name}'")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+register_on_first_use()
