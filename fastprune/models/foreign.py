@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fastprune.errors import InputError
+from fastprune.models.checkpoint import rebuild
 from fastprune.models.quiet import quiet_libraries
 from fastprune.progress import stage
 
@@ -121,15 +122,16 @@ def read_pickled(path: Path) -> tuple[nn.Module, Any]:
     Reading runs whatever code the file contains: the caller has asked the user. The model is built
     anew from the sizes of its weights, since a pickled module keeps the code of its own day.
     """
-    from fastprune.models.checkpoint import rebuild
-
     try:
         content = torch.load(path, map_location="cpu", weights_only=False)
         model, tokenizer = content["model"], content["tokenizer"]
-        config, state = model.config, model.state_dict()
+        settings, state = model.config.to_dict(), model.state_dict()
     except Exception as error:  # unpickling runs foreign code, which may raise anything
         raise InputError(
             f"{path}: cannot be read as a pickled model and tokenizer "
             f"({type(error).__name__}: {error})"
         ) from error
-    return rebuild(config, state), tokenizer
+    try:
+        return rebuild(settings, state), tokenizer
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

@@ -12,7 +12,8 @@ Zero heads mean that the layer has no attention, a zero intermediate size that i
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -26,6 +27,15 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+
+
+class Sizes(Protocol):
+    """Sizes of one decoder layer; zero heads or channels mean that the sublayer is removed."""
+
+    query_heads: int
+    kv_heads: int
+    channels: int
+    head_dim: int
 
 
 class RemovedAttention(nn.Module):
@@ -156,3 +166,58 @@ def register() -> None:
     for config, model in FAMILIES.values():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def per_layer_config(config: Any, sizes: Sequence[Sizes]) -> Any:
+    """The config of a model like that of `config` whose decoder layers have `sizes`.
+
+    A size that all layers share is a global setting; a field in which they differ keeps its global
+    value, the dense model's, and is overridden layer by layer. Raises KeyError for a model type
+    that has no per-layer form.
+    """
+    family = config.model_type.removeprefix("fastprune_")
+    settings = config.to_dict()
+    for key in ("per_layer_config", "model_type", "architectures", "auto_map"):
+        settings.pop(key, None)
+    settings["head_dim"] = settings.get("head_dim") or (
+        settings["hidden_size"] // settings["num_attention_heads"]
+    )
+    fields = [
+        {
+            "num_attention_heads": size.query_heads,
+            "num_key_value_heads": size.kv_heads,
+            "intermediate_size": size.channels,
+        }
+        for size in sizes
+    ]
+    for name in fields[0]:
+        values = {layer[name] for layer in fields}
+        if len(values) == 1 and 0 not in values:
+            settings[name] = values.pop()
+    result = FAMILIES[family][0](**settings, per_layer_config=dict(enumerate(fields)))
+    result._attn_implementation = config._attn_implementation
+    return result
+
+
+def conform(model: nn.Module, sizes: Sequence[Sizes]) -> None:
+    """Make everything around the weights of `model`, cut to `sizes`, agree with them, in place.
+
+    Removes the sublayers of size zero, and turns the model into the class that builds layers of
+    such sizes, with its config: it then trains, generates and saves like a model loaded from disk.
+    """
+    old, new = model.config, per_layer_config(model.config, sizes)
+    layers = model.model.layers
+    for layer, size in zip(layers, sizes, strict=True):
+        if not size.query_heads:
+            remove_attention(layer)
+        else:
+            layer.self_attn.num_key_value_groups = size.query_heads // size.kv_heads
+        if not size.channels:
+            remove_mlp(layer)
+        else:
+            layer.mlp.intermediate_size = size.channels
+    assign_cache_slots(layers, getattr(new, "layer_types", None))
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+    model.__class__ = FAMILIES[new.model_type.removeprefix("fastprune_")][1]

@@ -1,0 +1,243 @@
+"""Writes checkpoints: Hugging Face folders with safetensors, whole or not at all.
+
+Layers of one size are written as a stock model that any engine loads. Layers of different sizes
+are written with `per_layer_config` and the modelling file that reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastprune.errors import InputError
+from fastprune.models import modeling
+from fastprune.models.families import PRUNED_PREFIX, SUPPORTED, Geometry, geometries
+from fastprune.models.quiet import quiet_libraries
+
+CODE_FILE = "modeling_fastprune.py"
+LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.*)")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+RECORDS = "fastprune"
+"""Folder inside a checkpoint where a run keeps its plan, metrics and report."""
+
+
+def check_out(out: Path, overwrite: bool = False) -> None:
+    """Raise InputError now if a checkpoint cannot be written to `out` later.
+
+    `out` may not exist yet or be an empty folder. With `overwrite` it may be an earlier checkpoint,
+    but nothing else: a mistyped path must not cost the user a folder of other things.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; --out names a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise InputError(f"{out}: exists already; choose another --out, or pass --overwrite")
+        if not (out / "config.json").is_file() and not (out / RECORDS).is_dir():
+            raise InputError(f"{out}: not a checkpoint, so --overwrite does not replace it")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{out}: cannot be created, {parent} is not writable")
+
+
+@contextmanager
+def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `out` to write into; it becomes `out` when the block ends well.
+
+    On any exception, an interrupt included, it is removed and `out` is what it was. Raises
+    InputError as `check_out` does.
+    """
+    check_out(out, overwrite)
+    out = Path(out).absolute()
+    created = [folder for folder in out.parents if not folder.exists()]  # innermost first
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        fresh = work / "new"
+        fresh.mkdir()  # unlike `work`, with the permissions the user's umask gives
+        yield fresh
+        if out.exists():
+            check_out(out, overwrite)
+            out.rename(work / "old")
+        try:
+            fresh.rename(out)
+        except BaseException:
+            if (work / "old").exists():
+                (work / "old").rename(out)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # not empty: the checkpoint lies there
+            for folder in created:
+                folder.rmdir()
+
+
+def save_checkpoint(model: nn.Module, tokenizer: Any, directory: Path) -> None:
+    """Write `model`, `tokenizer` and the generation settings into the folder `directory`.
+
+    Sizes are read off the weights. A model whose layers all have one size, once those of which
+    nothing is left are dropped, gets a stock config; any other gets a per-layer one. The dtype is
+    kept, and tied embeddings are written once.
+    """
+    directory = Path(directory)
+    with quiet_libraries():
+        if model.config.model_type.removeprefix(PRUNED_PREFIX) not in SUPPORTED:
+            model.save_pretrained(directory)
+        else:
+            form = stock_form(model) or per_layer_form(model)
+            form.config.dtype = model.dtype
+            form.config.save_pretrained(directory)
+            _write_weights(form, directory)
+            if getattr(model, "generation_config", None) is not None:
+                model.generation_config.save_pretrained(directory)
+            if form.per_layer:
+                shutil.copyfile(modeling.__file__, directory / CODE_FILE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is written: its config, and its weights under the names that config implies."""
+
+    config: Any
+    state: dict[str, Tensor]
+    per_layer: bool
+
+
+def stock_form(model: nn.Module) -> Form | None:
+    """`model` as a stock architecture, or None where no stock config describes it."""
+    sizes = geometries(model)
+    kept = [index for index, size in enumerate(sizes) if size.query_heads or size.channels]
+    if len({sizes[index] for index in kept}) != 1:
+        return None
+    size = sizes[kept[0]]
+    family = _stock_family(model, size)
+    if not size.query_heads or not size.channels or family is None:
+        return None
+    settings = model.config.to_dict()
+    for key in ("per_layer_config", "model_type", "architectures", "auto_map"):
+        settings.pop(key, None)
+    if layer_types := settings.get("layer_types"):
+        settings["layer_types"] = [layer_types[index] for index in kept]
+    if family != model.config.model_type.removeprefix(PRUNED_PREFIX):
+        for key in ("attention_bias", "mlp_bias", "pretraining_tp"):  # Llama's own
+            settings.pop(key, None)
+        settings["sliding_window"] = None
+    settings |= {
+        "num_hidden_layers": len(kept),
+        "num_attention_heads": size.query_heads,
+        "num_key_value_heads": size.kv_heads,
+        "intermediate_size": size.channels,
+        "head_dim": size.head_dim,
+    }
+    config_class, model_class = (c.__bases__[-1] for c in modeling.FAMILIES[family])
+    config = config_class(**settings)
+    config.architectures = [model_class.__name__]
+    return Form(config, _state(model, {old: new for new, old in enumerate(kept)}), False)
+
+
+def per_layer_form(model: nn.Module) -> Form:
+    """`model` as an architecture whose config holds the sizes of every layer."""
+    sizes = geometries(model)
+    config = modeling.per_layer_config(model.config, sizes)
+    classes = modeling.FAMILIES[config.model_type.removeprefix(PRUNED_PREFIX)]
+    names = [c.__name__ for c in classes]
+    config.architectures = [names[1]]
+    module = Path(CODE_FILE).stem
+    config.auto_map = {
+        "AutoConfig": f"{module}.{names[0]}",
+        "AutoModelForCausalLM": f"{module}.{names[1]}",
+    }
+    return Form(config, _state(model, {i: i for i in range(len(sizes))}), True)
+
+
+def rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """The model that `settings`, the config of a model of a supported family, and `state` describe.
+
+    Layer sizes are read off the weights, whatever the settings say. Raises InputError when weights
+    are missing or the family is not supported.
+    """
+    family = str(settings.get("model_type", "")).removeprefix(PRUNED_PREFIX)
+    if family not in SUPPORTED:
+        raise InputError(f"model type '{family}' is not supported here")
+    sizes = _sizes_of(settings, state)
+    config_class, model_class = modeling.FAMILIES[family]
+    bare = {k: v for k, v in settings.items() if k not in ("model_type", "per_layer_config")}
+    config = modeling.per_layer_config(
+        config_class(**bare | {"num_hidden_layers": len(sizes)}), sizes
+    )
+    weights = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
+    with quiet_libraries():
+        model, found = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=state[EMBEDDING].dtype,
+            output_loading_info=True,
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{len(missing)} weights are missing, first {missing[0]}")
+    return model
+
+
+def _stock_family(model: nn.Module, size: Geometry) -> str | None:
+    """The stock architecture for layers of `size`; Mistral's for a Llama that Llama's refuses.
+
+    A Llama config must have heads that divide the hidden size. Mistral's need not, and computes
+    the same when there is no bias and no sliding window.
+    """
+    config = model.config
+    family = config.model_type.removeprefix(PRUNED_PREFIX)
+    if family != "llama" or config.hidden_size % max(1, size.query_heads) == 0:
+        return family
+    return None if config.attention_bias or config.mlp_bias else "mistral"
+
+
+def _state(model: nn.Module, layers: Mapping[int, int]) -> dict[str, Tensor]:
+    """The weights of `model`, its layers renumbered by `layers`; tied ones once."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if match := LAYER_KEY.fullmatch(name):
+            name = f"model.layers.{layers[int(match[1])]}.{match[2]}"
+        state[name] = tensor.contiguous()
+    if model.config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    return state
+
+
+def _write_weights(form: Form, directory: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(form.state, directory, filename_pattern="model{suffix}.safetensors")
+
+
+def _sizes_of(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[Geometry]:
+    matches = [match for name in state if (match := LAYER_KEY.fullmatch(name))]
+    count = 1 + max((int(match[1]) for match in matches), default=-1)
+    head_dim = settings.get("head_dim") or (
+        settings["hidden_size"] // settings["num_attention_heads"]
+    )
+
+    def rows(index: int, name: str) -> int:
+        weight = state.get(f"model.layers.{index}.{name}.weight")
+        return 0 if weight is None else weight.shape[0]
+
+    return [
+        Geometry(
+            query_heads=rows(index, "self_attn.q_proj") // head_dim,
+            kv_heads=rows(index, "self_attn.k_proj") // head_dim,
+            channels=rows(index, "mlp.gate_proj"),
+            head_dim=head_dim,
+        )
+        for index in range(count)
+    ]

@@ -1,0 +1,219 @@
+"""What is saved is what is loaded: here, in a fresh process, and where fastprune is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES, TEXT, tiny_model, tiny_tokenizer, token_ids
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fastprune.errors import InputError
+from fastprune.models.checkpoint import check_out, save_checkpoint, staged
+from fastprune.models.families import Geometry, geometries
+from fastprune.models.load import load_model
+from fastprune.models.modeling import conform
+
+HEAD = 16  # size of every head
+UNEVEN = [(6, 3, 50), (0, 0, 96), (8, 4, 0), (2, 1, 32)]
+EVEN = [(4, 2, 48)] * 4
+INDIVISIBLE = [(6, 3, 48)] * 4  # 64 is no multiple of 6 heads
+WITHOUT_A_LAYER = [(4, 2, 48), (0, 0, 0), (4, 2, 48), (4, 2, 48)]
+
+FRESH = """
+import sys, torch
+kind, work, *folders = sys.argv[1:]
+if kind == "remote":
+    sys.modules["fastprune"] = None  # importing it fails from here on
+else:
+    from fastprune.models.lazy import register_on_first_use
+    register_on_first_use()
+from transformers import AutoModelForCausalLM
+ids = torch.load(work + "/ids.pt")
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=kind == "remote" or None)
+    with torch.no_grad():
+        torch.save(model(ids).logits, folder + "/logits.pt")
+"""
+
+
+def cut(model: nn.Module, sizes: list[tuple[int, int, int]]) -> nn.Module:
+    """Keep the first heads and channels of every layer: the simplest surgery there is."""
+    for layer, (query, kv, channels) in zip(model.model.layers, sizes, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        if query:
+            for name, heads in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
+                keep_rows(getattr(attention, name), heads * HEAD)
+            keep_columns(attention.o_proj, query * HEAD)
+        if channels:
+            keep_rows(mlp.gate_proj, channels)
+            keep_rows(mlp.up_proj, channels)
+            keep_columns(mlp.down_proj, channels)
+    conform(model, [Geometry(query, kv, c, HEAD) for query, kv, c in sizes])
+    return model
+
+
+def keep_rows(linear: nn.Linear, n: int) -> None:
+    linear.weight = nn.Parameter(linear.weight[:n].detach().clone())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias[:n].detach().clone())
+    linear.out_features = n
+
+
+def keep_columns(linear: nn.Linear, n: int) -> None:
+    linear.weight = nn.Parameter(linear.weight[:, :n].detach().clone())
+    linear.in_features = n
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    folder.mkdir()
+    save_checkpoint(model, tiny_tokenizer(), folder)
+    return folder
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(token_ids()).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [UNEVEN, EVEN, INDIVISIBLE, WITHOUT_A_LAYER])
+def test_reloads_identical(family, tied, sizes, tmp_path):
+    model = cut(tiny_model(family, tied=tied), sizes)
+    folder = save(model, tmp_path / "out")
+    loaded, tokenizer = load_model(folder)
+    assert torch.equal(logits(loaded), logits(model))
+    assert tokenizer(TEXT).input_ids == tiny_tokenizer()(TEXT).input_ids
+    kept = [g for g in geometries(loaded) if g.query_heads or g.channels]
+    assert [(g.query_heads, g.kv_heads, g.channels) for g in kept] == [
+        size for size in sizes if any(size)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["installed", "remote"])
+def test_a_fresh_process_computes_the_same(kind, tmp_path):
+    models = {f: cut(tiny_model(f), UNEVEN) for f in FAMILIES}
+    folders = {f: save(model, tmp_path / f) for f, model in models.items()}
+    torch.save(token_ids(), tmp_path / "ids.pt")
+    subprocess.run(
+        [sys.executable, "-c", FRESH, kind, str(tmp_path), *map(str, folders.values())],
+        check=True,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+        timeout=300,
+    )
+    for family, model in models.items():
+        assert torch.equal(torch.load(folders[family] / "logits.pt"), logits(model)), family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [EVEN, WITHOUT_A_LAYER])
+def test_uniform_layers_give_a_stock_config(family, sizes, tmp_path):
+    folder = save(cut(tiny_model(family), sizes), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == family
+    assert config["num_hidden_layers"] == len([s for s in sizes if any(s)])
+    assert "auto_map" not in config and "per_layer_config" not in config
+    assert not (folder / "modeling_fastprune.py").exists()
+
+
+def test_heads_that_llama_refuses_are_carried_by_mistral(tmp_path):
+    folder = save(cut(tiny_model("llama"), INDIVISIBLE), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["sliding_window"]) == ("mistral", None)
+    assert (config["num_attention_heads"], config["head_dim"]) == (6, 16)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(stock).__name__ == "MistralForCausalLM"
+
+
+def test_a_llama_with_biases_stays_a_llama(tmp_path):
+    model = cut(tiny_model("llama", attention_bias=True), INDIVISIBLE)
+    folder = save(model, tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "fastprune_llama"
+    assert torch.equal(logits(load_model(folder)[0]), logits(model))
+
+
+def test_tied_embeddings_are_written_once(tmp_path):
+    from safetensors import safe_open
+
+    names = {}
+    for tied in (True, False):
+        folder = save(cut(tiny_model("llama", tied=tied), UNEVEN), tmp_path / str(tied))
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            names[tied] = set(file.keys())
+    assert names[False] - names[True] == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_is_kept(dtype, tmp_path):
+    folder = save(cut(tiny_model("qwen3").to(dtype), UNEVEN), tmp_path / "out")
+    loaded, _ = load_model(folder)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+
+
+def test_a_loaded_checkpoint_can_be_cut_and_saved_again(tmp_path):
+    first = save(cut(tiny_model("qwen2"), UNEVEN), tmp_path / "first")
+    again = [(4, 2, 40), (0, 0, 50), (8, 4, 0), (2, 1, 32)]
+    model = cut(load_model(first)[0], again)
+    assert torch.equal(logits(load_model(save(model, tmp_path / "second"))[0]), logits(model))
+
+
+def test_other_architectures_are_saved_as_they_are(tmp_path):
+    from transformers import GPT2Config
+
+    model = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    ).eval()
+    loaded, _ = load_model(save(model, tmp_path / "out"))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_staged_folder_appears_only_when_whole(tmp_path):
+    out = tmp_path / "new" / "out"
+    with staged(out) as work:
+        (work / "config.json").write_text("{}")
+        assert not out.exists()
+    assert [p.name for p in out.iterdir()] == ["config.json"]
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_staged_leaves_nothing_behind(error, tmp_path):
+    with pytest.raises(error), staged(tmp_path / "new" / "out") as work:
+        (work / "half").write_text("written")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_is_all_or_nothing(tmp_path):
+    out = tmp_path / "out"
+    with staged(out) as work:
+        (work / "config.json").write_text("old")
+    with pytest.raises(RuntimeError), staged(out, overwrite=True) as work:
+        raise RuntimeError
+    assert (out / "config.json").read_text() == "old"
+    with staged(out, overwrite=True) as work:
+        (work / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_out_is_checked_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_text("")
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty")
+    check_out(tmp_path / "a" / "b")
+    with pytest.raises(InputError, match="is a file"):
+        check_out(tmp_path / "file", overwrite=True)
+    with pytest.raises(InputError, match="exists already"):
+        check_out(tmp_path / "photos")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        check_out(tmp_path / "photos", overwrite=True)
+    with pytest.raises(InputError, match="not writable"):
+        check_out(tmp_path / "file" / "out")
