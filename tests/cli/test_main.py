@@ -51,17 +51,6 @@ def echo(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "echo", command)
 
 
-@pytest.fixture(autouse=True)
-def restored_logging(monkeypatch):
-    """main() sets up logging for a process; a test must not leave that behind."""
-    monkeypatch.setattr(cli.console, "quiet", False)
-    log, warnings = logging.getLogger("fastprune"), logging.getLogger("py.warnings")
-    before = log.handlers[:], log.level, log.propagate, warnings.handlers[:]
-    yield
-    log.handlers, log.level, log.propagate, warnings.handlers = before
-    logging.captureWarnings(False)
-
-
 def test_a_command_prints_its_result(capsys):
     assert cli.main(["echo", "--word", "yes"]) == 0
     assert capsys.readouterr() == ("the word is yes\n", "take care\n")
