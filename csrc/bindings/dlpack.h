@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "core/tensor.h"
+#include "core/check.h"
 
 namespace fastprune::dlpack {
 
@@ -123,9 +123,8 @@ inline fastprune::Tensor borrow(PyObject* object) {
   view.ndim = t.ndim;
   view.shape = t.shape;
   view.strides = t.strides;
-  if (!t.data && view.numel() > 0)
-    throw pybind11::value_error("a tensor of shape " + describe_shape(view) +
-                                " has no memory (a FakeTensor?)");
+  require(t.data || view.numel() == 0, "a tensor of shape ", ShapeOf{view},
+          " has no memory (a FakeTensor?)");
   return view;
 }
 

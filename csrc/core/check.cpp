@@ -24,7 +24,7 @@ bool reads_gradient(const TaylorParams& p) {
 
 void require_matrix(const char* op, const char* arg, const Tensor& t) {
   require(t.ndim == 1 || t.ndim == 2, op, ": ", arg, " must have 1 or 2 dimensions, not ",
-          describe_shape(t));
+          ShapeOf{t});
   require(t.ndim == 1 ? t.shape[0] <= 1 || t.strides[0] == 1 : t.shape[1] <= 1 || t.strides[1] == 1,
           op, ": ", arg, " must have inner stride 1");
 }
@@ -55,7 +55,7 @@ void check(const TaylorParams& p) {
   require((p.score == Score::activation) == p.x.present(), op, ": x belongs to kind activation");
   if (p.x.present()) {
     require_buffer(op, "x", p.x, DType::f32, p.w.cols(), device);
-    require(p.x.numel() == p.w.cols(), op, ": x has shape ", describe_shape(p.x), ", expected (",
+    require(p.x.numel() == p.w.cols(), op, ": x has shape ", ShapeOf{p.x}, ", expected (",
             p.w.cols(), ",)");
   }
   require_buffer(op, "rows", p.rows, DType::f32, p.w.rows(), device);
@@ -72,9 +72,9 @@ void check(const GatherParams& p) {
     require_device(op, "a tensor", item.src, device);
     require_matrix(op, "a tensor", item.src);
     require(item.dim >= 0 && item.dim < item.src.ndim, op, ": dim is ", item.dim, " for tensor ",
-            number, " of shape ", describe_shape(item.src));
+            number, " of shape ", ShapeOf{item.src});
     require(item.index.ndim == 1, op, ": index ", number, " must have 1 dimension, not ",
-            describe_shape(item.index));
+            ShapeOf{item.index});
     require_buffer(op, "an index", item.index, DType::i64, 0, Device{});
     const std::int64_t length = item.src.shape[item.dim], kept = item.index.shape[0];
     std::int64_t previous = -1;
@@ -85,15 +85,15 @@ void check(const GatherParams& p) {
       previous = now;
     }
     require(previous < length, op, ": index ", number, " reaches ", previous, ", beyond dimension ",
-            item.dim, " of shape ", describe_shape(item.src));
+            item.dim, " of shape ", ShapeOf{item.src});
     require_dtype(op, "a result", item.dst, item.src.dtype);
     require_device(op, "a result", item.dst, device);
     bool fits = item.dst.ndim == item.src.ndim && item.dst.contiguous();
     for (int d = 0; fits && d < item.src.ndim; ++d)
       fits = item.dst.shape[d] == (d == item.dim ? kept : item.src.shape[d]);
-    require(fits, op, ": result ", number, " has shape ", describe_shape(item.dst),
+    require(fits, op, ": result ", number, " has shape ", ShapeOf{item.dst},
             ", which does not hold ", kept, " entries along dimension ", item.dim, " of ",
-            describe_shape(item.src));
+            ShapeOf{item.src});
     ++number;
   }
 }
@@ -105,7 +105,7 @@ void check(const ScanParams& p) {
     require_float(op, "x", t);
     require_device(op, "x", t, device);
     require(t.dense(), op, ": x must fill one block of memory, unlike this view of shape ",
-            describe_shape(t));
+            ShapeOf{t});
   }
   require_buffer(op, "out", p.out, DType::f64, kScanFields * std::int64_t(p.tensors.size()),
                  device);
@@ -119,10 +119,10 @@ void check(const AdamWParams& p) {
   std::int64_t number = 0;
   for (const AdamWItem& item : p.items) {
     const auto require_like_w = [&](const char* arg, const Tensor& t) {
-      require(t.device == device, op, ": ", arg, " of parameter ", number, " is on ",
-              name(t.device), ", expected ", name(device));
+      require(t.device == device, op, ": ", arg, " of parameter ", number, " is on ", t.device,
+              ", expected ", device);
       require(t.same_layout(item.w), op, ": ", arg, " of parameter ", number, " has shape ",
-              describe_shape(t), " or strides unlike the parameter's ", describe_shape(item.w));
+              ShapeOf{t}, " or strides unlike the parameter's ", ShapeOf{item.w});
     };
     const auto require_f32 = [&](const char* arg, const Tensor& t) {
       require(t.dtype == DType::f32, op, ": ", arg, " of parameter ", number,
@@ -131,7 +131,7 @@ void check(const AdamWParams& p) {
     };
     require(is_float(item.w), op, ": parameter ", number,
             " must be float32, bfloat16 or float16, not ", name(item.w.dtype));
-    require(item.w.dense(), op, ": parameter ", number, " of shape ", describe_shape(item.w),
+    require(item.w.dense(), op, ": parameter ", number, " of shape ", ShapeOf{item.w},
             " must fill one block of memory");
     require(is_float(item.g), op, ": the gradient of parameter ", number,
             " must be float32, bfloat16 or float16, not ", name(item.g.dtype));

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 namespace fastprune {
 
@@ -65,10 +64,6 @@ inline const char* name(DType dtype) {
   return "an unsupported dtype";
 }
 
-inline std::string name(Device device) {
-  return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
-}
-
 // shape and strides (in elements) point into the owner's metadata, so a view lives no longer
 // than the call that borrowed it. A default view is an absent (optional) tensor.
 struct Tensor {
@@ -128,11 +123,5 @@ struct Tensor {
     return static_cast<T*>(data);
   }
 };
-
-inline std::string describe_shape(const Tensor& t) {
-  std::string text = "(";
-  for (int d = 0; d < t.ndim; ++d) text += (d ? ", " : "") + std::to_string(t.shape[d]);
-  return text + (t.ndim == 1 ? ",)" : ")");
-}
 
 }  // namespace fastprune

@@ -61,9 +61,15 @@ void adamw_update(const AdamWParams& p) {
     std::int64_t* steps = p.steps.as<std::int64_t>();
     std::vector<AdamWFactors> factors;
     factors.reserve(p.items.size());
-    for (const AdamWItem& item : p.items)
-      factors.push_back(
-          adamw_factors(p.groups[std::size_t(item.group)], factor, ++steps[item.slot]));
+    for (const AdamWItem& item : p.items) {
+      const std::int64_t step = ++steps[item.slot];
+      const std::size_t previous = std::size_t(&item - p.items.data()) - 1;
+      // Neighbours mostly agree, and two powers cost more than a small tensor's update.
+      const bool same = !factors.empty() && p.items[previous].group == item.group &&
+                        steps[p.items[previous].slot] == step;
+      factors.push_back(same ? factors.back()
+                             : adamw_factors(p.groups[std::size_t(item.group)], factor, step));
+    }
     const Level& loops = level();
     for_each_task(chunks.count(), bytes_of(chunks), [&](std::int64_t i) {
       const Chunks::Place place = chunks[i];
