@@ -235,6 +235,8 @@ def _usage_error(framed: str, prog: str) -> str:
     text = text.removeprefix("Error parsing ").rstrip(".")
     if title == "Required options":
         name, _, about = text.removeprefix(f"Missing from {prog}: ").partition(" ")
+        if name.startswith("--"):
+            about = about.partition(" ")[2]  # the kind of value stands between
         text = f"missing {name} ({about.removesuffix(' (required)')})"
     suggestion = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(rest))
     if suggestion:

@@ -34,6 +34,19 @@ class Config(CommonConfig):
     """replace what is there"""
 
 
+@dataclass(kw_only=True)
+class Needy(CommonConfig):
+    """Has a flag that must be given."""
+
+    prompt: str
+    """text to continue"""
+
+
+def test_a_missing_flag_is_named():
+    with pytest.raises(InputError, match=r"missing --prompt \(text to continue\)"):
+        parse(Needy, [], "fastprune needy")
+
+
 def read(*args: str) -> Config:
     return parse(Config, args, "fastprune thing")
 
