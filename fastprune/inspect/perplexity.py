@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
 from fastprune.data.text import BUILTIN, eval_windows, load_documents, token_stream
@@ -56,8 +57,8 @@ class Perplexity:
 class EvalConfig(CommonConfig):
     """Measure perplexity, speed and memory of a model."""
 
-    model: str
-    """Hugging Face folder, hub id, .gguf file, or smollm2-135m"""
+    model: Positional[str]
+    """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
     text: str = BUILTIN
     """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:pydocs"""
     seq_len: int = 1024

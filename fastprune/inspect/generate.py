@@ -1,0 +1,228 @@
+"""Text out of a model: a continuation of a prompt, or a conversation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tyro.conf import Positional
+
+from fastprune.config import CommonConfig
+from fastprune.errors import InputError, NumericalError
+from fastprune.models.load import load_model
+from fastprune.models.quiet import quiet_libraries
+
+EXIT, CLEAR = "/exit", "/clear"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model answered, and how fast."""
+
+    prompt: str
+    text: str
+    """the continuation alone"""
+    new_tokens: int
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(kw_only=True)
+class SamplingConfig(CommonConfig):
+    """What `generate` and `chat` have in common."""
+
+    model: Positional[str]
+    """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
+    max_new_tokens: int = 128
+    """stop after this many tokens"""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; higher draws more freely"""
+    allow_pickle: bool = False
+    """read a foreign .bin that holds pickled objects (it can run any code)"""
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """Continue a prompt."""
+
+    prompt: str
+    """text to continue"""
+    chat: bool = False
+    """ask through the model's chat template instead of continuing the bare text"""
+
+
+@dataclass(kw_only=True)
+class ChatConfig(SamplingConfig):
+    """Talk to a model. /clear forgets what was said, /exit or Ctrl-D ends."""
+
+    system: str | None = None
+    """system message"""
+
+
+def run_generate(config: GenerateConfig) -> Generation:
+    """Load the model and print its continuation of the prompt. Raises InputError."""
+    model, tokenizer = _load(config)
+    inputs = config.prompt
+    if config.chat:
+        inputs = _conversation(tokenizer, [{"role": "user", "content": config.prompt}])
+    result = generate(
+        model,
+        tokenizer,
+        inputs,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+    print(result.text)
+    return result
+
+
+def run_chat(config: ChatConfig) -> None:
+    """Load the model and talk until the user ends it. Raises InputError."""
+    model, tokenizer = _load(config)
+    chat(
+        model,
+        tokenizer,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        system=config.system,
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streamer: Any = None,
+) -> Generation:
+    """Continue `prompt` with up to `max_new_tokens` tokens, using a KV cache.
+
+    Greedy at temperature 0; else drawn by `seed`, which leaves torch's own random state alone.
+    `streamer` is given every token as it comes (`transformers.TextStreamer`). Raises InputError
+    for settings out of range and NumericalError when the model's output is not finite.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise InputError(f"temperature must not be negative, got {temperature}")
+    device = next(model.parameters()).device
+    ids = _prompt_ids(tokenizer, prompt).to(device)
+    settings: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    training = model.training
+    model.eval()
+    start = time.perf_counter()
+    try:
+        with quiet_libraries(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                max_length=None,
+                pad_token_id=_pad_token(model, tokenizer),
+                streamer=streamer,
+                **settings,
+            )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NumericalError("the model's output is not finite; run: fastprune diagnose") from error
+    finally:
+        model.train(training)
+    new = output[0, ids.shape[1] :].tolist()
+    seconds = time.perf_counter() - start
+    return Generation(
+        prompt=prompt,
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        new_tokens=len(new),
+        seconds=seconds,
+        tokens_per_second=len(new) / seconds,
+    )
+
+
+def chat(
+    model: nn.Module,
+    tokenizer: Any,
+    max_new_tokens: int = 256,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    system: str | None = None,
+    read: Callable[[str], str] = input,
+) -> None:
+    """Talk to `model` on the terminal until `/exit` or the end of input.
+
+    `read` shows its argument and returns one line; answers are printed token by token.
+    """
+    from transformers import TextStreamer
+
+    beginning = [{"role": "system", "content": system}] if system else []
+    messages = list(beginning)
+    print(f"{CLEAR} forgets what was said, {EXIT} or Ctrl-D ends")
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line == EXIT:
+            return
+        if line == CLEAR:
+            messages = list(beginning)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = generate(
+                model,
+                tokenizer,
+                _conversation(tokenizer, messages),
+                max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+            messages.append({"role": "assistant", "content": answer.text})
+
+
+def _load(config: SamplingConfig) -> tuple[nn.Module, Any]:
+    return load_model(
+        config.model, dtype=config.dtype, device=config.device, allow_pickle=config.allow_pickle
+    )
+
+
+def _conversation(tokenizer: Any, messages: list[Mapping[str, str]]) -> str:
+    """What the model reads: by its chat template, or a plain transcript where it has none."""
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    lines = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
+    return "\n".join([*lines, "Assistant:"])
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Token ids (1, n) of `prompt`; the start token alone for an empty one."""
+    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    # a chat template writes the start token itself; a second one would confuse the model
+    ids = tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"]
+    if not ids:
+        if tokenizer.bos_token_id is None:
+            raise InputError("the prompt is empty, and this model has no token to start from")
+        ids = [tokenizer.bos_token_id]
+    return torch.tensor([ids], dtype=torch.long)
+
+
+def _pad_token(model: nn.Module, tokenizer: Any) -> int:
+    """Any valid token: a single prompt is never padded, but the library asks for one."""
+    end = model.generation_config.eos_token_id
+    candidates = [tokenizer.pad_token_id, end[0] if isinstance(end, list) and end else end, 0]
+    return next(token for token in candidates if isinstance(token, int))
