@@ -70,7 +70,7 @@ def token_stream(tokenizer: Any, documents: Iterable[str], limit: int | None = N
     """
     text = "\n\n".join(documents)
     size = len(text) if limit is None else limit * CHARACTERS_PER_TOKEN
-    while size < len(text):
+    while limit is not None and size < len(text):
         tokens = _tokenise(tokenizer, text[:size])
         whole = tokens[:-EDGE_TOKENS]
         if len(whole) >= limit:

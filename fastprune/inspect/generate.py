@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,7 +201,7 @@ def _load(config: SamplingConfig) -> tuple[nn.Module, Any]:
     )
 
 
-def _conversation(tokenizer: Any, messages: list[Mapping[str, str]]) -> str:
+def _conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
     """What the model reads: by its chat template, or a plain transcript where it has none."""
     if getattr(tokenizer, "chat_template", None):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -1,8 +1,8 @@
-"""The kernels as eager functions, and as torch.ops.fastprune.* for traced programs.
+"""The kernels as eager functions; library.py has them as torch.ops.fastprune.* for tracers.
 
-The functions here check their arguments (ValueError names the culprit), allocate results and
+They check their arguments (ValueError names the culprit), allocate results and
 workspaces, and call the compiled module, or reference.py where that does not serve the device.
-They are not differentiable.
+None is differentiable.
 """
 
 from __future__ import annotations
@@ -198,13 +198,14 @@ def scan_all(tensors: Sequence[Tensor]) -> list[ScanResult]:
     Raises:
         ValueError: a tensor is not float32, bfloat16 or float16, or is on another device.
     """
+    return [_scan_result(row) for row in scan_table(tensors).tolist()] if tensors else []
+
+
+def scan_table(tensors: Sequence[Tensor]) -> Tensor:
+    """scan_all without the wait: (tensors, 10) float64, a row per tensor as in ScanResult."""
     for number, t in enumerate(tensors):
         _check_float("scan", f"tensor {number}", t)
         _check_tensor("scan", f"tensor {number}", t, None, tensors[0].device, None)
-    return [_scan_result(row) for row in _scan(list(tensors)).tolist()] if tensors else []
-
-
-def _scan(tensors: list[Tensor]) -> Tensor:
     device = tensors[0].device
     module = compiled(device)
     if module is None:
@@ -216,8 +217,7 @@ def _scan(tensors: list[Tensor]) -> Tensor:
 
 
 def _scan_result(row: list[float]) -> ScanResult:
-    counts = [int(v) for v in row[:4]]
-    return ScanResult(*counts, *row[4:9], numel=int(row[9]))
+    return ScanResult._make([*map(int, row[:4]), *row[4:9], int(row[9])])
 
 
 # ---------------------------------------------------------------------------- adamw

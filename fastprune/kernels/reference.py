@@ -50,6 +50,7 @@ def taylor(
     elif kind == "l2":
         terms = w * w
     else:
+        assert x is not None  # ops.taylor has checked it
         terms = w.abs() * x.to(compute)
     return terms.sum(1), terms.sum(0)
 

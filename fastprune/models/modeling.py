@@ -32,10 +32,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3For
 class Sizes(Protocol):
     """Sizes of one decoder layer; zero heads or channels mean that the sublayer is removed."""
 
-    query_heads: int
-    kv_heads: int
-    channels: int
-    head_dim: int
+    @property
+    def query_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 class RemovedAttention(nn.Module):

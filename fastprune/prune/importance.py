@@ -66,9 +66,11 @@ def score(model: nn.Module, windows: Tensor, method: str, *, seed: int = 0) -> S
         norms = input_norms(model, windows)
         scores = _sums(
             model,
-            lambda layer, s: _reduce(s, layer, "activation", x=norms[_module(layer, s)])
-            if s.parameter == "weight"
-            else None,
+            lambda layer, s: (
+                _reduce(s, layer, "activation", x=norms[_module(layer, s)])
+                if s.parameter == "weight"
+                else None
+            ),
         )
     elif method == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -192,9 +194,7 @@ def input_norms(model: nn.Module, windows: Tensor) -> dict[nn.Module, Tensor]:
     handles = [
         module.register_forward_pre_hook(hook)
         for layer in decoder_layers(model)
-        for module in {
-            _module(layer, s): None for s in attention_slices(layer) + mlp_slices(layer)
-        }
+        for module in {_module(layer, s): None for s in attention_slices(layer) + mlp_slices(layer)}
     ]
     try:
         device = next(model.parameters()).device

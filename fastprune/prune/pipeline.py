@@ -102,9 +102,10 @@ def prune(
         with clock("evaluate"):
             dense = evaluate(model, test.to(device))
     if plan is None:
+        assert target is not None  # config.check() has seen a budget or a plan
         plan, importance = make_plan(model, calibration, target, config, clock)
     removed = parameters_removed(model, plan)
-    if not config.dry_run:
+    if dense is not None:
         with clock("surgery"):
             apply_plan(model, plan)
         with clock("evaluate"):
@@ -157,7 +158,7 @@ def _target(config: PruneConfig, params: int, block: int) -> int | None:
 
 
 def _texts(config: PruneConfig, tokenizer: Any, *, calibrate: bool) -> tuple[Tensor, Tensor | None]:
-    """Evaluation windows from the start of the text, calibration windows from what is not tested."""
+    """Evaluation windows from the text's start, calibration windows from what is not tested."""
     documents = load_documents(config.eval)
     test = text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
     if not calibrate:
@@ -199,9 +200,7 @@ def _save(directory: Path, result: PruneResult, *, weights: bool) -> None:
     records.mkdir()
     result.plan.save(records / "plan.json")
     if result.layer_importance is not None:
-        save_layer_importance(
-            records / "layer_importance.json", "removal", result.layer_importance
-        )
+        save_layer_importance(records / "layer_importance.json", "removal", result.layer_importance)
 
 
 def _record(directory: Path, result: PruneResult, run_log: RunLog) -> None:

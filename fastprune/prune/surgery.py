@@ -14,8 +14,8 @@ from fastprune.models.families import (
     mlp_slices,
 )
 from fastprune.models.modeling import conform
-from fastprune.prune.plan import Plan
 from fastprune.progress import track
+from fastprune.prune.plan import Plan
 
 
 @torch.no_grad()

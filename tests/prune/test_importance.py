@@ -156,6 +156,6 @@ def test_removal_equals_skipping_the_layer(family: str) -> None:
 
     assert dense == pytest.approx(perplexity(), rel=1e-5)  # fp32 mean against fp64 sum
     for skipped in range(len(layers)):
-        model.model.layers = nn.ModuleList(l for i, l in enumerate(layers) if i != skipped)
+        model.model.layers = nn.ModuleList(x for i, x in enumerate(layers) if i != skipped)
         model.config.num_hidden_layers = len(layers) - 1
         assert increases[skipped] == pytest.approx(perplexity() - dense, rel=1e-4, abs=1e-4 * dense)
