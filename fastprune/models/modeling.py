@@ -42,15 +42,21 @@ class Sizes(Protocol):
     def head_dim(self) -> int: ...
 
 
-class RemovedAttention(nn.Module):
-    """Stands where an attention was: adds nothing to the residual stream and keeps no cache."""
+class Removed(nn.Module):
+    """Stands where a sublayer was: adds nothing to the residual stream."""
+
+
+# Not a direct nn.Module: transformers reads this source, takes a class of that form for a real
+# attention of its own making, and then refuses to switch attention implementations.
+class RemovedAttention(Removed):
+    """A removed attention; it keeps no cache."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         return hidden_states.new_zeros(()), None
 
 
-class RemovedMLP(nn.Module):
-    """Stands where an MLP was: adds nothing to the residual stream."""
+class RemovedMLP(Removed):
+    """A removed MLP."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_zeros(())
