@@ -76,7 +76,8 @@ __device__ __forceinline__ Part norm_chunk(const G* g, int n, float unscale) {
 }
 
 __device__ __forceinline__ Part reduce_part(Part part) {
-  return {block_reduce<kThreads>(part.squares, Sum{}), block_reduce<kThreads>(part.nonfinite, Sum{})};
+  return {block_reduce<kThreads>(part.squares, Sum{}),
+          block_reduce<kThreads>(part.nonfinite, Sum{})};
 }
 
 template <class G>
@@ -141,8 +142,8 @@ struct Scaling {
 __global__ void __launch_bounds__(kThreads)
     adamw_decide(const __grid_constant__ Table<DecisionRecord> table, const Part* total,
                  const Scaling scaling, bool last,
-                 std::int64_t* steps,   // (slots,)
-                 double* control,       // (3,)
+                 std::int64_t* steps,    // (slots,)
+                 double* control,        // (3,)
                  Decision* decisions) {  // one per record of the table
   const bool sound = sound_step(total->squares, total->nonfinite);
   const float factor = gradient_factor(total->squares, scaling.max_norm, control[kLossScale]);
@@ -162,11 +163,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---------------------------------------------------------------------------- update
 struct UpdateRecord {
-  void* w;         // (numel,) W
-  const void* g;   // (numel,) G
-  float* m;        // (numel,)
-  float* v;        // (numel,)
-  float* master;   // (numel,), or null
+  void* w;        // (numel,) W
+  const void* g;  // (numel,) G
+  float* m;       // (numel,)
+  float* v;       // (numel,)
+  float* master;  // (numel,), or null
   std::int64_t numel;
   std::int64_t slot;
   const Decision* decision;
@@ -190,8 +191,10 @@ struct Update {
   std::uint32_t first;  // index of the chunk's first element, modulo 2^32
 
   __device__ __forceinline__ const Old* old() const {
-    if constexpr (kMaster) return master;
-    else return w;
+    if constexpr (kMaster)
+      return master;
+    else
+      return w;
   }
 
   // The rule for element i: new moments and weight in place of the old.
@@ -361,20 +364,19 @@ void adamw_update(const AdamWParams& p, void* stream_) {
   std::map<std::pair<DType, DType>, std::vector<UpdateRecord>> by_dtypes;
   for (std::int64_t i = 0; i < items; ++i) {
     const AdamWItem& item = p.items[static_cast<std::size_t>(i)];
-    by_dtypes[{item.w.dtype, item.g.dtype}].push_back(
-        {item.w.data, item.g.data, item.m.as<float>(), item.v.as<float>(),
-         item.master.as<float>(), item.w.numel(), item.slot, decisions + i});
+    by_dtypes[{item.w.dtype, item.g.dtype}].push_back({item.w.data, item.g.data, item.m.as<float>(),
+                                                       item.v.as<float>(), item.master.as<float>(),
+                                                       item.w.numel(), item.slot, decisions + i});
   }
   for (const auto& [dtypes, records] : by_dtypes)
     dispatch_float(dtypes.first, [&, &dtypes = dtypes, &records = records](auto w_type) {
       dispatch_float(dtypes.second, [&](auto g_type) {
         using W = typename decltype(w_type)::type;
         using G = typename decltype(g_type)::type;
-        TableBuilder<UpdateRecord> tables(
-            [&](const Table<UpdateRecord>& table, std::int64_t blocks) {
-              launch("adamw", update_kernel<W, G>(p.master), blocks, kThreads, stream, table,
-                     p.seed);
-            });
+        TableBuilder<UpdateRecord> tables([&](const Table<UpdateRecord>& table,
+                                              std::int64_t blocks) {
+          launch("adamw", update_kernel<W, G>(p.master), blocks, kThreads, stream, table, p.seed);
+        });
         for (const UpdateRecord& r : records) tables.add(r, ceil_div(r.numel, kUpdateChunk));
         tables.finish();
       });

@@ -6,7 +6,7 @@
 // unit share a launch.
 #include <array>
 #include <map>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "core/check.h"
@@ -132,7 +132,7 @@ int unit_of(const Copy& c) {
 class Indices {
  public:
   std::int64_t add(const Tensor& index, std::int64_t run) {
-    const auto key = std::pair{index.data, run};
+    const auto key = std::tuple{index.data, index.numel(), run};
     const auto known = begin_.find(key);
     if (known != begin_.end()) return known->second;
     const auto begin = static_cast<std::int64_t>(values_.size());
@@ -146,7 +146,7 @@ class Indices {
   const std::vector<std::int32_t>& values() const { return values_; }
 
  private:
-  std::map<std::pair<void*, std::int64_t>, std::int64_t> begin_;
+  std::map<std::tuple<void*, std::int64_t, std::int64_t>, std::int64_t> begin_;
   std::vector<std::int32_t> values_;
 };
 
@@ -173,6 +173,10 @@ void gather(const GatherParams& p, void* stream_) {
   if (p.items.empty()) return;
   const auto stream = static_cast<cudaStream_t>(stream_);
   const DeviceGuard guard(p.items.front().src.device);
+  require(!p.workspace.present() || p.workspace.device == p.items.front().src.device,
+          "gather: workspace is on another device");
+  require((p.workspace.present() ? p.workspace.numel() : 0) >= gather_workspace(p.items),
+          "gather: workspace is too small");
   const auto* device_index = p.workspace.as<const std::int32_t>();
 
   Indices indices;

@@ -55,10 +55,10 @@ inline void launch(const char* what, void (*kernel)(Params...), std::int64_t blo
   if (blocks > std::numeric_limits<int>::max())
     throw std::runtime_error(std::string(what) + ": the tensors are too large for one launch");
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
-  succeed(cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
-                           dim3(static_cast<unsigned>(blocks)),
-                           dim3(static_cast<unsigned>(threads)), pointers, 0, stream),
-          what);
+  succeed(
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                       dim3(static_cast<unsigned>(threads)), pointers, 0, stream),
+      what);
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

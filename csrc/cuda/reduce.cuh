@@ -35,12 +35,10 @@ __device__ __forceinline__ float warp_sum_of_four(const float (&values)[4]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const bool upper = lane & 16;
   const bool odd = lane & 8;
-  const float a =
-      (upper ? values[2] : values[0]) +
-      __shfl_xor_sync(kAllLanes, upper ? values[0] : values[2], 16);
-  const float b =
-      (upper ? values[3] : values[1]) +
-      __shfl_xor_sync(kAllLanes, upper ? values[1] : values[3], 16);
+  const float a = (upper ? values[2] : values[0]) +
+                  __shfl_xor_sync(kAllLanes, upper ? values[0] : values[2], 16);
+  const float b = (upper ? values[3] : values[1]) +
+                  __shfl_xor_sync(kAllLanes, upper ? values[1] : values[3], 16);
   float sum = (odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 8);
 #pragma unroll
   for (int distance = 4; distance > 0; distance /= 2)

@@ -100,7 +100,12 @@ __device__ __forceinline__ void scan_chunk(const T* x, int n, Part* part) {
   }
   stripes.for_each_from(stripe, [&](int i) { fast.add(to_float(x[i])); });
 
-  ExactSums exact{fast.sum, fast.squares, fast.lowest, fast.highest, 0, 0,
+  ExactSums exact{fast.sum,
+                  fast.squares,
+                  fast.lowest,
+                  fast.highest,
+                  0,
+                  0,
                   static_cast<std::int32_t>(fast.zeros)};
   if (!fast.trustworthy()) {
     exact = ExactSums{};

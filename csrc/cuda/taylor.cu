@@ -15,8 +15,8 @@
 namespace fastprune::cuda {
 namespace {
 
-constexpr int kWarpsAcross = 4;   // warps side by side over the columns of a tile
-constexpr int kWarpsDown = 2;     // halves of a tile's rows
+constexpr int kWarpsAcross = 4;  // warps side by side over the columns of a tile
+constexpr int kWarpsDown = 2;    // halves of a tile's rows
 constexpr int kThreads = kWarp * kWarpsAcross * kWarpsDown;
 constexpr int kTileRows = 128;
 constexpr int kRowsInFlight = 4;  // rows a thread has loaded before it uses the first
@@ -31,12 +31,12 @@ constexpr int kNarrowestTile = kTileColumns<float, true>;
 struct Absent {};  // no h given
 
 struct Arguments {
-  const void* w;      // (out, in) T, rows w_stride apart
-  const void* g;      // (out, in) T, rows g_stride apart, or null
-  const void* h;      // (out, in) H, rows h_stride apart, or null
-  const float* x;     // (in,), or null
-  float* row_sums;    // (tiles, out)
-  float* column_sums; // (chunks of kTileRows rows, in)
+  const void* w;       // (out, in) T, rows w_stride apart
+  const void* g;       // (out, in) T, rows g_stride apart, or null
+  const void* h;       // (out, in) H, rows h_stride apart, or null
+  const float* x;      // (in,), or null
+  float* row_sums;     // (tiles, out)
+  float* column_sums;  // (chunks of kTileRows rows, in)
   std::int64_t out, in;
   std::int64_t w_stride, g_stride, h_stride;
   int tiles;  // over the columns
