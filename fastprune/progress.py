@@ -111,4 +111,5 @@ def stage(description: str) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-        progress.stop()
+        if on_terminal:  # elsewhere nothing was started, and stopping would print an empty line
+            progress.stop()

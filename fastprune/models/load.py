@@ -26,7 +26,7 @@ from fastprune.models.quiet import quiet_libraries
 DEMO_MODEL = "smollm2-135m"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -72,6 +72,8 @@ def resolve_source(source: str | Path) -> Path:
     """The local Hugging Face folder that `source` stands for, fetched or converted where needed."""
     if str(source) == DEMO_MODEL and not Path(source).exists():
         return convert_gguf(_demo_file())
+    if not str(source).strip():
+        raise InputError("no MODEL given: name a folder, a hub id, a .gguf file or smollm2-135m")
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -81,7 +83,7 @@ def resolve_source(source: str | Path) -> Path:
         raise InputError(
             f"{path}: not a model; give a Hugging Face folder, a hub id, or a .gguf file"
         )
-    if path.is_absolute() or not HUB_ID.fullmatch(str(source)) or str(source) in (".", ".."):
+    if path.is_absolute() or not HUB_ID.fullmatch(str(source)):
         raise InputError(f"{path}: no such file or folder")
     return _fetch(str(source))
 
@@ -182,7 +184,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             try:
                 shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise InputError(f"{index}: broken index of weight files") from error
             return [folder / shard for shard in sorted(shards)]
     raise InputError(f"{folder}: no weights (model.safetensors) in this folder")

@@ -1,0 +1,321 @@
+"""Every source loads, every broken one is named in one line, and nothing is filled in at random."""
+
+import json
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer, token_ids
+
+from fastprune.errors import InputError
+from fastprune.models import foreign, load
+from fastprune.models.families import Geometry, geometries
+from fastprune.models.load import load_config, load_model, load_tokenizer
+from fastprune.models.modeling import conform
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_checkpoint(tmp_path / "model", "llama")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fastprune"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(token_ids()).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("auto", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("fp16", torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_folder_loads_in_the_wanted_dtype(folder, name, dtype):
+    model, tokenizer = load_model(folder, dtype=name)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert not model.training
+    assert tokenizer(TEXT).input_ids == tiny_tokenizer()(TEXT).input_ids
+
+
+def test_auto_keeps_the_dtype_of_the_checkpoint(tmp_path):
+    tiny_model("qwen3").to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert load_model(tmp_path)[0].dtype == torch.bfloat16
+
+
+def test_loading_prints_nothing(folder, capfd):
+    load_model(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_config_and_tokenizer_alone(folder):
+    assert load_config(str(folder)).hidden_size == 64
+    assert load_tokenizer(folder)(TEXT).input_ids == tiny_tokenizer()(TEXT).input_ids
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def scramble(folder):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_shard(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def break_index(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def rename_type(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "not_a_model"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("config.json"), "no config.json"),
+        (write("config.json", "{"), "config.json: broken"),
+        (write("config.json", "[]"), "config.json: broken"),
+        (write("config.json", '{"model_type": 3}'), "config.json: broken"),
+        (rename_type, "not_a_model"),
+        (remove("model.safetensors"), "no weights"),
+        (truncate, "model.safetensors: truncated or corrupt"),
+        (scramble, "model.safetensors: truncated or corrupt"),
+        (drop_tensor, r"1 weights are missing, first model\.layers\.1\.mlp\.up_proj"),
+        (cut_tensor, "do not load"),
+        (lose_shard, "model-00001-of-00002.safetensors is missing"),
+        (break_index, "broken index"),
+        (remove("tokenizer.json"), "no tokenizer"),
+        (write("tokenizer.json", "{"), "broken tokenizer"),
+    ],
+)
+def test_broken_folders_are_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(InputError, match=message) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/folder", "no such file"),
+        ("./none", "no such file"),
+        ("owner/no-such-model", "could be fetched"),
+        ("..none", "no such file"),
+        ("", "no MODEL given"),
+    ],
+)
+def test_unknown_sources_are_refused(source, message):
+    with pytest.raises(InputError, match=message):
+        load_model(source)
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "fake.gguf").write_text("hello")
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
+    for name, message in (
+        ("notes.txt", "not a model"),
+        ("fake.gguf", "not a GGUF"),
+        ("damaged.gguf", "cannot be read"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_model(tmp_path / name)
+
+
+def test_unused_weights_are_mentioned(folder, caplog):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.extra.weight"] = torch.zeros(2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(folder)
+    assert "1 weights are not used, first model.layers.0.extra.weight" in caplog.text
+
+
+def test_demo_model_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"fastprune\[demo\]"):
+        load_model("smollm2-135m")
+
+
+def test_pickles_need_permission(tmp_path):
+    model = tiny_model("llama")
+    conform(model, [Geometry(8, 4, 96, 16)] * 3 + [Geometry(0, 0, 96, 16)])
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"model": model, "tokenizer": tiny_tokenizer()}, path)
+    with pytest.raises(InputError, match="--allow-pickle"):
+        load_model(path)
+    loaded, _ = load_model(path, allow_pickle=True, dtype="bf16")
+    assert loaded.dtype == torch.bfloat16
+    loaded, _ = load_model(path, allow_pickle=True)
+    assert geometries(loaded) == geometries(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_pickles_of_other_things_are_refused(tmp_path):
+    torch.save({"weights": 1}, tmp_path / "a.bin")
+    (tmp_path / "b.bin").write_text("hello")
+    for name in ("a.bin", "b.bin"):
+        with pytest.raises(InputError, match="cannot be read as a pickled model"):
+            load_model(tmp_path / name, allow_pickle=True)
+
+
+def write_gguf(path, model, tokenizer):
+    """The tiny Llama `model` as a `.gguf` file in fp32, as llama.cpp's converter writes it."""
+    from gguf import GGUFWriter
+
+    config = model.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(settings["vocab"], key=settings["vocab"].get))
+    writer.add_token_types([3] + [1] * (config.vocab_size - 1))  # control, then normal ones
+    writer.add_token_merges([" ".join(pair) for pair in settings["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    state = model.state_dict()
+    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"].numpy())
+    writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
+    for index in range(config.num_hidden_layers):
+        for name, short in names.items():
+            weight = state[f"model.layers.{index}.{name}.weight"]
+            if short in ("attn_q", "attn_k"):  # llama.cpp pairs neighbours in its rope
+                halves = weight.view(-1, 2, config.head_dim // 2, config.hidden_size)
+                weight = halves.transpose(1, 2).reshape(weight.shape)
+            writer.add_tensor(f"blk.{index}.{short}.weight", weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def gguf_model():
+    return tiny_model("llama", layers=2, head_dim=8)
+
+
+@pytest.fixture
+def gguf_file(tmp_path, gguf_model):
+    return write_gguf(tmp_path / "tiny.gguf", gguf_model, tiny_tokenizer())
+
+
+def test_gguf_loads_as_a_plain_model(gguf_file, gguf_model, tmp_path, capfd):
+    model, tokenizer = load_model(gguf_file)
+    assert capfd.readouterr() == ("", "")
+    assert torch.equal(logits(model), logits(gguf_model))
+    assert tokenizer(TEXT).input_ids == tiny_tokenizer()(TEXT).input_ids
+    assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path / "saved")  # refused while marked as quantised
+
+
+def test_gguf_is_converted_once(gguf_file, gguf_model, cache, monkeypatch):
+    load_model(gguf_file)
+    assert [p.name.split("-")[0] for p in cache.iterdir()] == ["gguf"]
+    monkeypatch.setattr(foreign, "_save_dequantised", None)  # calling it would fail
+    assert torch.equal(logits(load_model(gguf_file)[0]), logits(gguf_model))
+
+
+@pytest.mark.parametrize("damage", [truncate, remove("model.safetensors"), remove("config.json")])
+def test_damaged_copies_are_converted_again(gguf_file, gguf_model, cache, damage):
+    load_model(gguf_file)
+    damage(next(cache.iterdir()))
+    assert torch.equal(logits(load_model(gguf_file)[0]), logits(gguf_model))
+
+
+def test_interrupted_conversion_leaves_nothing(gguf_file, cache, monkeypatch):
+    def interrupted(path, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(foreign, "_save_dequantised", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_model(gguf_file)
+    assert list(cache.iterdir()) == []
+
+
+def test_concurrent_conversions_agree(gguf_file, cache, monkeypatch):
+    together = threading.Barrier(2)
+    original = foreign._save_dequantised
+    lock = threading.Lock()
+
+    def convert(path, folder):
+        together.wait(timeout=60)
+        with lock:  # transformers itself is not safe to load from two threads of one process
+            original(path, folder)
+
+    monkeypatch.setattr(foreign, "_save_dequantised", convert)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(foreign.convert_gguf(gguf_file)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert len(found) == 2
+    assert len(list(cache.iterdir())) == 1
