@@ -84,14 +84,14 @@ def eval_windows(stream: Tensor, seq_len: int, windows: int | None = None) -> Te
 
     `windows` None takes all. Raises InputError when the text is shorter than one window.
     """
+    if windows is not None and windows < 1:
+        raise InputError(f"windows must be at least 1, got {windows}")
     available = len(stream) // _checked(seq_len)
     if available == 0:
         raise InputError(
             f"the text has {len(stream)} tokens, fewer than one window of {seq_len}; "
             "use a longer text or a smaller sequence length"
         )
-    if windows is not None and windows < 1:
-        raise InputError(f"windows must be at least 1, got {windows}")
     n = available if windows is None else min(windows, available)
     if windows is not None and n < windows:
         log.warning("the text has only %d windows of %d tokens, not %d", n, seq_len, windows)

@@ -73,6 +73,8 @@ class EvalConfig(CommonConfig):
 
 def run_eval(config: EvalConfig) -> Perplexity:
     """Load the model and the text that `config` names and measure. Raises InputError."""
+    if config.batch_size is not None and config.batch_size < 1:
+        raise InputError(f"the batch size must be at least 1, got {config.batch_size}")
     documents = load_documents(config.text)
     model, tokenizer = load_model(
         config.model, dtype=config.dtype, device=config.device, allow_pickle=config.allow_pickle

@@ -1,0 +1,178 @@
+"""Sources of text, and windows cut from them."""
+
+import json
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+from tiny import TEXT, tiny_tokenizer
+
+from fastprune.data.text import (
+    BUILTIN,
+    SHORT_NAMES,
+    eval_windows,
+    load_documents,
+    sample_windows,
+    token_stream,
+)
+from fastprune.errors import InputError
+
+DOCUMENTS = ["The first document.", "The second one,\nof two lines."]
+
+
+def write(path, content):
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8")
+    return path
+
+
+def jsonl(records):
+    return "\n".join(json.dumps(record) for record in records)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", jsonl([{"text": d} for d in DOCUMENTS])),
+        ("b.jsonl", jsonl([{"id": 1, "content": d} for d in DOCUMENTS]) + "\n\n"),
+        ("c.json", json.dumps([{"text": d} for d in DOCUMENTS])),
+        ("d.json", json.dumps(DOCUMENTS)),
+        ("e.json", json.dumps({"version": 1, "data": [{"text": d} for d in DOCUMENTS]})),
+        ("f.csv", 'id,text\n1,The first document.\n2,"The second one,\nof two lines."\n'),
+    ],
+)
+def test_record_files(tmp_path, name, content):
+    assert load_documents(str(write(tmp_path / name, content))) == DOCUMENTS
+
+
+def test_parquet(tmp_path):
+    parquet.write_table(pyarrow.table({"text": DOCUMENTS}), tmp_path / "a.parquet")
+    assert load_documents(tmp_path / "a.parquet") == DOCUMENTS
+
+
+def test_instructions_are_joined(tmp_path):
+    records = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Greet.", "context": "", "response": "Hello."},
+    ]
+    path = write(tmp_path / "a.jsonl", jsonl(records))
+    assert load_documents(path) == ["Add.\n1 and 2\n3", "Greet.\nHello."]
+
+
+def test_plain_text_is_one_document_with_plain_line_ends(tmp_path):
+    path = write(tmp_path / "a.txt", "\ufeffone\r\ntwo\rthree\n".encode())
+    assert load_documents(path) == ["one\ntwo\nthree\n"]
+
+
+def test_folders_and_lists_keep_their_order(tmp_path):
+    write(tmp_path / "2.txt", "second")
+    write(tmp_path / "1.txt", "first")
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "3.jsonl", jsonl(["third"]))
+    write(tmp_path / "ignored.bin", b"\0")
+    assert load_documents(tmp_path) == ["first", "second", "third"]
+    both = f"{tmp_path / '2.txt'}, {tmp_path / '1.txt'}"
+    assert load_documents(both) == ["second", "first"]
+
+
+def test_builtin_text_is_there_and_long():
+    assert sum(map(len, load_documents(BUILTIN))) > 300_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "no text"),
+        ("a.txt", b" \n\t\n", "no text"),
+        ("a.txt", b"text\0text", "zero bytes"),
+        ("a.txt", b"caf\xe9", "not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not JSON"),
+        ("a.jsonl", b"[1]", "neither a string nor an object"),
+        ("a.jsonl", b'{"label": 1}', "no field named text"),
+        ("a.jsonl", b"", "no text"),
+        ("a.json", b"{", "not JSON"),
+        ("a.json", b"[]", "no text"),
+        ("a.csv", b"id\n1\n", "no field named text"),
+        ("a.parquet", b"hello", "not a Parquet file"),
+    ],
+)
+def test_unusable_files_are_refused(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_documents(write(tmp_path / name, content))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_sources_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for spec, message in (
+        ("", "empty name"),
+        ("a.txt,", "no such file"),
+        (str(tmp_path / "none.txt"), "no such file"),
+        (str(tmp_path / "empty"), "files in this folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_documents(spec)
+
+
+@pytest.mark.parametrize("spec", ["hf:owner/no-such-data", *SHORT_NAMES])
+def test_hub_data_without_a_network_is_an_input_error(spec):
+    with pytest.raises(InputError, match=r"needs the package datasets|could not be fetched"):
+        load_documents(spec)
+
+
+def test_a_limited_stream_is_the_beginning_of_the_whole():
+    tokenizer = tiny_tokenizer()
+    documents = [TEXT * 3] * 20
+    whole = token_stream(tokenizer, documents)
+    assert whole.tolist() == tokenizer("\n\n".join(documents)).input_ids
+    for limit in (1, 100, 1000, len(whole), len(whole) + 1):
+        assert torch.equal(token_stream(tokenizer, documents, limit), whole[:limit])
+
+
+def test_a_limited_stream_of_long_tokens():
+    """Where a token covers more text than expected, the first guess is too short."""
+    documents = ["    \n" * 2 + "the mill " * 4000]
+    tokenizer = tiny_tokenizer()
+    whole = token_stream(tokenizer, documents)
+    assert torch.equal(token_stream(tokenizer, documents, 5000), whole[:5000])
+
+
+def test_eval_windows_start_at_the_beginning():
+    stream = torch.arange(25)
+    assert eval_windows(stream, 8, 2).tolist() == [list(range(8)), list(range(8, 16))]
+    assert eval_windows(stream, 8).shape == (3, 8)
+
+
+def test_eval_windows_say_when_there_are_fewer(caplog):
+    assert eval_windows(torch.arange(25), 8, 10).shape == (3, 8)
+    assert "only 3 windows" in caplog.text
+
+
+def test_sampled_windows_are_distinct_and_reproducible():
+    stream = torch.arange(1000)
+    windows = sample_windows(stream, 10, 50, seed=3, skip=105)
+    starts = windows[:, 0].tolist()
+    assert len(set(starts)) == 50
+    assert min(starts) >= 105
+    assert all((start - 105) % 10 == 0 for start in starts)
+    assert torch.equal(windows - windows[:, :1], torch.arange(10).expand(50, 10))
+    assert torch.equal(windows, sample_windows(stream, 10, 50, seed=3, skip=105))
+    assert torch.equal(windows[:20], sample_windows(stream, 10, 20, seed=3, skip=105))
+    assert not torch.equal(windows, sample_windows(stream, 10, 50, seed=4, skip=105))
+
+
+def test_windows_that_do_not_fit_are_refused():
+    stream = torch.arange(100)
+    for call, message in (
+        (lambda: eval_windows(stream, 101, 1), "has 100 tokens"),
+        (lambda: eval_windows(stream, 1, 1), "at least 2"),
+        (lambda: eval_windows(stream, 10, 0), "at least 1"),
+        (lambda: sample_windows(stream, 10, 11), "need 110 tokens, the text has 100"),
+        (lambda: sample_windows(stream, 10, 10, skip=1), "the text has 99"),
+        (lambda: sample_windows(stream, 10, 0), "at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()

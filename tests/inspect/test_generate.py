@@ -1,0 +1,98 @@
+"""Generation is the model's own greedy or seeded choice; a chat remembers and ends."""
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer
+
+from fastprune.errors import InputError, NumericalError
+from fastprune.inspect.generate import GenerateConfig, chat, generate, run_generate
+
+PROMPT = "The river that runs"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_likeliest_token_each_time(family):
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(6):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    result = generate(model, tokenizer, PROMPT, 6)
+    assert result.text == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    assert result.new_tokens == 6
+
+
+def test_sampling_follows_the_seed_alone():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    state = torch.get_rng_state()
+    first, again, other = (
+        generate(model, tokenizer, PROMPT, 20, temperature=1.0, seed=seed).text
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_empty_prompt_begins_with_the_start_token():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    assert generate(model, tokenizer, "", 4).text == generate(model, tokenizer, "<|end|>", 4).text
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -1.0}])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        generate(tiny_model("llama"), tiny_tokenizer(), PROMPT, **settings)
+
+
+def test_sampling_from_a_broken_model_is_a_numerical_error():
+    model = tiny_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(NumericalError, match="not finite"):
+        generate(model, tiny_tokenizer(), PROMPT, 4, temperature=1.0)
+
+
+def test_run_generate_prints_the_continuation(tmp_path, capfd):
+    folder = tiny_checkpoint(tmp_path / "model")
+    capfd.readouterr()  # the progress bars of saving it
+    result = run_generate(GenerateConfig(model=str(folder), prompt=PROMPT, max_new_tokens=5))
+    assert capfd.readouterr() == (result.text + "\n", "")
+
+
+def lines(*words):
+    """A reader that gives `words` one by one, then ends."""
+    rest = iter(words)
+
+    def read(prompt):
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    return read
+
+
+def test_chat_ends_and_remembers(monkeypatch, capsys):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    asked = []
+
+    def record(model, tokenizer, prompt, *args, **kwargs):
+        asked.append(prompt)
+        return generate(model, tokenizer, prompt, 2)
+
+    monkeypatch.setattr("fastprune.inspect.generate.generate", record)
+    chat(model, tokenizer, system="Be brief.", read=lines("one", "", "two", "/clear", "three"))
+    assert asked[0] == "System: Be brief.\nUser: one\nAssistant:"
+    assert asked[1].startswith(asked[0])
+    assert asked[1].endswith("User: two\nAssistant:")
+    assert asked[2] == "System: Be brief.\nUser: three\nAssistant:"
+    chat(model, tokenizer, read=lines("/exit", "never read"))
+    assert len(asked) == 3
+
+
+def test_chat_prints_the_answer_as_it_comes(capsys):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    chat(model, tokenizer, 5, read=lines("hello"))
+    expected = generate(model, tokenizer, "User: hello\nAssistant:", 5).text
+    assert expected.strip() in capsys.readouterr().out
