@@ -1,5 +1,6 @@
 """Compiled kernels (CPU and CUDA) with plain-torch definitions, and the optimizer built on them."""
 
+from fastprune.kernels import library as library  # registers torch.ops.fastprune.*
 from fastprune.kernels.backend import Backend, backends, cpu_level
 from fastprune.kernels.ops import ScanResult, adamw, gather, scan, scan_all, taylor
 from fastprune.kernels.optim import AdamW

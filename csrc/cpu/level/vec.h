@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -127,8 +127,39 @@ LANES_INLINE F32 whole_part(const F32& x) {
     return __builtin_convertvector(__builtin_convertvector(p, Native<std::int32_t>), Native<float>);
   });
 }
-LANES_INLINE F32 smaller(const F32& a, const F32& b) { return select(a < b, a, b); }
-LANES_INLINE F32 larger(const F32& a, const F32& b) { return select(a > b, a, b); }
+
+// The second operand where the first is NaN, as the machine's own minimum and maximum do; the
+// compiler does not find those instructions by itself.
+LANES_INLINE F32 smaller(const F32& a, const F32& b) {
+  F32 r;
+  for (int k = 0; k < kParts; ++k) {
+#if defined(__AVX512F__)
+    r.part[k] = _mm512_maskz_min_ps(0xffff, a.part[k], b.part[k]);
+#elif defined(__AVX2__)
+    r.part[k] = _mm256_min_ps(a.part[k], b.part[k]);
+#elif defined(__SSE2__)
+    r.part[k] = _mm_min_ps(a.part[k], b.part[k]);
+#else
+    r.part[k] = a.part[k] < b.part[k] ? a.part[k] : b.part[k];
+#endif
+  }
+  return r;
+}
+LANES_INLINE F32 larger(const F32& a, const F32& b) {
+  F32 r;
+  for (int k = 0; k < kParts; ++k) {
+#if defined(__AVX512F__)
+    r.part[k] = _mm512_maskz_max_ps(0xffff, a.part[k], b.part[k]);
+#elif defined(__AVX2__)
+    r.part[k] = _mm256_max_ps(a.part[k], b.part[k]);
+#elif defined(__SSE2__)
+    r.part[k] = _mm_max_ps(a.part[k], b.part[k]);
+#else
+    r.part[k] = a.part[k] > b.part[k] ? a.part[k] : b.part[k];
+#endif
+  }
+  return r;
+}
 
 // 0, 1, 2, ...
 LANES_INLINE U32 lane_numbers() {
@@ -143,12 +174,30 @@ LANES_INLINE T reduce(const Lanes<T>& x, F f) {
   T lane[kLanes];
   memcpy(lane, x.part, sizeof lane);
   for (int n = kLanes / 2; n > 0; n /= 2)
+#pragma GCC unroll 16
     for (int i = 0; i < n; ++i) lane[i] = f(lane[i], lane[i + n]);
   return lane[0];
 }
 template <class T>
 LANES_INLINE T sum(const Lanes<T>& x) {
   return reduce(x, [](T a, T b) { return a + b; });
+}
+LANES_INLINE bool all(const I32& mask) {
+  return reduce(mask, [](std::int32_t a, std::int32_t b) { return a & b; }) != 0;
+}
+
+// Lanes of double are kept as arrays: they are touched once per block only.
+LANES_INLINE void add_lanes(const F32& x, double (&to)[kLanes]) {
+  float lane[kLanes];
+  memcpy(lane, x.part, sizeof lane);
+  for (int i = 0; i < kLanes; ++i) to[i] += double(lane[i]);
+}
+LANES_INLINE double sum(const double (&x)[kLanes]) {
+  double lane[kLanes];
+  memcpy(lane, x, sizeof lane);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  return lane[0];
 }
 
 // ---------------------------------------------------------------------------- loads

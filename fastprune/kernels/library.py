@@ -1,0 +1,87 @@
+"""torch.ops.fastprune.*: the kernels with the shapes that torch.compile and torch.export need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastprune.kernels import ops
+
+
+@torch.library.custom_op("fastprune::taylor", mutates_args=())
+def taylor(
+    w: Tensor, g: Tensor | None, h: Tensor | None, x: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    return ops.taylor(w, g, h, x=x, kind=kind)
+
+
+@taylor.register_fake
+def _(
+    w: Tensor, g: Tensor | None, h: Tensor | None, x: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    columns = w.shape[1] if w.ndim == 2 else 1
+    rows = w.new_empty(w.shape[0], dtype=torch.float32)
+    return rows, w.new_empty(columns, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastprune::gather", mutates_args=())
+def gather(tensors: list[Tensor], indices: list[Tensor], dims: list[int]) -> list[Tensor]:
+    return ops.gather(tensors, indices, dims)
+
+
+@gather.register_fake
+def _(tensors: list[Tensor], indices: list[Tensor], dims: list[int]) -> list[Tensor]:
+    results = []
+    for t, index, dim in zip(tensors, indices, dims):
+        shape = list(t.shape)
+        shape[dim] = index.shape[0]
+        results.append(t.new_empty(shape))
+    return results
+
+
+@torch.library.custom_op("fastprune::scan", mutates_args=())
+def scan(tensors: list[Tensor]) -> Tensor:
+    """(tensors, 10) float64, a row per tensor in the order of ops.ScanResult."""
+    return ops.scan_table(tensors)
+
+
+@scan.register_fake
+def _(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty((len(tensors), ops.SCAN_FIELDS), dtype=torch.float64)
+
+
+@torch.library.custom_op(
+    "fastprune::adamw",
+    mutates_args=(
+        "params", "exp_avgs", "exp_avg_sqs", "masters", "steps", "stats", "total", "control",
+    ),
+)  # fmt: skip
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: Tensor,
+    stats: Tensor,
+    total: Tensor,
+    control: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_norm: float,
+    master: str,
+    seed: int,
+) -> None:
+    ops.adamw(
+        params, grads, exp_avgs, exp_avg_sqs, masters, steps, stats, total, control, lr=lr,
+        beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, max_norm=max_norm,
+        master=master, seed=seed,
+    )  # fmt: skip
+
+
+@adamw.register_fake
+def _(*_args: object, **_kwargs: object) -> None:
+    return None
