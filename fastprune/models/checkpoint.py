@@ -219,6 +219,8 @@ def _write_weights(form: Form, directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(form.state, directory, filename_pattern="model{suffix}.safetensors")
+    for file in directory.glob("*.safetensors"):  # written for the owner alone
+        shutil.copymode(directory / "config.json", file)
 
 
 def _sizes_of(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[Geometry]:

@@ -25,7 +25,7 @@ from fastprune.models.checkpoint import rebuild
 from fastprune.models.quiet import quiet_libraries
 from fastprune.progress import stage
 
-LAYOUT = "1"  # raise when the conversion changes, so that older copies are left alone
+LAYOUT = "2"  # raise when the conversion changes, so that older copies are left alone
 STALE_SECONDS = 24 * 3600  # a conversion that takes longer than this has been killed
 
 
@@ -108,7 +108,7 @@ def strip_quantisation(model: nn.Module) -> None:
     """Take away the marks that say `model` is quantised, once its weights are not."""
     for holder, mark in (
         (model.config, "quantization_config"),
-        (model.config, "_name_or_path"),
+        (model.config, "_model_name_or_path"),
         (model, "is_quantized"),
         (model, "quantization_method"),
         (model, "hf_quantizer"),

@@ -1,6 +1,8 @@
 """Sources of text, and windows cut from them."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -121,6 +123,35 @@ def test_missing_sources_are_refused(tmp_path):
 def test_hub_data_without_a_network_is_an_input_error(spec):
     with pytest.raises(InputError, match=r"needs the package datasets|could not be fetched"):
         load_documents(spec)
+
+
+class FakeRows(list):
+    def take(self, n):
+        return self[:n]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("hf:a/b", {"path": "a/b", "name": None, "split": "train"}),
+        ("hf:a/b:c", {"path": "a/b", "name": "c", "split": "train"}),
+        ("hf:a/b::test", {"path": "a/b", "name": None, "split": "test"}),
+        (
+            "wikitext2",
+            {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
+        ),
+    ],
+)
+def test_hub_data_is_streamed(spec, expected, monkeypatch):
+    asked = {}
+
+    def load_dataset(**source):
+        asked.update(source)
+        return FakeRows([{"text": "one"}, {"text": ""}, {"text": "two"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_documents(spec) == ["one", "two"]
+    assert asked == expected | {"streaming": True}
 
 
 def test_a_limited_stream_is_the_beginning_of_the_whole():

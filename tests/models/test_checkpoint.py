@@ -163,6 +163,11 @@ def test_a_loaded_checkpoint_can_be_cut_and_saved_again(tmp_path):
     assert torch.equal(logits(load_model(save(model, tmp_path / "second"))[0]), logits(model))
 
 
+def test_all_files_have_the_same_permissions(tmp_path):
+    folder = save(cut(tiny_model("llama"), UNEVEN), tmp_path / "out")
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 def test_other_architectures_are_saved_as_they_are(tmp_path):
     from transformers import GPT2Config
 
