@@ -3,8 +3,8 @@
 // t is score_term in core/math.h. One pass over the matrix gives both: a block walks down a tile
 // of 128 rows, each thread keeps the sums of its own columns in registers, and each warp adds up
 // its part of a row with shuffles. Partial sums go to the workspace, and a second kernel adds
-// them in a fixed order. Tiles depend on the dtype and on whether rows are aligned to 16 bytes, not on
-// the card, and nor do results.
+// them in a fixed order. Tiles depend on the dtype and on whether rows are aligned to 16 bytes,
+// not on the card, and nor do results.
 #include <type_traits>
 
 #include "core/check.h"
