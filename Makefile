@@ -47,7 +47,8 @@ $(VENV)/.model: $(VENV)/.torch
 setup: $(VENV)/.built ## virtual environment with the compiled kernels and development tools
 
 demo: $(VENV)/.built $(VENV)/.model ## prune SmolLM2-135M by 20 % into runs/demo, then generate
-	$(FASTPRUNE) prune smollm2-135m --ratio 0.2 --calib '$(CALIB)' --eval '$(EVAL)' --out $(OUT) --overwrite
+	$(FASTPRUNE) prune smollm2-135m --ratio 0.2 --calib '$(CALIB)' --eval '$(EVAL)' \
+		--eval-windows 8 --out $(OUT) --overwrite
 	$(FASTPRUNE) generate $(OUT) --prompt '$(PROMPT)'
 
 test: lint types ## everything that must pass before a change goes in

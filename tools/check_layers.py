@@ -21,7 +21,7 @@ LEVELS = (
     ("inspect", "report"),
     ("models", "data"),
     ("kernels",),
-    ("flags", "config", "progress", "errors"),
+    ("flags", "config", "precision", "progress", "errors"),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 STRANGERS = {("prune", "recover"), ("recover", "prune")}
