@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FASTPRUNE := $(BIN)/fastprune
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt
-CXX_SOURCES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format types bench sanitize wheel clean
