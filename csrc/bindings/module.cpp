@@ -129,8 +129,8 @@ std::int64_t adamw_workspace(const TensorList& params) {
   return WORKSPACE(device, adamw_workspace, items);
 }
 
-// One step over borrowed tensors: valid while the caller holds them, that is, within one
-// optimizer step. Parameters without a gradient (None) are left out.
+// One step over borrowed tensors; the lists and buffers are kept alive as long as the object, which
+// is meant to live for one step. Parameters without a gradient (None) are left out.
 class AdamWStep {
  public:
   AdamWStep(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
@@ -218,7 +218,10 @@ PYBIND11_MODULE(_C, m) {
                     double, const std::string&, std::uint64_t, double, double, std::int64_t>(),
            "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "masters"_a, "group_of"_a,
            "groups"_a, "steps"_a, "stats"_a, "total"_a, "control"_a, "workspace"_a, "max_norm"_a,
-           "master"_a, "seed"_a, "growth"_a, "backoff"_a, "interval"_a)
+           "master"_a, "seed"_a, "growth"_a, "backoff"_a, "interval"_a, py::keep_alive<1, 2>(),
+           py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>(),
+           py::keep_alive<1, 6>(), py::keep_alive<1, 9>(), py::keep_alive<1, 10>(),
+           py::keep_alive<1, 11>(), py::keep_alive<1, 12>(), py::keep_alive<1, 13>())
       .def("misfits", &AdamWStep::misfits)
       .def("norms", &AdamWStep::norms)
       .def("update", &AdamWStep::update);

@@ -247,8 +247,8 @@ def adamw_step(
     """One optimizer step over tensors of one device, as an object with two passes.
 
     Call norms(), then (after adding other processes' or devices' totals into `total`) update().
-    All tensors are changed in place; no pass waits for the device. Nothing is copied: the object
-    is valid as long as the caller holds the tensors, and is meant for one step.
+    All tensors are changed in place; no pass waits for the device. The object holds the lists and
+    is meant for one step: a resized or moved tensor would not be noticed.
 
     Args:
         params: n weights; float32, bfloat16 or float16; each fills one block of memory.

@@ -13,16 +13,18 @@ namespace {
 // and counts them.
 template <class T>
 NormPart norm_values(const T* g, std::int64_t n, float factor) {
-  constexpr int kWays = 4;  // independent sums hide the latency of an addition
+  // Four sums over four quarters: this hides the latency of an addition, and four streams of loads
+  // are faster than one.
+  constexpr int kWays = 4;
   F32 ways[kWays];
   for (auto& way : ways) way = F32(0.0f);
-  std::int64_t i = 0;
-  for (; i + kWays * kLanes <= n; i += kWays * kLanes)
+  const std::int64_t quarter = n / kWays / kLanes * kLanes;
+  for (std::int64_t i = 0; i < quarter; i += kLanes)
     for (int k = 0; k < kWays; ++k) {
-      const F32 value = load(g + i + k * kLanes) * F32(factor);
+      const F32 value = load(g + k * quarter + i) * F32(factor);
       ways[k] = ways[k] + value * value;
     }
-  for (; i < n; i += kLanes) {
+  for (std::int64_t i = kWays * quarter; i < n; i += kLanes) {
     const F32 value = load(g + i, int(n - i < kLanes ? n - i : kLanes)) * F32(factor);
     ways[0] = ways[0] + value * value;
   }
@@ -30,7 +32,7 @@ NormPart norm_values(const T* g, std::int64_t n, float factor) {
   if (std::isfinite(part.squares)) return part;
 
   part.squares = 0;
-  for (i = 0; i < n; ++i) {
+  for (std::int64_t i = 0; i < n; ++i) {
     float lane[kLanes];
     store(load(g + i, 1) * F32(factor), lane);
     if (std::isfinite(lane[0]))

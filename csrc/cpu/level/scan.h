@@ -59,7 +59,10 @@ LANES_INLINE void scan_block(const T* x, std::int64_t n, ScanBlock& block) {
     block.squares = block.squares + counted * counted;
   };
   std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(load(x + i));
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch(x + i);
+    add(load(x + i));
+  }
   if (const int rest = int(n - i); rest > 0) {  // lanes beyond the end count as NaN
     add(select(as_int(lane_numbers()) < I32(rest), load(x + i, rest), F32(__builtin_nanf(""))));
     block.nan.part[0][0] -= kLanes - rest;
@@ -117,7 +120,10 @@ std::int64_t outliers(const T* x, std::int64_t n, float mean, float limit) {
     count = count - ((distance > F32(limit)) & (distance < F32(__builtin_inff())));
   };
   std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(load(x + i));
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch(x + i);
+    add(load(x + i));
+  }
   if (const int rest = int(n - i); rest > 0)
     add(select(as_int(lane_numbers()) < I32(rest), load(x + i, rest), F32(__builtin_nanf(""))));
   return sum(count);
