@@ -52,6 +52,8 @@ class PruneConfig(CommonConfig):
     """largest share of a layer's prunable parameters to remove"""
     layers: str | None = None
     """only layers A to B-1, written A:B; the others stay whole"""
+    compensate: Literal["none", "least-squares"] = "none"
+    """refit what is kept to the outputs of what is removed"""
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """uniform: every layer the same size, so that any engine loads the result"""
     align: int = 1

@@ -26,6 +26,7 @@ from fastprune.models.families import (
     geometries,
     mlp_slices,
 )
+from fastprune.precision import fast_forward
 from fastprune.progress import track
 
 TAYLOR = {
@@ -149,7 +150,8 @@ def _taylor(model: nn.Module, windows: Tensor, kind: str) -> Scores:
     with _only_gradients_of(model, hooks):
         for window in track(windows, "scoring"):
             ids = window[None].to(device)
-            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            with fast_forward(device):
+                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             _, gradient = loss_and_hidden_grad(hidden.detach(), head, ids)
             hidden.backward(gradient * scale)
     finish = torch.abs if kind == "vector" else torch.Tensor.clone

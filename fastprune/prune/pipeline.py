@@ -16,6 +16,7 @@ from fastprune.inspect.perplexity import Perplexity, evaluate, peak_memory_bytes
 from fastprune.models.checkpoint import check_out, save_checkpoint, staged
 from fastprune.models.families import block_parameters, family_of, geometries
 from fastprune.models.load import load_model
+from fastprune.prune.compensation import compensate
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.plan import Plan
 from fastprune.prune.planning import make_plan, parameters_removed
@@ -95,7 +96,8 @@ def prune(
     plan = Plan.load(config.plan) if config.plan else None
     if plan:
         plan.check_model(sizes)
-    test, calibration = _texts(config, tokenizer, calibrate=plan is None)
+    refit = config.compensate != "none"
+    test, calibration = _texts(config, tokenizer, calibrate=plan is None or refit)
     device = next(model.parameters()).device
     dense = pruned = importance = None
     if not config.dry_run:
@@ -106,6 +108,9 @@ def prune(
         plan, importance = make_plan(model, calibration, target, config, clock)
     removed = parameters_removed(model, plan)
     if dense is not None:
+        if refit:
+            with clock("compensate"):
+                compensate(model, plan, calibration)
         with clock("surgery"):
             apply_plan(model, plan)
         with clock("evaluate"):

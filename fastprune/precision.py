@@ -1,0 +1,21 @@
+"""Which precision a forward pass may use where only its statistics matter."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def fast_forward(device: torch.device) -> AbstractContextManager[object]:
+    """bf16 autocast where bf16 matrix units make it several times faster, else nothing.
+
+    For passes that gather statistics over thousands of tokens: weights, sums and results stay in
+    their own precision, only the matrix products are rounded to bf16 on the way in.
+    """
+    fast = (
+        torch.cuda.is_bf16_supported()
+        if device.type == "cuda"
+        else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    )
+    return torch.autocast(device.type, dtype=torch.bfloat16) if fast else nullcontext()
