@@ -19,7 +19,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types bench sanitize wheel clean
+.PHONY: help setup demo test lint format types bench sanitize gpu wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,7 +49,7 @@ setup: $(VENV)/.built ## virtual environment with the compiled kernels and devel
 demo: $(VENV)/.built $(VENV)/.model ## prune SmolLM2-135M by 20 % into runs/demo, then generate
 	$(FASTPRUNE) prune smollm2-135m --ratio 0.2 --calib '$(CALIB)' --eval '$(EVAL)' \
 		--eval-windows 8 --out $(OUT) --overwrite
-	$(FASTPRUNE) generate $(OUT) --prompt '$(PROMPT)'
+	$(FASTPRUNE) generate $(OUT) --prompt '$(PROMPT)' --max-new-tokens 40
 
 test: lint types ## everything that must pass before a change goes in
 	$(BIN)/python -m pytest
@@ -73,6 +73,9 @@ bench: $(VENV)/.built ## time the kernels
 
 sanitize: $(VENV)/.built ## kernel tests under address and undefined-behaviour sanitizers
 	tools/sanitize.sh
+
+gpu: ## everything that only a machine with an NVIDIA GPU can show
+	tools/gpu_check.sh
 
 wheel: $(VENV)/.tools ## build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
