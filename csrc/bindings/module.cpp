@@ -96,8 +96,9 @@ std::int64_t gather_workspace([[maybe_unused]] const TensorList& src,
 }
 
 void gather(const TensorList& src, const TensorList& index, const std::vector<int>& dims,
-            const TensorList& dst, Tensor workspace) {
+            const TensorList& dst, Tensor workspace, bool fresh) {
   fastprune::GatherParams p = gather_params(src, index, dims, dst);
+  p.fresh = fresh;
   p.workspace = workspace;
   if (!p.items.empty()) RUN_ON(p.items[0].src.device, gather, p);
 }
@@ -207,7 +208,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("taylor_workspace", &taylor_workspace, "w"_a);
   m.def("taylor", &taylor, "kind"_a, "w"_a, "g"_a, "h"_a, "x"_a, "rows"_a, "cols"_a, "workspace"_a);
   m.def("gather_workspace", &gather_workspace, "src"_a, "index"_a, "dims"_a, "dst"_a);
-  m.def("gather", &gather, "src"_a, "index"_a, "dims"_a, "dst"_a, "workspace"_a);
+  m.def("gather", &gather, "src"_a, "index"_a, "dims"_a, "dst"_a, "workspace"_a, "fresh"_a);
   m.def("scan_workspace", &scan_workspace, "tensors"_a);
   m.def("scan", &scan, "tensors"_a, "out"_a, "workspace"_a);
   m.def("adamw_workspace", &adamw_workspace, "params"_a);

@@ -40,6 +40,7 @@ struct GatherItem {
 struct GatherParams {
   std::vector<GatherItem> items;  // all on one device
   Tensor workspace;               // bytes (u8) on that device; absent where 0 are wanted
+  bool fresh = false;             // the results were just allocated and never touched
 };
 
 void check(const GatherParams& p);

@@ -1,5 +1,9 @@
 // One parallel loop over blocks of output rows of all tensors. Kept rows are copied as runs of
 // adjacent rows; kept columns are picked by a shuffle plan made once per tensor.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstring>
 
 #include "core/check.h"
@@ -10,6 +14,9 @@ namespace fastprune::cpu {
 namespace {
 
 constexpr std::int64_t kTaskBytes = 256 * 1024;
+// Smaller results may stay in the caches for their reader.
+constexpr std::int64_t kWorthStreaming = 4 * 1024 * 1024;
+constexpr std::int64_t kWorthLargePages = 8 * 1024 * 1024;
 
 struct ColumnPlan {
   ColumnGather gather{};
@@ -57,7 +64,7 @@ struct Job {
   std::int64_t rows = 0, src_stride = 0, row_bytes = 0;  // of the output; stride in bytes
   const std::int64_t* index = nullptr;                   // kept rows, or kept columns
   int item = 0;                                          // bytes of one element
-  bool columns = false, shuffled = false;
+  bool columns = false, shuffled = false, stream = false;
   std::vector<std::int64_t> pairs;
   ColumnPlan plan;
   std::int64_t rows_per_task = 1, first_task = 0;
@@ -98,6 +105,23 @@ void prepare(Job& job, const GatherItem& entry) {
   if (job.rows_per_task < 1) job.rows_per_task = 1;
 }
 
+// A new result costs a page fault for each page, more than the copy itself: ask for large pages.
+// The first touch zeroes such a page in the caches, so that streaming past them would not pay.
+// Returns whether that was done.
+bool ask_for_large_pages(const Job& job) {
+#if defined(__linux__)
+  constexpr std::uintptr_t large = 2 * 1024 * 1024;
+  const auto begin = reinterpret_cast<std::uintptr_t>(job.dst);
+  const std::uintptr_t end = (begin + std::uintptr_t(job.rows * job.row_bytes)) / large * large;
+  const std::uintptr_t first = (begin + large - 1) / large * large;
+  if (job.rows * job.row_bytes < kWorthLargePages) return false;
+  return madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE) == 0;
+#else
+  static_cast<void>(job);
+  return false;
+#endif
+}
+
 void copy_rows(const Job& job, std::int64_t begin, std::int64_t end) {
   const Level& loops = level();
   const bool adjacent = job.src_stride == job.row_bytes;
@@ -105,7 +129,7 @@ void copy_rows(const Job& job, std::int64_t begin, std::int64_t end) {
     std::int64_t run = 1;
     while (adjacent && r + run < end && job.index[r + run] == job.index[r] + run) ++run;
     loops.copy(job.dst + r * job.row_bytes, job.src + job.index[r] * job.src_stride,
-               run * job.row_bytes);
+               run * job.row_bytes, job.stream);
     r += run;
   }
 }
@@ -116,7 +140,7 @@ void copy_columns(const Job& job, std::int64_t begin, std::int64_t end) {
     const char* from = job.src + r * job.src_stride;
     char* to = job.dst + r * job.row_bytes;
     if (job.shuffled) {
-      loops.gather_columns(job.plan.gather, from, to);
+      loops.gather_columns(job.plan.gather, from, to, job.stream);
       continue;
     }
     for (std::int64_t i = 0; i < job.plan.gather.kept; ++i)
@@ -139,6 +163,8 @@ void gather(const GatherParams& p) {
     bytes += job.rows * job.row_bytes;
     tasks += (job.rows + job.rows_per_task - 1) / job.rows_per_task;
   }
+  for (Job& job : jobs)
+    job.stream = !(p.fresh && ask_for_large_pages(job)) && bytes >= kWorthStreaming;
   for_each_task(tasks, bytes, [&](std::int64_t task) {
     std::size_t low = 0, high = jobs.size();  // the last job that starts at or before the task
     while (high - low > 1) {
@@ -150,6 +176,7 @@ void gather(const GatherParams& p) {
     const std::int64_t left = job.rows - begin;
     const std::int64_t end = begin + (left < job.rows_per_task ? left : job.rows_per_task);
     job.columns ? copy_columns(job, begin, end) : copy_rows(job, begin, end);
+    if (job.stream) level().settle();
   });
 }
 

@@ -61,8 +61,10 @@ struct Level {
   // out[c] = sum over r of partials[r * stride + c], by a fixed tree; partials is overwritten.
   void (*sum_rows)(float* partials, std::int64_t rows, std::int64_t stride, std::int64_t cols,
                    float* out);
-  void (*copy)(void* dst, const void* src, std::int64_t bytes);
-  void (*gather_columns)(const ColumnGather&, const void* src, void* dst);
+  // `stream`: write past the caches, which saves reading what is overwritten; end with `settle`.
+  void (*copy)(void* dst, const void* src, std::int64_t bytes, bool stream);
+  void (*gather_columns)(const ColumnGather&, const void* src, void* dst, bool stream);
+  void (*settle)();
   ScanPart (*scan_chunk)(DType, const void* x, std::int64_t n);
   // Values further than `limit` from `mean`; non-finite values do not count.
   std::int64_t (*count_outliers)(DType, const void* x, std::int64_t n, float mean, float limit);

@@ -146,13 +146,14 @@ def gather(
         for result, filled in zip(results, out):
             filled.copy_(result)
         return list(out)
+    fresh = out is None
     if out is None:
         out = [_gathered(t, index, dim) for t, index, dim in zip(tensors, indices, dims)]
     src = [_inner_contiguous(t, tuple(t.shape)) for t in tensors]
     index = [i.contiguous() for i in indices]
     dst, dims = list(out), list(dims)
     size = module.gather_workspace(src, index, dims, dst)
-    module.gather(src, index, dims, dst, _bytes(size, device) if size else None)
+    module.gather(src, index, dims, dst, _bytes(size, device) if size else None, fresh)
     torch.autograd.graph.increment_version(dst)
     return dst
 

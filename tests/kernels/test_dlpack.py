@@ -14,7 +14,7 @@ def scan(module, tensors):
 def test_views_are_borrowed_not_copied(module):
     base = torch.zeros(10, 4)
     dst = base[2:4]
-    module.gather([torch.ones(3, 4)], [torch.tensor([0, 2])], [0], [dst], None)
+    module.gather([torch.ones(3, 4)], [torch.tensor([0, 2])], [0], [dst], None, False)
     assert base.sum() == 8
     assert base[2:4].sum() == 8
 

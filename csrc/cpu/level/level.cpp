@@ -21,6 +21,7 @@ const Level FASTPRUNE_TABLE(FASTPRUNE_LEVEL) = {
     sum_rows,
     copy,
     gather_columns,
+    settle,
     scan_chunk,
     count_outliers,
     norm_chunk,
