@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from fastprune.models.lazy import register_on_first_use
 
 if TYPE_CHECKING:
+    from fastprune import prune
     from fastprune.errors import FastpruneError, GateError, InputError, NumericalError
     from fastprune.kernels.ops import taylor as taylor_scores
     from fastprune.kernels.optim import AdamW
     from fastprune.prune.config import PruneConfig
-    from fastprune.prune.pipeline import PruneResult, prune
+    from fastprune.prune.pipeline import PruneResult
 
 _PUBLIC = {
     "AdamW": "fastprune.kernels.optim:AdamW",
@@ -27,7 +28,6 @@ _PUBLIC = {
     "NumericalError": "fastprune.errors:NumericalError",
     "PruneConfig": "fastprune.prune.config:PruneConfig",
     "PruneResult": "fastprune.prune.pipeline:PruneResult",
-    "prune": "fastprune.prune.pipeline:prune",
     "taylor_scores": "fastprune.kernels.ops:taylor",
 }
 
@@ -45,6 +45,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "prune":  # a package that can be called
+        return import_module("fastprune.prune")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fastprune' has no attribute '{name}'")
     module, _, attribute = _PUBLIC[name].partition(":")

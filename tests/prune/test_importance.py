@@ -12,7 +12,7 @@ from fastprune.errors import NumericalError
 from fastprune.models.families import geometries
 from fastprune.prune.importance import METHODS, score
 from fastprune.prune.sensitivity import removal
-from tests.tiny import FAMILIES, tiny_model, token_ids
+from tiny import FAMILIES, tiny_model, token_ids
 
 WINDOWS = token_ids(3, 16)
 

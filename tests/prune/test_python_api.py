@@ -1,0 +1,79 @@
+"""The Python face: `fastprune.prune` on a model in memory, and the kernels alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TEXT, tiny_model, tiny_tokenizer
+
+import fastprune
+from fastprune.models.families import geometries
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, object]:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    return {
+        "calib": str(text),
+        "calib_samples": 4,
+        "calib_seq_len": 32,
+        "eval": str(text),
+        "eval_seq_len": 32,
+        "eval_windows": 2,
+    }
+
+
+@pytest.mark.parametrize("compensate", ["none", "least-squares"])
+def test_prune_in_memory(settings: dict, compensate: str) -> None:
+    model = tiny_model("llama")
+    config = fastprune.PruneConfig(ratio=0.3, compensate=compensate, **settings)
+    result = fastprune.prune(model, tiny_tokenizer(), config)
+    assert isinstance(result, fastprune.PruneResult)
+    assert result.model is model
+    assert geometries(model) == result.plan.result()
+    assert result.metrics["ratio"]["achieved"] == pytest.approx(0.3, abs=0.002)  # half a channel
+    params = result.metrics["params"]
+    assert params["after"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_plan_reused_gives_the_same_model(settings: dict, tmp_path: Path) -> None:
+    models = [tiny_model("qwen3") for _ in range(2)]
+    config = fastprune.PruneConfig(ratio=0.25, compensate="least-squares", **settings)
+    result = fastprune.prune(models[0], tiny_tokenizer(), config)
+    result.plan.save(tmp_path / "plan.json")
+    again = fastprune.PruneConfig(
+        plan=tmp_path / "plan.json", compensate="least-squares", **settings
+    )
+    fastprune.prune(models[1], tiny_tokenizer(), again)
+    for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_the_kernels_alone() -> None:
+    w, g = torch.randn(6, 5), torch.randn(6, 5)
+    rows, columns = fastprune.taylor_scores(w, g, kind="first")
+    # fp32 sums of five and six terms
+    torch.testing.assert_close(rows, (w * g).abs().sum(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(columns, (w * g).abs().sum(0), rtol=1e-6, atol=1e-6)
+    weight = torch.nn.Parameter(w.clone())
+    weight.grad = g
+    fastprune.AdamW([weight], lr=0.1).step()
+    assert not torch.equal(weight, w)
+
+
+@pytest.mark.parametrize(
+    "first", ["fastprune", "fastprune.prune.config", "fastprune.prune.pipeline"]
+)
+def test_prune_is_callable_whatever_was_imported_first(first: str) -> None:
+    code = f"import {first}, fastprune; assert callable(fastprune.prune); fastprune.prune.__name__"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_is_light() -> None:
+    code = "import fastprune, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
