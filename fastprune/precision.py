@@ -7,13 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-def fast_forward(device: torch.device) -> AbstractContextManager[object]:
+def fast_forward(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> AbstractContextManager[object]:
     """bf16 autocast where bf16 matrix units make it several times faster, else nothing.
+
+    ``dtype`` is that of the weights: half-precision weights are left as they are.
 
     For passes that gather statistics over thousands of tokens: weights, sums and results stay in
     their own precision, only the matrix products are rounded to bf16 on the way in.
     """
-    fast = (
+    fast = dtype == torch.float32 and (
         torch.cuda.is_bf16_supported()
         if device.type == "cuda"
         else device.type == "cpu" and torch.cpu._is_amx_tile_supported()

@@ -9,7 +9,7 @@ parameter's gradient, and one window's activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from fastprune.errors import NumericalError
 from fastprune.inspect.perplexity import decoder_and_head, loss_and_hidden_grad
 from fastprune.kernels import ops
 from fastprune.models.families import (
+    Geometry,
     Slice,
     attention_slices,
     decoder_layers,
@@ -38,6 +39,11 @@ TAYLOR = {
 MAGNITUDE = {"magnitude-l1": "l1", "magnitude-l2": "l2"}
 METHODS = (*TAYLOR, *MAGNITUDE, "activation", "random")
 
+Units = tuple[Tensor, Tensor]
+"""One layer's sums per KV group (kv_heads,) and per channel (channels,), fp64 on the CPU."""
+Hooks = dict[nn.Parameter, Callable[[Tensor], None]]
+"""What to do with the gradient of a parameter as soon as it exists."""
+
 
 @dataclass
 class Scores:
@@ -48,6 +54,12 @@ class Scores:
 
     attention: list[Tensor] = field(default_factory=list)
     mlp: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def of(layers: Iterable[Units]) -> Scores:
+        """The scores of all ``layers``, in order."""
+        attention, mlp = zip(*layers)
+        return Scores(list(attention), list(mlp))
 
     def finite(self) -> bool:
         return all(bool(s.isfinite().all()) for s in [*self.attention, *self.mlp])
@@ -62,32 +74,52 @@ def score(model: nn.Module, windows: Tensor, method: str, *, seed: int = 0) -> S
     if method in TAYLOR:
         scores = _taylor(model, windows, TAYLOR[method])
     elif method in MAGNITUDE:
-        scores = _sums(model, lambda layer, s: _reduce(s, layer, MAGNITUDE[method]))
+        scores = Scores.of(magnitude(layer, MAGNITUDE[method]) for layer in decoder_layers(model))
     elif method == "activation":
-        norms = input_norms(model, windows)
-        scores = _sums(
-            model,
-            lambda layer, s: (
-                _reduce(s, layer, "activation", x=norms[_module(layer, s)])
-                if s.parameter == "weight"
-                else None
-            ),
-        )
+        with input_norms(decoder_layers(model)) as norms:
+            _forward(model, windows)
+        scores = Scores.of(activation(layer, norms) for layer in decoder_layers(model))
     elif method == "random":
-        generator = torch.Generator().manual_seed(seed)
-        sizes = geometries(model)
-        scores = Scores(
-            [torch.rand(g.kv_heads, generator=generator, dtype=torch.float64) for g in sizes],
-            [torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in sizes],
-        )
+        scores = random(geometries(model), seed)
     else:
         raise ValueError(f"unknown importance '{method}'; known: {', '.join(METHODS)}")
+    return checked(scores, method)
+
+
+def checked(scores: Scores, method: str) -> Scores:
+    """``scores`` of ``method``, or NumericalError when one of them is not finite."""
     if not scores.finite():
         raise NumericalError(
             f"the {method} scores are not finite: the weights or the activations hold NaN or Inf; "
             "run `fastprune diagnose` on the model"
         )
     return scores
+
+
+def magnitude(layer: nn.Module, kind: str) -> Units:
+    """Sums of |w| (``kind`` l1) or w² (l2) over each unit of ``layer``."""
+    return _sums(layer, lambda s: _reduce(s, layer, kind))
+
+
+def activation(layer: nn.Module, norms: dict[nn.Module, Tensor]) -> Units:
+    """Sums of |w|·‖x‖ over each unit of ``layer``; ``norms`` as `input_norms` gives them."""
+    return _sums(
+        layer,
+        lambda s: (
+            _reduce(s, layer, "activation", x=norms[_module(layer, s)])
+            if s.parameter == "weight"
+            else None
+        ),
+    )
+
+
+def random(sizes: Sequence[Geometry], seed: int) -> Scores:
+    """Uniform random scores for layers of ``sizes``; the same ``seed`` gives the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return Scores(
+        [torch.rand(g.kv_heads, generator=generator, dtype=torch.float64) for g in sizes],
+        [torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in sizes],
+    )
 
 
 def _module(layer: nn.Module, s: Slice) -> nn.Module:
@@ -105,68 +137,90 @@ def _reduce(
     return (rows if s.dim == 0 else columns).double().view(-1, s.width).sum(1)
 
 
-def _sums(model: nn.Module, term: Callable[[nn.Module, Slice], Tensor | None]) -> Scores:
-    scores = Scores()
-    for layer in decoder_layers(model):
-        for slices, out in (
-            (attention_slices(layer), scores.attention),
-            (mlp_slices(layer), scores.mlp),
-        ):
-            terms = [t for s in slices if (t := term(layer, s)) is not None]
-            total = sum(terms[1:], terms[0]) if terms else torch.zeros(0, dtype=torch.float64)
-            out.append(total.cpu())
-    return scores
+def _sums(layer: nn.Module, term: Callable[[Slice], Tensor | None]) -> Units:
+    totals = []
+    for slices in (attention_slices(layer), mlp_slices(layer)):
+        terms = [t for s in slices if (t := term(s)) is not None]
+        total = sum(terms[1:], terms[0]) if terms else torch.zeros(0, dtype=torch.float64)
+        totals.append(total.cpu())
+    return totals[0], totals[1]
 
 
-def _taylor(model: nn.Module, windows: Tensor, kind: str) -> Scores:
-    layers = decoder_layers(model)
-    device = next(model.parameters()).device
-    scores = Scores(
-        [torch.zeros(g.kv_heads, dtype=torch.float64, device=device) for g in geometries(model)],
-        [torch.zeros(g.channels, dtype=torch.float64, device=device) for g in geometries(model)],
-    )
-    # Gradients of a mean loss underflow in fp16: the loss is scaled, and the gradient scaled back
-    # in fp32 before its reduction.
-    scale = 2.0**12 if next(layers.parameters()).dtype == torch.float16 else 1.0
+class TaylorSums:
+    """Sums over windows of Taylor terms, fed by the gradients of one layer or of all.
 
-    def reducer(total: Tensor, layer: nn.Module, s: Slice) -> Callable[[Tensor], None]:
+    ``sizes`` are the geometries of all layers, ``kind`` the term as the `taylor` kernel calls it,
+    ``dtype`` that of the weights.
+    """
+
+    def __init__(
+        self, sizes: Sequence[Geometry], kind: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.kind = kind
+        self.attention = [
+            torch.zeros(g.kv_heads, dtype=torch.float64, device=device) for g in sizes
+        ]
+        self.mlp = [torch.zeros(g.channels, dtype=torch.float64, device=device) for g in sizes]
+        # Gradients of a mean loss underflow in fp16: the loss is scaled, and the gradient scaled
+        # back in fp32 before its reduction.
+        self.scale = 2.0**12 if dtype == torch.float16 else 1.0
+
+    def hooks(self, index: int, layer: nn.Module) -> Hooks:
+        """What to do with each gradient of ``layer``, the model's layer ``index``, as it is made.
+
+        The gradients are those of the mean loss of one window times ``self.scale``.
+        """
+        return {
+            layer.get_parameter(s.name): self._reducer(total, layer, s)
+            for total, slices in (
+                (self.attention[index], attention_slices(layer)),
+                (self.mlp[index], mlp_slices(layer)),
+            )
+            for s in slices
+        }
+
+    def scores(self, windows: int) -> Scores:
+        """The means over so many ``windows``."""
+        finish = torch.abs if self.kind == "vector" else torch.Tensor.clone
+        return Scores(
+            [finish(t / windows).cpu() for t in self.attention],
+            [finish(t / windows).cpu() for t in self.mlp],
+        )
+
+    def _reducer(self, total: Tensor, layer: nn.Module, s: Slice) -> Callable[[Tensor], None]:
         def reduce(parameter: Tensor) -> None:
             grad = parameter.grad
             assert grad is not None
             parameter.grad = None
-            total.add_(_reduce(s, layer, kind, grad if scale == 1.0 else grad.float() / scale))
+            grad = grad if self.scale == 1.0 else grad.float() / self.scale
+            total.add_(_reduce(s, layer, self.kind, grad))
 
         return reduce
 
-    hooks: dict[nn.Parameter, Callable[[Tensor], None]] = {}
+
+def _taylor(model: nn.Module, windows: Tensor, kind: str) -> Scores:
+    layers = decoder_layers(model)
+    weight = next(layers.parameters())
+    device, dtype = weight.device, weight.dtype
+    sums = TaylorSums(geometries(model), kind, dtype, device)
+    hooks: Hooks = {}
     for index, layer in enumerate(layers):
-        for total, slices in (
-            (scores.attention[index], attention_slices(layer)),
-            (scores.mlp[index], mlp_slices(layer)),
-        ):
-            for s in slices:
-                hooks[layer.get_parameter(s.name)] = reducer(total, layer, s)
+        hooks |= sums.hooks(index, layer)
     decoder, head = decoder_and_head(model)
-    with _only_gradients_of(model, hooks):
+    with only_gradients_of(model, hooks):
         for window in track(windows, "scoring"):
             ids = window[None].to(device)
-            with fast_forward(device):
+            with fast_forward(device, dtype):
                 hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             _, gradient = loss_and_hidden_grad(hidden.detach(), head, ids)
-            hidden.backward(gradient * scale)
-    finish = torch.abs if kind == "vector" else torch.Tensor.clone
-    return Scores(
-        [finish(t / len(windows)).cpu() for t in scores.attention],
-        [finish(t / len(windows)).cpu() for t in scores.mlp],
-    )
+            hidden.backward(gradient * sums.scale)
+    return sums.scores(len(windows))
 
 
 @contextmanager
-def _only_gradients_of(
-    model: nn.Module, hooks: dict[nn.Parameter, Callable[[Tensor], None]]
-) -> Iterator[None]:
+def only_gradients_of(module: nn.Module, hooks: Hooks) -> Iterator[None]:
     """Only the parameters in ``hooks`` get gradients, and their hook sees each as it is made."""
-    before = {p: p.requires_grad for p in model.parameters()}
+    before = {p: p.requires_grad for p in module.parameters()}
     for parameter in before:
         parameter.requires_grad_(parameter in hooks)
     handles = [p.register_post_accumulate_grad_hook(hook) for p, hook in hooks.items()]
@@ -180,14 +234,15 @@ def _only_gradients_of(
             parameter.requires_grad_(flag)
 
 
-@torch.no_grad()
-def input_norms(model: nn.Module, windows: Tensor) -> dict[nn.Module, Tensor]:
-    """L2 norm over the calibration tokens of every input column of the cut linear layers.
+@contextmanager
+def input_norms(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Watch the inputs of the cut linear modules of ``layers`` while the body runs them.
 
-    Returns a tensor (in_features,) fp32 for each of q, k, v, o, gate, up, down of every layer,
-    keyed by module.
+    Afterwards the dictionary holds, keyed by module, the L2 norm over all tokens seen of every
+    input column of each of q, k, v, o, gate, up, down: tensors (in_features,) fp32.
     """
     squares: dict[nn.Module, Tensor] = {}
+    norms: dict[nn.Module, Tensor] = {}
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
@@ -195,15 +250,20 @@ def input_norms(model: nn.Module, windows: Tensor) -> dict[nn.Module, Tensor]:
 
     handles = [
         module.register_forward_pre_hook(hook)
-        for layer in decoder_layers(model)
+        for layer in layers
         for module in {_module(layer, s): None for s in attention_slices(layer) + mlp_slices(layer)}
     ]
     try:
-        device = next(model.parameters()).device
-        decoder, _ = decoder_and_head(model)
-        for window in track(windows, "activations"):
-            decoder(input_ids=window[None].to(device), use_cache=False)
+        yield norms
     finally:
         for handle in handles:
             handle.remove()
-    return {module: total.sqrt().float() for module, total in squares.items()}
+    norms |= {module: total.sqrt().float() for module, total in squares.items()}
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, windows: Tensor) -> None:
+    device = next(model.parameters()).device
+    decoder, _ = decoder_and_head(model)
+    for window in track(windows, "activations"):
+        decoder(input_ids=window[None].to(device), use_cache=False)
