@@ -180,6 +180,23 @@ def allocate_global(
     return _raise_to_lowest(sizes, removed, limits)
 
 
+def fit_channels(
+    sizes: Sequence[LayerSize], removals: Sequence[Removal], target: int, limits: Limits
+) -> list[Removal]:
+    """``removals`` with the channels changed a little, in proportion, to meet ``target``."""
+    channels = sum(r.channels * s.channel_cost for r, s in zip(removals, sizes))
+    others = sum(r.groups * s.group_cost for r, s in zip(removals, sizes))
+    factor = max(target - others, 0) / channels if channels else 1.0
+    rates = [
+        _parameters(s, Removal(r.groups, 0)) / s.prunable
+        + r.channels * factor * s.channel_cost / s.prunable
+        if s.prunable
+        else 0.0
+        for r, s in zip(removals, sizes)
+    ]
+    return _fill_with_channels(sizes, rates, [r.groups for r in removals], target, limits)
+
+
 def removed_parameters(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> int:
     """Parameters that ``removals`` take away."""
     return sum(_parameters(size, removal) for size, removal in zip(sizes, removals, strict=True))

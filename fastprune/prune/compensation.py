@@ -101,7 +101,18 @@ def compensate(
                     linear.bias.zero_()
             elif len(columns) < linear.in_features:
                 fit, test = sequence.moments(index, linear)
-                refits.append(_refit(linear, columns.to(device), fit, test, index, name))
+                solution = refit(linear, columns.to(device), fit, test)
+                solution.write(linear)
+                refits.append(
+                    Refit(
+                        index,
+                        name,
+                        solution.strength,
+                        solution.error_before,
+                        solution.error_after,
+                    )
+                )
+                log.debug("%s", refits[-1])
         sequence.advance(index)
     return refits
 
@@ -148,13 +159,30 @@ class _Sequence:
             self.hidden[number] = after.to("cpu", hidden.dtype)
 
 
-def _refit(
-    linear: nn.Linear, kept: Tensor, fit: Moments, test: Moments, index: int, name: str
-) -> Refit:
-    """Replace the kept columns of ``linear`` by the refit that does best on ``test``."""
+@dataclass(frozen=True)
+class Solution:
+    """A refit of one linear layer: the new weight (out, in), bias, and its held-out errors."""
+
+    weight: Tensor
+    bias: Tensor | None
+    strength: float | None
+    error_before: float
+    error_after: float
+
+    def write(self, linear: nn.Linear) -> None:
+        """Put it into ``linear``, in that layer's dtype."""
+        linear.weight.copy_(self.weight)
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+
+
+def refit(linear: nn.Linear, kept: Tensor, fit: Moments, test: Moments) -> Solution:
+    """The weight of ``linear`` with only the columns ``kept``, refitted as ``test`` likes best.
+
+    ``kept`` are column indices (int64, on the weight's device). The layer itself is not changed.
+    """
     weight = linear.weight.float()
-    biased = linear.bias is not None
-    h, judge = (m.centred() if biased else m.squares for m in (fit, test))
+    h, judge = (m.squares if linear.bias is None else m.centred() for m in (fit, test))
     removed = torch.ones(linear.in_features, dtype=torch.bool, device=weight.device)
     removed[kept] = False
 
@@ -168,17 +196,15 @@ def _refit(
         update = solve(h[kept][:, kept], cross, candidate)
         if update is None:
             continue
-        refit = masked.clone()
-        refit[:, kept] += update
-        error = (_error(weight - refit, judge) / whole).item()
+        trial = masked.clone()
+        trial[:, kept] += update
+        error = (_error(weight - trial, judge) / whole).item()
         if error < after:
-            best, strength, after = refit, candidate, error
-    if biased:
-        means = fit.sums / max(fit.count, 1)
-        linear.bias += ((weight - best) @ means).to(linear.bias.dtype)
-    linear.weight.copy_(best)
-    log.debug("layer %d %s: error %.4f -> %.4f, pull %s", index, name, before, after, strength)
-    return Refit(index, name, strength, before, after)
+            best, strength, after = trial, candidate, error
+    bias = None
+    if linear.bias is not None:
+        bias = linear.bias + (weight - best) @ (fit.sums / max(fit.count, 1))
+    return Solution(best, bias, strength, before, after)
 
 
 def solve(h: Tensor, cross: Tensor, strength: float) -> Tensor | None:

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from tiny import FAMILIES, tiny_model, token_ids
 from torch import Tensor, nn
 
 from fastprune.errors import NumericalError
 from fastprune.models.families import geometries
 from fastprune.prune.importance import METHODS, score
 from fastprune.prune.sensitivity import removal
-from tiny import FAMILIES, tiny_model, token_ids
 
 WINDOWS = token_ids(3, 16)
 

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
+from tiny import FAMILIES, tiny_model, token_ids
 
 from fastprune.errors import InputError
 from fastprune.models.families import decoder_layers, geometries
 from fastprune.prune.plan import LayerPlan, Plan, keep_all
 from fastprune.prune.planning import parameters_removed
 from fastprune.prune.surgery import apply_plan
-from tiny import FAMILIES, tiny_model, token_ids
 
 IDS = token_ids(2, 17, seed=1)
 

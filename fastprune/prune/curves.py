@@ -1,0 +1,214 @@
+"""What each sublayer costs at each thinning level, in divergence from the dense model.
+
+For every sublayer and a few levels the KL divergence to the dense model is measured with only that
+sublayer changed (and refitted by least squares, as the final compensation will): the hidden states
+before it are those of the dense model, computed once. `search` chooses among the curves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.inspect.perplexity import decoder_and_head
+from fastprune.models.blocks import Blocks
+from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
+from fastprune.precision import fast_forward
+from fastprune.progress import track
+from fastprune.prune.allocation import LayerSize
+from fastprune.prune.compensation import BATCH_TOKENS, HELD_OUT, Moments, refit
+from fastprune.prune.divergence import DenseTargets
+from fastprune.prune.importance import Scores
+from fastprune.prune.search import Curve
+from fastprune.prune.surgery import kept_entries
+from fastprune.report.run import write_json
+
+log = logging.getLogger("fastprune")
+
+CHANNEL_LEVELS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+"""Shares of a layer's channels at which its divergence is measured."""
+KL_SHARE = 4
+"""One calibration window in this many measures divergences; the others fit the refits."""
+
+
+@dataclass(frozen=True)
+class _Thinning:
+    """One sublayer and the levels at which it is to be measured."""
+
+    kind: str
+    linear: nn.Linear
+    last: Slice
+    order: list[int]
+    levels: list[int]
+
+
+@torch.no_grad()
+def measure_curves(
+    model: nn.Module,
+    windows: Tensor,
+    scores: Scores,
+    sizes: Sequence[LayerSize],
+    cache: Path | None = None,
+) -> list[Curve]:
+    """Divergence curves of every sublayer that ``sizes`` allows to thin.
+
+    ``windows`` (n, s) are calibration token ids, n >= 2. Levels already in the ``cache`` file,
+    made for the same model, text and scores, are not measured again. The model is left as it was.
+    """
+    device = next(model.parameters()).device
+    blocks, head = Blocks(model), decoder_and_head(model)[1]
+    size = max(1, BATCH_TOKENS // windows.shape[1])
+    judged = max(1, len(windows) // KL_SHARE)
+    kl = [blocks.embed(ids.to(device)) for ids in windows[:judged].split(size)]
+    fit = [blocks.embed(ids.to(device)) for ids in windows[judged:].split(size)]
+    known = _Cache(cache, model, windows, scores)
+    targets = DenseTargets(head)
+    for hidden in kl:
+        targets.append(_suffix(blocks, 0, hidden))
+
+    def divergence(start: int) -> float:
+        total = sum(
+            targets.divergence(number, _suffix(blocks, start, hidden))
+            for number, hidden in enumerate(kl)
+        )
+        return total / (judged * windows.shape[1])
+
+    curves = []
+    for index in track(range(len(blocks)), "measuring sublayers"):
+        thinnings = _thinnings(decoder_layers(model)[index], sizes[index], scores, index)
+        missing = [t for t in thinnings if not known.complete(index, t)]
+        moments = _moments(blocks, index, fit, [t.linear for t in missing])
+        for t in thinnings:
+            points = {0: 0.0}
+            for removed in t.levels:
+                value = known.get(index, t.kind, removed)
+                if value is None:
+                    value = _changed(t, removed, moments[t.linear], partial(divergence, index))
+                    known.put(index, t.kind, removed, value)
+                points[removed] = max(value, *points.values())
+            curves.append(Curve(index, t.kind, tuple(points), tuple(points.values())))
+        known.save()
+        for states in (kl, fit):
+            for number, hidden in enumerate(states):
+                with fast_forward(device):
+                    states[number] = blocks.run(index, hidden).to(hidden.dtype)
+    return curves
+
+
+def _suffix(blocks: Blocks, start: int, hidden: Tensor) -> Tensor:
+    """Final hidden states from the input of layer ``start``."""
+    with fast_forward(hidden.device):
+        for index in range(start, len(blocks)):
+            hidden = blocks.run(index, hidden)
+        return blocks.norm(hidden)
+
+
+def _changed(
+    t: _Thinning, removed: int, moments: tuple[Moments, Moments], measure: Callable[[], float]
+) -> float:
+    """``measure()`` with the ``removed`` lowest units of a sublayer gone and the rest refitted."""
+    linear = t.linear
+    kept = kept_entries(t.last, tuple(sorted(t.order[removed:]))).to(linear.weight.device)
+    before = {name: p.clone() for name, p in linear.named_parameters()}
+    try:
+        refit(linear, kept, *moments).write(linear)
+        return measure()
+    finally:
+        for name, p in linear.named_parameters():
+            p.copy_(before[name])
+
+
+def _thinnings(layer: nn.Module, size: LayerSize, scores: Scores, index: int) -> list[_Thinning]:
+    found = []
+    if size.groups > 1:
+        levels = list(range(1, size.groups))
+        found.append(
+            _thinning("groups", layer, attention_slices(layer), scores.attention, index, levels)
+        )
+    if size.channels > 1:
+        levels = sorted(
+            {round(share * size.channels) for share in CHANNEL_LEVELS} - {0, size.channels}
+        )
+        found.append(_thinning("channels", layer, mlp_slices(layer), scores.mlp, index, levels))
+    return found
+
+
+def _thinning(
+    kind: str,
+    layer: nn.Module,
+    slices: list[Slice],
+    scores: list[Tensor],
+    index: int,
+    levels: list[int],
+) -> _Thinning:
+    order = torch.argsort(scores[index], descending=True, stable=True).flip(0).tolist()
+    return _Thinning(kind, layer.get_submodule(slices[-1].module), slices[-1], order, levels)
+
+
+def _moments(
+    blocks: Blocks, index: int, states: list[Tensor], linears: list[nn.Linear]
+) -> dict[nn.Linear, tuple[Moments, Moments]]:
+    """Moments of the inputs of ``linears`` in layer ``index``: to fit, and held out."""
+    device = states[0].device
+    found = {
+        linear: tuple(Moments(linear.in_features, device) for _ in range(2)) for linear in linears
+    }
+    held_out = False
+
+    def see(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        found[linear][held_out].add(inputs[0])
+
+    handles = [linear.register_forward_pre_hook(see) for linear in linears]
+    for number, hidden in enumerate(states if linears else []):
+        held_out = number % HELD_OUT == HELD_OUT - 1 or number == len(states) - 1
+        with fast_forward(device):
+            blocks.run(index, hidden)
+    for handle in handles:
+        handle.remove()
+    return {linear: (a, b) if a.count else (b, b) for linear, (a, b) in found.items()}
+
+
+class _Cache:
+    """Measured levels in a file, so that an interrupted search goes on where it was."""
+
+    def __init__(self, path: Path | None, model: nn.Module, windows: Tensor, scores: Scores):
+        self.path = path
+        self.key = _fingerprint(model, windows, scores)
+        self.values: dict[str, float] = {}
+        if path is not None and path.is_file():
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+                self.values = dict(data["divergence"]) if data["key"] == self.key else {}
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s does not hold measured levels; measuring anew", path)
+
+    def get(self, layer: int, kind: str, removed: int) -> float | None:
+        return self.values.get(f"{layer} {kind} {removed}")
+
+    def complete(self, layer: int, t: _Thinning) -> bool:
+        return all(self.get(layer, t.kind, removed) is not None for removed in t.levels)
+
+    def put(self, layer: int, kind: str, removed: int, value: float) -> None:
+        self.values[f"{layer} {kind} {removed}"] = value
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_json(self.path, {"key": self.key, "divergence": self.values})
+
+
+def _fingerprint(model: nn.Module, windows: Tensor, scores: Scores) -> str:
+    """Changes with the weights, the calibration tokens and the ranking of the units."""
+    digest = hashlib.sha256(windows.cpu().numpy().tobytes())
+    for tensor in [*scores.attention, *scores.mlp]:
+        digest.update(tensor.argsort(stable=True).numpy().tobytes())
+    for parameter in model.parameters():
+        digest.update(str(parameter.double().sum().item()).encode())
+    return digest.hexdigest()
