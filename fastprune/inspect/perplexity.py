@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,22 +102,33 @@ def evaluate(
     exp of the mean negative log-likelihood over all n * (s - 1) scored tokens, summed in float64.
     Not a number, or infinite, when the model's output is: the caller decides what that means.
     """
-    n, seq_len = windows.shape
     device = next(model.parameters()).device
-    batch_size = batch_size or max(1, BATCH_TOKENS // seq_len)
     decoder, head = decoder_and_head(model)
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     start = time.perf_counter()
     try:
-        batches = windows.split(batch_size)
-        for batch in track(batches, description):
+        for batch in track(batches(windows, batch_size), description):
             ids = batch.to(device)
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             total += chunked_loss(hidden, head, ids)[0]
     finally:
         model.train(training)
+    return measured(total, windows, start)
+
+
+def batches(windows: Tensor, batch_size: int | None = None) -> Sequence[Tensor]:
+    """`windows` (n, s) in batches of so many, by default of about BATCH_TOKENS tokens."""
+    return windows.split(batch_size or max(1, BATCH_TOKENS // windows.shape[1]))
+
+
+def measured(total: Tensor, windows: Tensor, start: float) -> Perplexity:
+    """The perplexity of `windows` (n, s) whose summed negative log-likelihood is `total`.
+
+    `start` is what time.perf_counter said when the measurement began.
+    """
+    n, seq_len = windows.shape
     tokens = n * (seq_len - 1)
     mean = total.item() / tokens  # waits for the device, so the clock below is right
     seconds = time.perf_counter() - start
@@ -128,7 +139,7 @@ def evaluate(
         windows=n,
         seconds=seconds,
         tokens_per_second=n * seq_len / seconds,
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=peak_memory_bytes(total.device),
     )
 
 

@@ -44,6 +44,14 @@ def removal(model: nn.Module, windows: Tensor) -> tuple[list[float], float]:
             totals[skipped] += loss(rest)
             hidden = blocks.run(skipped, hidden)
         totals[-1] += loss(hidden)
+    return increases(totals, windows)
+
+
+def increases(totals: Sequence[float], windows: Tensor) -> tuple[list[float], float]:
+    """Summed losses on ``windows`` (n, s) as perplexities: each minus the last, and the last.
+
+    Raises NumericalError when a loss is not finite.
+    """
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     if not all(map(math.isfinite, totals)):
         raise NumericalError(

@@ -1,0 +1,201 @@
+"""Safetensors files one tensor at a time, through ordinary reads and writes.
+
+The safetensors library maps a whole file into memory, and a mapped page that was touched counts as
+resident: a model larger than the memory it may use cannot be read that way. Here a tensor is read
+into memory of its own, which is gone with the tensor, and is written to its final place in a file
+whose size is known beforehand.
+
+Format: https://huggingface.co/docs/safetensors (an 8-byte little-endian length, a JSON header of
+that length with dtype, shape and byte range of every tensor, then the bytes).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprune.errors import InputError
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+"""Size beyond which a further file is begun, as huggingface_hub has it."""
+MAX_HEADER_BYTES = 10**8
+"""The format's own limit."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: ``start`` and ``stop`` are byte offsets in ``file``."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class ShardReader:
+    """The tensors of a folder's ``model.safetensors``, or of the files its index names.
+
+    Only headers are read now; nothing stays open. Raises InputError when a file is missing or
+    damaged, or the folder holds weights of another kind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        for file in _files(folder):
+            try:
+                self.entries |= _entries(file)
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                raise InputError(
+                    f"{file}: truncated or corrupt weight file ({error}); copy or download it again"
+                ) from error
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The tensor ``name`` as ``dtype`` on ``device``. Raises InputError if it is not there."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise InputError(f"{self.folder}: the weight {name} is missing")
+        if entry.dtype not in DTYPES:
+            raise InputError(f"{entry.file}: {name} is stored as {entry.dtype}, which is not read")
+        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        view, done = memoryview(data.numpy()), 0
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise InputError(f"{entry.file}: became shorter while it was read")
+                done += got
+        return data.view(DTYPES[entry.dtype]).view(entry.shape).to(device, dtype)
+
+
+class ShardWriter:
+    """Writes tensors, in any order, to the files of a checkpoint in ``directory``.
+
+    ``layout`` names every tensor with its shape and dtype (its values are not looked at, so it may
+    lie on the meta device). Use as a context manager; leaving it without an error checks that
+    every tensor was written.
+    """
+
+    def __init__(
+        self, directory: Path, layout: Mapping[str, Tensor], max_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        self.entries: dict[str, Entry] = {}
+        shards = list(_split(layout, max_bytes))
+        for number, names in enumerate(shards, 1):
+            one = len(shards) == 1
+            file = FILE if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            self.entries |= _begin(directory / file, {name: layout[name] for name in names})
+        if len(shards) > 1:
+            total = sum(entry.stop - entry.start for entry in self.entries.values())
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {name: entry.file.name for name, entry in self.entries.items()},
+            }
+            text = json.dumps(index, indent=2) + "\n"
+            (directory / INDEX).write_text(text, encoding="utf-8")
+        self._missing = set(self.entries)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put ``tensor`` where ``name`` belongs; ValueError when the layout says otherwise."""
+        entry = self.entries[name]
+        if NAMES[tensor.dtype] != entry.dtype or tensor.shape != entry.shape:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {entry.dtype} {entry.shape}"
+            )
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        with entry.file.open("r+b") as file:
+            file.seek(entry.start)
+            file.write(data)
+        self._missing.discard(name)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were not written: {min(self._missing)}")
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / FILE).is_file():
+        return [folder / FILE]
+    index = folder / INDEX
+    if not index.is_file():
+        raise InputError(f"{folder}: weights are streamed from safetensors, and there are none")
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{index}: broken index of weight files") from error
+    return [folder / shard for shard in sorted(shards)]
+
+
+def _entries(file: Path) -> dict[str, Entry]:
+    """The header of ``file``; ValueError and its like when it does not describe the file."""
+    size = file.stat().st_size
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError("its header is too long")
+        header: dict[str, Any] = json.loads(data.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, tensor in header.items():
+        start, stop = (8 + length + offset for offset in tensor["data_offsets"])
+        entry = Entry(file, tensor["dtype"], tuple(tensor["shape"]), start, stop)
+        dtype = DTYPES.get(entry.dtype)
+        if dtype and math.prod(entry.shape) * dtype.itemsize != stop - start:
+            raise ValueError(f"{name} has the wrong number of bytes")
+        if not 8 + length <= start <= stop <= size:
+            raise ValueError(f"{name} lies beyond its end")
+        found[name] = entry
+    return found
+
+
+def _split(layout: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    total = 0
+    for name, tensor in layout.items():
+        size = tensor.numel() * tensor.element_size()
+        if names and total + size > max_bytes:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    yield names
+
+
+def _begin(file: Path, layout: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Write the header of ``file`` and give the file its full size."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in layout.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
+    with file.open("wb") as data:
+        data.write(len(text).to_bytes(8, "little") + text)
+        os.truncate(data.fileno(), 8 + len(text) + end)
+    return _entries(file)

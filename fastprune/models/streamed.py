@@ -1,0 +1,135 @@
+"""A model whose weights stay on disk: one decoder layer at a time is in memory.
+
+The model is built on the meta device, where parameters have shapes and no values, so everything
+that asks for sizes only (families, plans, checkpoint forms) works on it as on any other. `loaded`
+gives one of its modules values for the time of a block.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.config import resolve_device, resolve_dtype
+from fastprune.errors import InputError
+from fastprune.models.blocks import Blocks
+from fastprune.models.checkpoint import EMBEDDING, HEAD
+from fastprune.models.families import decoder_layers, family_of
+from fastprune.models.load import load_config, load_tokenizer, resolve_source
+from fastprune.models.quiet import quiet_libraries
+from fastprune.models.shards import DTYPES, ShardReader
+from fastprune.progress import track
+
+NORM = "model.norm"
+log = logging.getLogger("fastprune")
+
+
+class StreamedModel:
+    """The causal language model that ``source`` names, read from its safetensors piece by piece.
+
+    ``model`` is on the meta device but for its final norm and rotary embedding, which are small.
+    ``device`` is where pieces are loaded to. Raises InputError when the source is missing,
+    incomplete or broken, of an unsupported family, or not in safetensors.
+    """
+
+    def __init__(self, source: str | Path, *, dtype: str = "auto", device: str = "cpu") -> None:
+        folder = resolve_source(source)
+        config = load_config(folder)
+        self.shards = ShardReader(folder)
+        self.tokenizer = load_tokenizer(folder)
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
+        self.model = skeleton(config, self.dtype)
+        family_of(self.model)
+        self._check()
+        _read_generation_config(self.model, folder)
+        self.blocks = Blocks(self.model)
+        rotary = self.model.model.rotary_emb
+        self.model.model.rotary_emb = type(rotary)(config=config).to(self.device)
+        self.model.get_submodule(NORM).load_state_dict(self._values(NORM), assign=True)
+
+    def read(self, name: str) -> Tensor:
+        """The weight ``name`` of the model, on its device and in its dtype."""
+        if name == HEAD and self.model.config.tie_word_embeddings:
+            name = EMBEDDING
+        return self.shards.read(name, self.dtype, self.device)
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[nn.Module]:
+        """The submodule ``name`` with its weights, which are dropped when the block ends."""
+        module = self.model.get_submodule(name)
+        empty = dict(module.named_parameters())
+        module.load_state_dict(self._values(name), assign=True)
+        try:
+            yield module
+        finally:
+            module.load_state_dict(empty, assign=True)
+
+    def layers(
+        self, description: str, order: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, nn.Module]]:
+        """Every decoder layer with its index, or those in ``order``, loaded for its turn."""
+        for index in track(order or range(len(decoder_layers(self.model))), description):
+            with self.loaded(f"model.layers.{index}") as layer:
+                yield index, layer
+
+    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Token ids (n, s) each to the first layer's inputs (n, s, hidden) each, on the CPU."""
+        with self.loaded("model.embed_tokens"):
+            return [self.blocks.embed(ids.to(self.device)).cpu() for ids in batches]
+
+    def _values(self, name: str) -> dict[str, Tensor]:
+        module = self.model.get_submodule(name)
+        return {key: self.read(f"{name}.{key}") for key, _ in module.named_parameters()}
+
+    def _check(self) -> None:
+        """InputError unless the files hold every weight at its size."""
+        expected = self.model.state_dict()
+        if self.model.config.tie_word_embeddings:
+            expected.pop(HEAD, None)
+        found = self.shards.entries
+        if missing := sorted(expected.keys() - found.keys()):
+            raise InputError(
+                f"{self.shards.folder}: {len(missing)} weights are missing, first {missing[0]}"
+            )
+        for name, tensor in expected.items():
+            if found[name].shape != tensor.shape:
+                raise InputError(
+                    f"{found[name].file}: {name} has the shape {found[name].shape}, "
+                    f"the config says {tuple(tensor.shape)}"
+                )
+        unused = sorted(found.keys() - expected.keys() - {HEAD})
+        if unused:
+            log.warning(
+                "%s: %d weights are not used, first %s", self.shards.folder, len(unused), unused[0]
+            )
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The causal language model that ``config`` describes, on the meta device, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), quiet_libraries():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _own_dtype(config: Any, shards: ShardReader) -> torch.dtype:
+    """The dtype a checkpoint asks for: its config's, else that of its embeddings."""
+    if config.dtype is not None:
+        return config.dtype
+    entry = shards.entries.get(EMBEDDING)
+    return DTYPES.get(entry.dtype, torch.float32) if entry else torch.float32
+
+
+def _read_generation_config(model: nn.Module, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        with quiet_libraries():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
