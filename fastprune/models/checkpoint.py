@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +81,18 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def save_checkpoint(model: nn.Module, tokenizer: Any, directory: Path) -> None:
+def save_checkpoint(
+    model: nn.Module,
+    tokenizer: Any,
+    directory: Path,
+    write: Callable[[Form, Path], None] | None = None,
+) -> None:
     """Write `model`, `tokenizer` and the generation settings into the folder `directory`.
 
     Sizes are read off the weights. A model whose layers all have one size, once those of which
     nothing is left are dropped, gets a stock config; any other gets a per-layer one. The dtype is
-    kept, and tied embeddings are written once.
+    kept, and tied embeddings are written once. `write` puts the weights of a form into a folder;
+    give one when `model` has sizes but no values.
     """
     directory = Path(directory)
     with quiet_libraries():
@@ -96,7 +102,7 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, directory: Path) -> None:
             form = stock_form(model) or per_layer_form(model)
             form.config.dtype = model.dtype
             form.config.save_pretrained(directory)
-            _write_weights(form, directory)
+            (write or _write_weights)(form, directory)
             if getattr(model, "generation_config", None) is not None:
                 model.generation_config.save_pretrained(directory)
             if form.per_layer:
@@ -107,10 +113,14 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """How a model is written: its config, and its weights under the names that config implies."""
+    """How a model is written: its config, and its weights under the names that config implies.
+
+    ``layers`` maps the number of a layer in the model to its number in the files.
+    """
 
     config: Any
     state: dict[str, Tensor]
+    layers: dict[int, int]
     per_layer: bool
 
 
@@ -143,7 +153,8 @@ def stock_form(model: nn.Module) -> Form | None:
     config_class, model_class = (c.__bases__[-1] for c in modeling.FAMILIES[family])
     config = config_class(**settings)
     config.architectures = [model_class.__name__]
-    return Form(config, _state(model, {old: new for new, old in enumerate(kept)}), False)
+    layers = {old: new for new, old in enumerate(kept)}
+    return Form(config, _state(model, layers), layers, False)
 
 
 def per_layer_form(model: nn.Module) -> Form:
@@ -158,7 +169,8 @@ def per_layer_form(model: nn.Module) -> Form:
         "AutoConfig": f"{module}.{names[0]}",
         "AutoModelForCausalLM": f"{module}.{names[1]}",
     }
-    return Form(config, _state(model, {i: i for i in range(len(sizes))}), True)
+    layers = {index: index for index in range(len(sizes))}
+    return Form(config, _state(model, layers), layers, True)
 
 
 def rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:

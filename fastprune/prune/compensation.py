@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.models.blocks import Blocks
-from fastprune.models.families import attention_slices, decoder_layers, mlp_slices
+from fastprune.models.families import attention_slices, mlp_slices
 from fastprune.precision import fast_forward
 from fastprune.progress import track
-from fastprune.prune.plan import Plan
+from fastprune.prune.plan import LayerPlan, Plan
 from fastprune.prune.surgery import kept_entries
 
 log = logging.getLogger("fastprune")
@@ -82,11 +82,32 @@ def compensate(
     that surgery afterwards changes nothing any more. Hidden states of all windows stay on the
     host; the device holds one layer's activations of a batch and its two moment matrices.
     """
-    device = next(model.parameters()).device
-    sequence = _Sequence(model, windows, batch_size)
+    prefix = Prefix(model, windows, batch_size)
     refits: list[Refit] = []
-    for index, kept in enumerate(track(plan.layers, "compensating")):
-        layer = decoder_layers(model)[index]
+    for kept in track(plan.layers, "compensating"):
+        refits += prefix.refit(kept)
+    return refits
+
+
+class _Stop(Exception):
+    """Ends a layer's forward as soon as the wanted input has been seen."""
+
+
+class Prefix:
+    """The calibration hidden states at the front of the pruned prefix, kept on the host."""
+
+    def __init__(self, model: nn.Module, windows: Tensor, batch_size: int | None) -> None:
+        self.blocks = Blocks(model)
+        self.device = next(model.parameters()).device
+        size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
+        batches = windows.split(size)
+        self.hidden = [self.blocks.embed(ids.to(self.device)).cpu() for ids in batches]
+        self.held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}
+
+    def refit(self, kept: LayerPlan) -> list[Refit]:
+        """Refit the layer at the front in place for the units ``kept`` of it, and step past it."""
+        layer, index = self.blocks.layers[kept.index], kept.index
+        refits: list[Refit] = []
         for name, slices, units in (
             ("attention", attention_slices(layer), kept.kv_groups),
             ("mlp", mlp_slices(layer), kept.channels),
@@ -100,8 +121,8 @@ def compensate(
                 if linear.bias is not None:
                     linear.bias.zero_()
             elif len(columns) < linear.in_features:
-                fit, test = sequence.moments(index, linear)
-                solution = refit(linear, columns.to(device), fit, test)
+                fit, test = self.moments(index, linear)
+                solution = refit(linear, columns.to(self.device), fit, test)
                 solution.write(linear)
                 refits.append(
                     Refit(
@@ -113,24 +134,8 @@ def compensate(
                     )
                 )
                 log.debug("%s", refits[-1])
-        sequence.advance(index)
-    return refits
-
-
-class _Stop(Exception):
-    """Ends a layer's forward as soon as the wanted input has been seen."""
-
-
-class _Sequence:
-    """The calibration hidden states at the front of the pruned prefix, kept on the host."""
-
-    def __init__(self, model: nn.Module, windows: Tensor, batch_size: int | None) -> None:
-        self.blocks = Blocks(model)
-        self.device = next(model.parameters()).device
-        size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
-        batches = windows.split(size)
-        self.hidden = [self.blocks.embed(ids.to(self.device)).cpu() for ids in batches]
-        self.held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}
+        self.advance(index)
+        return refits
 
     def moments(self, index: int, linear: nn.Linear) -> tuple[Moments, Moments]:
         """Moments of the inputs of ``linear`` in layer ``index``: to fit, and held out."""
