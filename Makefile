@@ -69,7 +69,9 @@ types: $(VENV)/.built ## check the types of the package
 	$(BIN)/mypy
 
 bench: $(VENV)/.built ## time the kernels
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
+	@mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json build/bench.json
+	$(BIN)/python bench/table.py build/bench.json
 
 sanitize: $(VENV)/.built ## kernel tests under address and undefined-behaviour sanitizers
 	tools/sanitize.sh
