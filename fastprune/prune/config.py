@@ -78,6 +78,8 @@ class PruneConfig(CommonConfig):
     """apply this plan instead of making one"""
     dry_run: bool = False
     """make the plan and stop"""
+    stream: bool = False
+    """for a model larger than memory: keep its weights on disk, one layer at a time in memory"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
 

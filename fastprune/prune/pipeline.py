@@ -16,6 +16,8 @@ from fastprune.inspect.perplexity import Perplexity, evaluate, peak_memory_bytes
 from fastprune.models.checkpoint import check_out, save_checkpoint, staged
 from fastprune.models.families import block_parameters, family_of, geometries
 from fastprune.models.load import load_model
+from fastprune.models.streamed import StreamedModel
+from fastprune.prune import stream
 from fastprune.prune.compensation import compensate
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.plan import Plan
@@ -60,30 +62,45 @@ def run_prune(config: PruneConfig) -> PruneResult:
     clock = Clock()
     with RunLog() as run_log:
         with clock("load"):
-            model, tokenizer = load_model(
-                config.model,
-                dtype=config.dtype,
-                device=str(resolve_device(config.device)),
-                allow_pickle=config.allow_pickle,
+            source = None
+            if config.stream:
+                source = StreamedModel(config.model, dtype=config.dtype, device=config.device)
+                model, tokenizer = source.model, source.tokenizer
+            else:
+                model, tokenizer = load_model(
+                    config.model,
+                    dtype=config.dtype,
+                    device=str(resolve_device(config.device)),
+                    allow_pickle=config.allow_pickle,
+                )
+        if config.out is None:
+            return prune(model, tokenizer, config, clock=clock, source=source)
+        with staged(config.out, config.overwrite) as directory:
+            result = prune(
+                model, tokenizer, config, clock=clock, source=source, directory=directory
             )
-        result = prune(model, tokenizer, config, clock=clock)
-        if config.out is not None:
             result.out = config.out
-            with staged(config.out, config.overwrite) as directory:
-                with clock("save"):
-                    _save(directory, result, weights=not config.dry_run)
-                result.metrics["seconds"] = clock.totals()
-                _record(directory / "fastprune", result, run_log)
+            with clock("save"):
+                _save(directory, result, weights=source is None and not config.dry_run)
+            result.metrics["seconds"] = clock.totals()
+            _record(directory / "fastprune", result, run_log)
     return result
 
 
 def prune(
-    model: nn.Module, tokenizer: Any, config: PruneConfig, *, clock: Clock | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    config: PruneConfig,
+    *,
+    clock: Clock | None = None,
+    source: StreamedModel | None = None,
+    directory: Path | None = None,
 ) -> PruneResult:
     """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
 
-    Nothing is written. Raises InputError for settings that cannot be met, GateError when
-    perplexity grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
+    Nothing is written, unless ``source`` has the weights and ``model`` sizes only: the result then
+    goes straight to ``directory``. Raises InputError for settings that cannot be met, GateError
+    when perplexity grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
     """
     clock = clock or Clock()
     config.check()
@@ -98,16 +115,26 @@ def prune(
         plan.check_model(sizes)
     refit = config.compensate != "none"
     test, calibration = _texts(config, tokenizer, calibrate=plan is None or refit)
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if source is None else source.device
     dense = pruned = importance = None
     if not config.dry_run:
         with clock("evaluate"):
-            dense = evaluate(model, test.to(device))
+            if source is None:
+                dense = evaluate(model, test.to(device))
+            else:
+                dense = stream.evaluate(source, test)
     if plan is None:
         assert target is not None  # config.check() has seen a budget or a plan
-        plan, importance = make_plan(model, calibration, target, config, clock)
+        plan, importance = make_plan(model, calibration, target, config, clock, source)
     removed = parameters_removed(model, plan)
-    if dense is not None:
+    if dense is not None and source is not None:
+        assert directory is not None  # run_prune has seen --out or --dry-run
+        with clock("surgery"):
+            stream.cut(source, plan, calibration if refit else None, directory)
+        with clock("evaluate"):
+            pruned = stream.evaluate(StreamedModel(directory, device=str(device)), test)
+        _check_gate(config, dense, pruned)
+    elif dense is not None:
         if refit:
             with clock("compensate"):
                 compensate(model, plan, calibration)

@@ -18,6 +18,8 @@ from fastprune.models.families import (
     mlp_slices,
     unit_cost,
 )
+from fastprune.models.streamed import StreamedModel
+from fastprune.prune import stream
 from fastprune.prune.allocation import (
     BudgetError,
     LayerSize,
@@ -38,12 +40,17 @@ log = logging.getLogger("fastprune")
 
 
 def make_plan(
-    model: nn.Module, windows: Tensor, target: int, config: PruneConfig, clock: Clock
+    model: nn.Module,
+    windows: Tensor,
+    target: int,
+    config: PruneConfig,
+    clock: Clock,
+    source: StreamedModel | None = None,
 ) -> tuple[Plan, list[float] | None]:
     """Plan the removal of ``target`` parameters; also the layer sensitivities, where used.
 
-    ``windows`` are calibration token ids (n, s). Raises InputError when the limits rule the
-    target out.
+    ``windows`` are calibration token ids (n, s). ``source`` has the weights when ``model`` has
+    sizes only. Raises InputError when the limits rule the target out.
     """
     sizes = geometries(model)
     selected = config.selected_layers(len(sizes))
@@ -53,9 +60,12 @@ def make_plan(
     ]
     importance = None
     with clock("score"):
-        scores = score(model, windows, config.importance, seed=config.seed)
+        if source is None:
+            scores = score(model, windows, config.importance, seed=config.seed)
+        else:
+            scores = stream.score(source, windows, config.importance, seed=config.seed)
         if config.allocation in ("inverse", "proportional"):
-            importance = _sensitivity(model, windows, config)
+            importance = _sensitivity(model, windows, config, source)
     with clock("plan"):
         try:
             removals = _allocate(costs, selected, scores, importance, target, config)
@@ -139,10 +149,13 @@ def _allocate(
     return everywhere
 
 
-def _sensitivity(model: nn.Module, windows: Tensor, config: PruneConfig) -> list[float]:
+def _sensitivity(
+    model: nn.Module, windows: Tensor, config: PruneConfig, source: StreamedModel | None
+) -> list[float]:
     if config.layer_importance != "removal":
         return load_layer_importance(Path(config.layer_importance), len(decoder_layers(model)))
-    importance, _ = removal(model, windows[: config.sensitivity_samples])
+    some = windows[: config.sensitivity_samples]
+    importance, _ = removal(model, some) if source is None else stream.removal(source, some)
     return importance
 
 
