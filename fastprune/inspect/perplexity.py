@@ -20,7 +20,7 @@ from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
 from fastprune.data.text import BUILTIN, eval_windows, load_documents, token_stream
-from fastprune.errors import InputError
+from fastprune.errors import InputError, NumericalError
 from fastprune.models.load import load_model
 from fastprune.progress import track
 
@@ -80,7 +80,10 @@ def run_eval(config: EvalConfig) -> Perplexity:
         config.model, dtype=config.dtype, device=config.device, allow_pickle=config.allow_pickle
     )
     windows = text_windows(tokenizer, documents, config.seq_len, config.windows)
-    return evaluate(model, windows, batch_size=config.batch_size)
+    result = evaluate(model, windows, batch_size=config.batch_size)
+    if math.isnan(result.perplexity):
+        raise NumericalError(f"{config.model}: the loss is not a number; its weights are broken")
+    return result
 
 
 def text_windows(tokenizer: Any, documents: list[str], seq_len: int, windows: int) -> Tensor:

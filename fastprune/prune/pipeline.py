@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastprune.config import resolve_device
 from fastprune.data.text import load_documents, sample_windows, token_stream
-from fastprune.errors import GateError, InputError
+from fastprune.errors import GateError, InputError, NumericalError
 from fastprune.inspect.perplexity import Perplexity, evaluate, peak_memory_bytes, text_windows
 from fastprune.models.checkpoint import check_out, save_checkpoint, staged
 from fastprune.models.families import block_parameters, family_of, geometries
@@ -120,7 +121,7 @@ def prune(
     if not config.dry_run:
         with clock("evaluate"):
             if source is None:
-                dense = evaluate(model, test.to(device))
+                dense = _measure(model, test, "the model")
             else:
                 dense = stream.evaluate(source, test)
     if plan is None:
@@ -141,7 +142,7 @@ def prune(
         with clock("surgery"):
             apply_plan(model, plan)
         with clock("evaluate"):
-            pruned = evaluate(model, test.to(device))
+            pruned = _measure(model, test, "the pruned model")
         _check_gate(config, dense, pruned)
     metrics = {
         "model": config.model or type(model).__name__,
@@ -204,6 +205,13 @@ def _texts(config: PruneConfig, tokenizer: Any, *, calibrate: bool) -> tuple[Ten
         config.seed,
         skip=test.numel() if shared else 0,
     )
+
+
+def _measure(model: nn.Module, test: Tensor, what: str) -> Perplexity:
+    measured = evaluate(model, test)
+    if math.isnan(measured.perplexity):
+        raise NumericalError(f"the loss of {what} is not a number; nothing was written")
+    return measured
 
 
 def _check_gate(config: PruneConfig, dense: Perplexity, pruned: Perplexity) -> None:

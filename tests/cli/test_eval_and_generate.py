@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import TEXT, tiny_checkpoint
+from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from fastprune import cli
 
@@ -49,6 +49,7 @@ def test_generate_prints_the_continuation_alone(model, tmp_path, capsys):
         (["generate", "nowhere/at/all", "--prompt", "x"], "nowhere/at/all"),
         (["eval", "MODEL", "--text", "gone.txt"], "gone.txt"),
         (["eval", "MODEL", "--windows", "0"], "windows"),
+        (["eval", "MODEL", "--batch-size", "0"], "batch-size must be at least 1"),
     ],
 )
 def test_refusals(model, capsys, args, words):
@@ -58,3 +59,21 @@ def test_refusals(model, capsys, args, words):
     assert captured.err.startswith("fastprune: error: ")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("command", ["eval", "prune"])
+def test_broken_weights_are_numerical_trouble(tmp_path, capsys, command):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    flags = {
+        "eval": ["--text", str(text), "--seq-len", "32"],
+        "prune": ["--ratio", "0.2", "--eval", str(text), "--eval-seq-len", "32"]
+        + ["--calib", str(text), "--out", str(tmp_path / "out")],
+    }[command]
+    assert cli.main([command, str(tmp_path / "broken"), *flags]) == 4
+    assert "not a number" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
