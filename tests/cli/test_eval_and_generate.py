@@ -49,7 +49,7 @@ def test_generate_prints_the_continuation_alone(model, tmp_path, capsys):
         (["generate", "nowhere/at/all", "--prompt", "x"], "nowhere/at/all"),
         (["eval", "MODEL", "--text", "gone.txt"], "gone.txt"),
         (["eval", "MODEL", "--windows", "0"], "windows"),
-        (["eval", "MODEL", "--batch-size", "0"], "batch-size must be at least 1"),
+        (["eval", "MODEL", "--batch-size", "0"], "batch size must be at least 1"),
     ],
 )
 def test_refusals(model, capsys, args, words):
@@ -71,9 +71,11 @@ def test_broken_weights_are_numerical_trouble(tmp_path, capsys, command):
     text.write_text(TEXT * 40)
     flags = {
         "eval": ["--text", str(text), "--seq-len", "32"],
-        "prune": ["--ratio", "0.2", "--eval", str(text), "--eval-seq-len", "32"]
-        + ["--calib", str(text), "--out", str(tmp_path / "out")],
+        "prune": ["--ratio", "0.2", "--eval", str(text), "--eval-seq-len", "32"],
     }[command]
+    if command == "prune":
+        flags += ["--calib", str(text), "--calib-samples", "4", "--calib-seq-len", "32"]
+        flags += ["--out", str(tmp_path / "out")]
     assert cli.main([command, str(tmp_path / "broken"), *flags]) == 4
     assert "not a number" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
