@@ -138,7 +138,7 @@ def generate(
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise NumericalError("the model's output is not finite; run: fastprune diagnose") from error
+        raise NumericalError("the model's output is not finite") from error
     finally:
         model.train(training)
     new = output[0, ids.shape[1] :].tolist()

@@ -33,9 +33,9 @@ from fastprune.report.run import write_json
 
 log = logging.getLogger("fastprune")
 
-CHANNEL_LEVELS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+CHANNEL_LEVELS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)
 """Shares of a layer's channels at which its divergence is measured."""
-KL_SHARE = 4
+KL_SHARE = 8
 """One calibration window in this many measures divergences; the others fit the refits."""
 
 

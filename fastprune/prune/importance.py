@@ -90,8 +90,7 @@ def checked(scores: Scores, method: str) -> Scores:
     """``scores`` of ``method``, or NumericalError when one of them is not finite."""
     if not scores.finite():
         raise NumericalError(
-            f"the {method} scores are not finite: the weights or the activations hold NaN or Inf; "
-            "run `fastprune diagnose` on the model"
+            f"the {method} scores are not finite: the weights or the activations hold NaN or Inf"
         )
     return scores
 

@@ -54,9 +54,7 @@ def increases(totals: Sequence[float], windows: Tensor) -> tuple[list[float], fl
     """
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     if not all(map(math.isfinite, totals)):
-        raise NumericalError(
-            "the loss with a layer skipped is not finite; run `fastprune diagnose` on the model"
-        )
+        raise NumericalError("the loss with a layer skipped is not finite")
     perplexities = [math.exp(min(total / tokens, 100.0)) for total in totals]
     return [p - perplexities[-1] for p in perplexities[:-1]], perplexities[-1]
 

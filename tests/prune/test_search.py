@@ -1,0 +1,122 @@
+"""Search: the cheapest mix is found, budgets hold, and measured curves mean what they say."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model, token_ids
+
+from fastprune.models.families import decoder_layers
+from fastprune.prune.allocation import LayerSize, Limits, Removal, removed_parameters
+from fastprune.prune.curves import measure_curves
+from fastprune.prune.divergence import DenseTargets
+from fastprune.prune.importance import score
+from fastprune.prune.planning import layer_size
+from fastprune.prune.search import Curve, choose, predicted
+
+SIZE = LayerSize(groups=3, group_cost=300, channels=100, channel_cost=10)
+
+
+def curves_of(steepness: list[float]) -> list[Curve]:
+    """Quadratic channel curves and steep group curves of layers with the given steepness."""
+    points = (0, 25, 50, 75)
+    return [
+        curve
+        for i, s in enumerate(steepness)
+        for curve in (
+            Curve(i, "groups", (0, 1, 2), (0.0, 3 * s, 9 * s)),
+            Curve(i, "channels", points, tuple(s * (p / 100) ** 2 for p in points)),
+        )
+    ]
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.2, 0.3])
+def test_budget_is_met_to_half_a_channel(ratio: float) -> None:
+    sizes = [SIZE] * 6
+    target = round(ratio * sum(s.prunable for s in sizes))
+    curves = curves_of([1.0, 0.2, 0.5, 2.0, 0.1, 1.5])
+    removals, prediction = choose(curves, sizes, target, Limits())
+    assert abs(removed_parameters(sizes, removals) - target) <= SIZE.channel_cost / 2
+    assert prediction == predicted(curves, removals)
+    flat, steep = removals[4], removals[3]
+    assert flat.channels >= steep.channels
+
+
+def test_no_mix_on_the_grid_is_cheaper() -> None:
+    sizes = [SIZE] * 3
+    curves = curves_of([1.0, 0.3, 0.05])
+    target = 600
+    _, prediction = choose(curves, sizes, target, Limits())
+    levels = [Removal(g, c) for g in range(2) for c in range(0, 76, 5)]
+    mixes = [
+        list(mix)
+        for mix in itertools.product(levels, repeat=3)
+        if removed_parameters(sizes, list(mix)) >= target
+    ]
+    # The program's own levels are 3 channels apart: half a step of the flattest curve.
+    assert prediction <= min(predicted(curves, mix) for mix in mixes) * 1.02
+
+
+def test_limits_of_a_layer_hold() -> None:
+    sizes = [SIZE] * 3
+    target = round(0.25 * sum(s.prunable for s in sizes))
+    removals, _ = choose(curves_of([1.0, 1.0, 1e-6]), sizes, target, Limits(highest=0.3))
+    shares = [removed_parameters([SIZE], [r]) / SIZE.prunable for r in removals]
+    assert max(shares) <= 0.3 + SIZE.channel_cost / SIZE.prunable
+
+
+def test_divergence_is_kullback_leibler() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, 40, bias=False)  # fewer words than are kept: nothing is merged
+    dense, changed = torch.randn(2, 2, 5, 16, generator=generator)
+    targets = DenseTargets(head)
+    targets.append(dense)
+    with torch.no_grad():
+        p, q = (torch.log_softmax(head(x), -1) for x in (dense, changed))
+    expected = (p.exp() * (p - q)).sum()
+    # logits may come from bf16 matrix units: 8 bits
+    assert targets.divergence(0, changed) == pytest.approx(expected.item(), rel=0.03)
+    assert targets.divergence(0, dense) == pytest.approx(0, abs=1e-5)  # fp32 rounding, 10 tokens
+
+
+@pytest.fixture
+def measured(tmp_path: Path):
+    model = tiny_model("llama")
+    windows = token_ids(16, 32)
+    scores = score(model, windows, "magnitude-l2")
+    sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
+    return model, windows, scores, sizes, tmp_path / "levels.json"
+
+
+def test_curves_rise_and_leave_the_model_alone(measured) -> None:
+    model, windows, scores, sizes, cache = measured
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    curves = measure_curves(model, windows, scores, sizes, cache)
+    assert [(c.layer, c.kind) for c in curves] == [
+        (i, kind) for i in range(4) for kind in ("groups", "channels")
+    ]
+    for curve in curves:
+        assert curve.removed[0] == 0 and curve.divergence[0] == 0
+        assert list(curve.divergence) == sorted(curve.divergence)
+        assert curve.divergence[-1] > 0
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, before[name]), name
+
+
+def test_a_cached_search_measures_nothing_again(measured, monkeypatch) -> None:
+    model, windows, scores, sizes, cache = measured
+    first = measure_curves(model, windows, scores, sizes, cache)
+    monkeypatch.setattr(
+        DenseTargets, "divergence", lambda *_: pytest.fail("measured although it was cached")
+    )
+    assert measure_curves(model, windows, scores, sizes, cache) == first
+
+
+def test_a_cache_of_another_model_is_not_used(measured) -> None:
+    model, windows, scores, sizes, cache = measured
+    first = measure_curves(model, windows, scores, sizes, cache)
+    model.model.layers[0].mlp.down_proj.weight.data *= 2
+    assert measure_curves(model, windows, scores, sizes, cache) != first
