@@ -87,7 +87,7 @@ struct AdamWFactors {
   float decay;                // 1 - lr * weight_decay
   float beta2, rest1, rest2;  // beta2, 1 - beta1, 1 - beta2
   float step_size;            // lr / (1 - beta1^step)
-  float root2;                // sqrt(1 - beta2^step)
+  float inverse_root2;        // 1 / sqrt(1 - beta2^step)
   float eps;
 };
 
@@ -101,7 +101,7 @@ FASTPRUNE_INLINE AdamWFactors adamw_factors(const AdamWGroup& group, float gradi
   f.rest1 = static_cast<float>(1.0 - group.beta1);
   f.rest2 = static_cast<float>(1.0 - group.beta2);
   f.step_size = static_cast<float>(group.lr / (1.0 - pow(group.beta1, t)));
-  f.root2 = static_cast<float>(sqrt(1.0 - pow(group.beta2, t)));
+  f.inverse_root2 = static_cast<float>(1.0 / sqrt(1.0 - pow(group.beta2, t)));
   f.eps = static_cast<float>(group.eps);
   return f;
 }
@@ -112,7 +112,7 @@ FASTPRUNE_INLINE F adamw_weight(F w, F g, F& m, F& v, const AdamWFactors& f) {
   g = g * F(f.gradient);
   m = m + F(f.rest1) * (g - m);
   v = F(f.beta2) * v + F(f.rest2) * (g * g);
-  const F denominator = square_root(v) / F(f.root2) + F(f.eps);
+  const F denominator = square_root(v) * F(f.inverse_root2) + F(f.eps);
   return w * F(f.decay) - F(f.step_size) * (m / denominator);
 }
 
@@ -175,7 +175,7 @@ FASTPRUNE_INLINE std::uint32_t random_key(std::uint64_t seed, std::int64_t step,
 
 template <class U>
 FASTPRUNE_INLINE U random_bits(U low_index, std::uint32_t key) {
-  return mix_bits(mix_bits(low_index ^ U(key)) + U(key));
+  return mix_bits(low_index ^ U(key));
 }
 
 // Stochastic rounding, first half: a float that is exactly representable in the half type, or

@@ -1,5 +1,5 @@
-// One sweep over all tensors for counts, extremes and moments; a second one over those tensors
-// whose extremes lie beyond 6 sigma.
+// One sweep over all tensors for counts, extremes and moments; a second one over those chunks
+// whose extremes lie beyond 6 sigma of their tensor.
 #include <cmath>
 
 #include "core/check.h"
@@ -39,11 +39,6 @@ void write(const ScanPart& part, double numel, double* out) {
   finish_scan_row(part.sum, part.squares, out);
 }
 
-bool reaches_beyond(const double* out, double limit) {
-  const double mean = out[kScanMean];
-  return out[kScanMax] - mean > limit || mean - out[kScanMin] > limit;
-}
-
 }  // namespace
 
 std::int64_t scan_workspace(const std::vector<Tensor>& tensors) {
@@ -66,28 +61,27 @@ void scan(const ScanParams& p) {
     parts[i] = loops.scan_chunk(t.dtype, at(t, place.begin), place.n);
   });
 
-  Chunks again;
-  std::vector<std::size_t> owner;
+  std::vector<std::int64_t> again;  // chunks that reach beyond their tensor's limit
   for (std::size_t t = 0; t < p.tensors.size(); ++t) {
     const std::int64_t first = chunks.first(t);
     double* row = out + t * kScanFields;
     write(combine(parts + first, chunks.first(t + 1) - first), double(p.tensors[t].numel()), row);
-    if (!reaches_beyond(row, outlier_limit(row))) continue;
-    again.add(p.tensors[t].numel());
-    owner.push_back(t);
+    const double limit = outlier_limit(row), mean = row[kScanMean];
+    for (std::int64_t i = first; i < chunks.first(t + 1); ++i)
+      if (parts[i].max - mean > limit || mean - parts[i].min > limit) again.push_back(i);
   }
 
-  std::int64_t* counts = p.workspace.as<std::int64_t>();
-  for_each_task(again.count(), bytes_of(again), [&](std::int64_t i) {
-    const Chunks::Place place = again[i];
-    const Tensor& t = p.tensors[owner[place.tensor]];
-    const double* row = out + owner[place.tensor] * kScanFields;
-    counts[i] = loops.count_outliers(t.dtype, at(t, place.begin), place.n, float(row[kScanMean]),
-                                     float(outlier_limit(row)));
+  std::vector<std::int64_t> counts(again.size());
+  const std::int64_t bytes = std::int64_t(again.size()) * kChunk * 2;
+  for_each_task(std::int64_t(again.size()), bytes, [&](std::int64_t i) {
+    const Chunks::Place place = chunks[again[std::size_t(i)]];
+    const Tensor& t = p.tensors[place.tensor];
+    const double* row = out + place.tensor * kScanFields;
+    counts[std::size_t(i)] = loops.count_outliers(t.dtype, at(t, place.begin), place.n,
+                                                  float(row[kScanMean]), float(outlier_limit(row)));
   });
-  for (std::size_t k = 0; k < owner.size(); ++k)
-    for (std::int64_t i = again.first(k); i < again.first(k + 1); ++i)
-      out[owner[k] * kScanFields + kScanOutliers] += double(counts[i]);
+  for (std::size_t i = 0; i < again.size(); ++i)
+    out[chunks[again[i]].tensor * kScanFields + kScanOutliers] += double(counts[i]);
 }
 
 }  // namespace fastprune::cpu

@@ -400,12 +400,11 @@ def _check_tensor(
 
 def _inner_contiguous(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """t in `shape`, with inner stride 1; a copy only where t's strides or lazy sign ask for it."""
-    t = t.detach()
     if t.is_neg():
-        t = t.resolve_neg()
+        t = t.detach().resolve_neg()
     if tuple(t.shape) != shape:
-        return t.reshape(shape).contiguous()
-    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+        return t.detach().reshape(shape).contiguous()
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.detach().contiguous()
 
 
 def _dense(t: Tensor) -> Tensor:

@@ -144,12 +144,12 @@ class AdamWStep:
         for slot, p, g, m, v, w32, (lr, beta1, beta2, eps, decay) in self.items:
             step = self.steps[slot] + 1
             correction1 = (lr / (1 - beta1 ** step.double())).float()
-            correction2 = (1 - beta2 ** step.double()).sqrt().float()
+            correction2 = (1 / (1 - beta2 ** step.double()).sqrt()).float()
             g = g.float() * factor
             w = p.float() if w32 is None else w32
             m_new = m + (1 - beta1) * (g - m)
             v_new = beta2 * v + (1 - beta2) * (g * g)
-            denominator = v_new.sqrt() / correction2 + eps
+            denominator = v_new.sqrt() * correction2 + eps
             w_new = w * (1 - lr * decay) - correction1 * (m_new / denominator)
             if self.master == "stochastic" and p.dtype != torch.float32:
                 p_new = stochastic_round(w_new, p.dtype, self.seed, step, slot)
@@ -196,7 +196,7 @@ def random_bits(seed: int, step: Tensor, slot: int, numel: int) -> Tensor:
     index = torch.arange(numel, device=step.device)
     step_key = _mix_bits(_mix_bits(step ^ key) ^ slot)
     keys = _mix_bits(step_key ^ (index >> 32))
-    return _mix_bits(_mix_bits((index & _WORD) ^ keys) + keys & _WORD)
+    return _mix_bits((index & _WORD) ^ keys)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int, step: Tensor, slot: int) -> Tensor:

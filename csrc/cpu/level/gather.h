@@ -48,9 +48,10 @@ void copy_lines(char* dst, const char* src, std::int64_t bytes) {
   std::int64_t i = head;
   for (; i + kStreams * kPage <= bytes; i += kStreams * kPage)
     copy_side_by_side<Line>(dst + i, src + i, kPage);
-  const std::int64_t piece = (bytes - i) / (kStreams * kLine) * kLine;
-  copy_side_by_side<Line>(dst + i, src + i, piece);
-  i += kStreams * piece;
+  for (; i + kLine <= bytes; i += kLine) {
+    prefetch(src + i);
+    Line(dst + i, src + i);
+  }
   memcpy(dst + i, src + i, std::size_t(bytes - i));
 }
 

@@ -18,13 +18,23 @@ struct TileLoop {
 
   const TaylorTile& tile;
 
+  template <class V, class... N>
+  LANES_INLINE F32 fetch(const void* base, std::int64_t stride, std::int64_t r, std::int64_t c,
+                         N... n) const {
+    const V* p = static_cast<const V*>(base) + r * stride + c;
+    // What comes next in this place is kRowsAtOnce rows below, if there are rows.
+    const std::int64_t below = kRowsAtOnce * stride * std::int64_t(sizeof(V));
+    prefetch(p, tile.rows > kRowsAtOnce ? below : kAhead);
+    return load(p, n...);
+  }
+
   template <class... N>
   LANES_INLINE F32 term(std::int64_t r, std::int64_t c, N... n) const {
-    const F32 w = load(static_cast<const T*>(tile.w) + r * tile.w_stride + c, n...);
+    const F32 w = fetch<T>(tile.w, tile.w_stride, r, c, n...);
     F32 g(0.0f), h(0.0f);
-    if constexpr (kReadsG) g = load(static_cast<const T*>(tile.g) + r * tile.g_stride + c, n...);
+    if constexpr (kReadsG) g = fetch<T>(tile.g, tile.g_stride, r, c, n...);
     if constexpr (kSquaresG) h = g * g;
-    if constexpr (HasH) h = load(static_cast<const H*>(tile.h) + r * tile.h_stride + c, n...);
+    if constexpr (HasH) h = fetch<H>(tile.h, tile.h_stride, r, c, n...);
     if constexpr (S == Score::activation) h = load(tile.x + c, n...);
     return score_term<S, F32>(w, g, h);
   }

@@ -202,10 +202,12 @@ LANES_INLINE double sum(const double (&x)[kLanes]) {
 
 // ---------------------------------------------------------------------------- loads
 // Loops with many operations per element keep too few loads in flight to fill the memory pipe, and
-// the hardware's prefetcher stops at page ends: ask for what comes 2 KiB later.
+// the hardware's prefetcher stops at page ends: ask the second-level cache for what comes later.
+constexpr std::int64_t kAhead = 2048;
+
 template <class T>
-LANES_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048);
+LANES_INLINE void prefetch(const T* p, std::int64_t bytes = kAhead) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 2);
 }
 
 LANES_INLINE F32 load(const float* p) {
