@@ -86,7 +86,7 @@ def allocate(
     the coarse part (lower goes first). Raises InputError with the reachable range when the
     limits rule the target out.
     """
-    _check_reachable(sizes, target, limits)
+    check_reachable(sizes, target, limits)
     rates = _rates(sizes, weights, target, limits)
     order = order if order is not None else range(len(sizes))
     wanted = [r * s.groups for r, s in zip(rates, sizes)]
@@ -99,7 +99,7 @@ def allocate(
         groups = _apportion(wanted, low, high, total, order)
         removals = _fill_with_channels(sizes, rates, groups, target, limits)
         error = abs(removed_parameters(sizes, removals) - target)
-        if error <= _half_unit(sizes, limits):
+        if error <= half_unit(sizes, limits):
             return removals
         if best is None or error < best[0]:
             best = (error, removals)
@@ -111,7 +111,7 @@ def allocate_same(sizes: Sequence[LayerSize], target: int, limits: Limits) -> li
     """The same counts in every layer, as near to ``target`` as whole layers of units allow."""
     if any(size != sizes[0] for size in sizes):
         raise InputError("the uniform layout needs layers of one size; use --layout per-layer")
-    _check_reachable(sizes, target, limits)
+    check_reachable(sizes, target, limits)
     one, share = sizes[0], target / len(sizes)
     rate = share / one.prunable
     groups = min(_round(rate * one.groups), max(one.groups - MIN_KEPT, 0))
@@ -132,7 +132,7 @@ def allocate_global(
     limits: Limits,
 ) -> list[Removal]:
     """Remove the units of lowest score per parameter wherever they are, within ``limits``."""
-    _check_reachable(sizes, target, limits)
+    check_reachable(sizes, target, limits)
     step = limits.align
     removed = [Removal(0, s.channels % step) for s in sizes]
     queue: list[tuple[float, int, str]] = []
@@ -157,7 +157,7 @@ def allocate_global(
     for layer in range(len(sizes)):
         push(layer, "groups")
         push(layer, "channels")
-    half = _half_unit(sizes, limits)
+    half = half_unit(sizes, limits)
     waiting: list[tuple[float, int, str]] = []
     total = removed_parameters(sizes, removed)
     while queue and target - total > half:
@@ -296,7 +296,8 @@ def _rates(
     return rates(high)
 
 
-def _check_reachable(sizes: Sequence[LayerSize], target: int, limits: Limits) -> None:
+def check_reachable(sizes: Sequence[LayerSize], target: int, limits: Limits) -> None:
+    """BudgetError when ``limits`` rule out removing ``target`` parameters."""
     low = limits.lowest * sum(s.prunable for s in sizes)
     high = sum(
         min(
@@ -306,7 +307,7 @@ def _check_reachable(sizes: Sequence[LayerSize], target: int, limits: Limits) ->
         )
         for s in sizes
     )
-    half = _half_unit(sizes, limits)
+    half = half_unit(sizes, limits)
     if not low - half <= target <= high + half:
         raise BudgetError(low, high)
 
@@ -319,7 +320,7 @@ class BudgetError(InputError):
         self.low, self.high = low, high
 
 
-def _half_unit(sizes: Sequence[LayerSize], limits: Limits) -> float:
+def half_unit(sizes: Sequence[LayerSize], limits: Limits) -> float:
     """Half of the finest step: a block of channels where there are any, else a KV group."""
     channels = [s.channel_cost * limits.align for s in sizes if s.channels]
     groups = [s.group_cost for s in sizes if s.groups]

@@ -40,7 +40,7 @@ class PruneConfig(CommonConfig):
         "random",
     ] = "taylor-first"
     """criterion that ranks the units of a layer"""
-    allocation: Literal["uniform", "inverse", "proportional", "global"] = "uniform"
+    allocation: Literal["uniform", "inverse", "proportional", "global", "search"] = "uniform"
     """how the ratio is spread over the layers"""
     layer_importance: str = "removal"
     """sensitivity for inverse and proportional: removal, or a layer_importance.json"""
@@ -107,6 +107,11 @@ class PruneConfig(CommonConfig):
                 raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}")
         if self.gate_ppl_ratio is not None and not self.gate_ppl_ratio > 0:
             raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
+        if self.stream and self.allocation == "search":
+            raise InputError(
+                "--stream runs a layer at a time, --allocation search the whole model; "
+                "use another allocation, or --plan with a plan that a search made"
+            )
         if self.layout == "uniform" and (self.layers or self.allocation != "uniform"):
             raise InputError(
                 "--layout uniform makes every layer the same size: "

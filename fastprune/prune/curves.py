@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastprune.errors import InputError
 from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.models.blocks import Blocks
 from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
@@ -60,9 +61,12 @@ def measure_curves(
 ) -> list[Curve]:
     """Divergence curves of every sublayer that ``sizes`` allows to thin.
 
-    ``windows`` (n, s) are calibration token ids, n >= 2. Levels already in the ``cache`` file,
-    made for the same model, text and scores, are not measured again. The model is left as it was.
+    ``windows`` (n, s) are calibration token ids, n >= 2. Levels are kept in the folder ``cache``,
+    in a file for this model, text and ranking of units, and are not measured again: an interrupted
+    search goes on where it was. The model is left as it was. Raises InputError for one window.
     """
+    if len(windows) < 2:
+        raise InputError("the search needs two calibration windows; use more --calib-samples")
     device = next(model.parameters()).device
     blocks, head = Blocks(model), decoder_and_head(model)[1]
     size = max(1, BATCH_TOKENS // windows.shape[1])
@@ -179,16 +183,17 @@ def _moments(
 class _Cache:
     """Measured levels in a file, so that an interrupted search goes on where it was."""
 
-    def __init__(self, path: Path | None, model: nn.Module, windows: Tensor, scores: Scores):
-        self.path = path
-        self.key = _fingerprint(model, windows, scores)
+    def __init__(self, folder: Path | None, model: nn.Module, windows: Tensor, scores: Scores):
+        name = f"{_fingerprint(model, windows, scores)}.json"
+        self.path = None if folder is None else folder / name
         self.values: dict[str, float] = {}
-        if path is not None and path.is_file():
+        if self.path is not None and self.path.is_file():
             try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-                self.values = dict(data["divergence"]) if data["key"] == self.key else {}
-            except (ValueError, KeyError, TypeError):
-                log.warning("%s does not hold measured levels; measuring anew", path)
+                self.values = {k: float(v) for k, v in json.loads(self.path.read_text()).items()}
+            except (ValueError, AttributeError, TypeError):
+                log.warning("%s does not hold measured levels; measuring anew", self.path)
+            else:
+                log.info("%d measured levels read from %s", len(self.values), self.path)
 
     def get(self, layer: int, kind: str, removed: int) -> float | None:
         return self.values.get(f"{layer} {kind} {removed}")
@@ -201,7 +206,8 @@ class _Cache:
 
     def save(self) -> None:
         if self.path is not None:
-            write_json(self.path, {"key": self.key, "divergence": self.values})
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.values)
 
 
 def _fingerprint(model: nn.Module, windows: Tensor, scores: Scores) -> str:

@@ -18,6 +18,7 @@ from fastprune.models.families import (
     mlp_slices,
     unit_cost,
 )
+from fastprune.models.foreign import cache_directory
 from fastprune.models.streamed import StreamedModel
 from fastprune.prune import stream
 from fastprune.prune.allocation import (
@@ -28,11 +29,14 @@ from fastprune.prune.allocation import (
     allocate,
     allocate_global,
     allocate_same,
+    check_reachable,
     layer_weights,
 )
 from fastprune.prune.config import PruneConfig
+from fastprune.prune.curves import measure_curves
 from fastprune.prune.importance import Scores, score
 from fastprune.prune.plan import LayerPlan, Plan
+from fastprune.prune.search import choose
 from fastprune.prune.sensitivity import load_layer_importance, removal
 from fastprune.report.run import Clock
 
@@ -68,7 +72,10 @@ def make_plan(
             importance = _sensitivity(model, windows, config, source)
     with clock("plan"):
         try:
-            removals = _allocate(costs, selected, scores, importance, target, config)
+            if config.allocation == "search":
+                removals = _search(model, windows, scores, costs, target, config)
+            else:
+                removals = _allocate(costs, selected, scores, importance, target, config)
         except BudgetError as error:
             block = block_parameters(model)
             raise InputError(
@@ -88,6 +95,27 @@ def make_plan(
             ),
         )
     return plan, importance
+
+
+def _search(
+    model: nn.Module,
+    windows: Tensor,
+    scores: Scores,
+    costs: list[LayerSize],
+    target: int,
+    config: PruneConfig,
+) -> list[Removal]:
+    """The mix of thinning levels that diverges least; measured levels are kept for a next run."""
+    limits = _limits(config)
+    check_reachable(costs, target, limits)
+    curves = measure_curves(model, windows, scores, costs, cache_directory() / "levels")
+    removals, divergence = choose(curves, costs, target, limits)
+    log.info("search: predicted divergence %.4f nats a token", divergence)
+    return removals
+
+
+def _limits(config: PruneConfig) -> Limits:
+    return Limits(config.min_layer_ratio, config.max_layer_ratio, config.align)
 
 
 def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
@@ -123,7 +151,7 @@ def _allocate(
     target: int,
     config: PruneConfig,
 ) -> list[Removal]:
-    limits = Limits(config.min_layer_ratio, config.max_layer_ratio, config.align)
+    limits = _limits(config)
     chosen = [costs[i] for i in selected]
     if config.layout == "uniform":
         removals = allocate_same(chosen, target, limits)

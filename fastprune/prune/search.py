@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastprune.prune.allocation import LayerSize, Limits, Removal, fit_channels
+from fastprune.prune.allocation import LayerSize, Limits, Removal, fit_channels, half_unit
 
 STEPS = 32
 """Channel levels between none and all that the program may choose from."""
@@ -46,25 +46,27 @@ def choose(
     layers = sorted({c.layer for c in curves})
     by_layer = {i: [c for c in curves if c.layer == i] for i in layers}
     width = target / BINS
-    best = np.full(BINS + 2, np.inf)
+    # Room for half a unit beyond the target: the nearest reachable total may lie above it.
+    room = BINS + 2 + math.ceil(half_unit(sizes, limits) / width)
+    best = np.full(room, np.inf)
     best[0] = 0.0
     back: list[tuple[np.ndarray, list[Removal]]] = []
     for i in layers:
         options = _options(by_layer[i], sizes[i], limits)
         costs = [_parameters(sizes[i], r) for r, _ in options]
-        values = np.full((len(options), BINS + 2), np.inf)
+        values = np.full((len(options), room), np.inf)
         for row, (cost, (_, value)) in enumerate(zip(costs, options)):
-            shift = min(round(cost / width), BINS + 1)
-            values[row, shift:] = best[: BINS + 2 - shift] + value
+            shift = min(round(cost / width), room)
+            values[row, shift:] = best[: room - shift] + value
         pick = values.argmin(0)
         back.append((pick, [r for r, _ in options]))
-        best = values[pick, np.arange(BINS + 2)]
-    reach = np.flatnonzero(np.isfinite(best[: BINS + 1]))
-    position = int(reach[-1])
+        best = values[pick, np.arange(room)]
+    reach = np.flatnonzero(np.isfinite(best))
+    position = int(reach[np.abs(reach - BINS).argmin()])
     removals = [Removal()] * len(sizes)
     for i, (pick, options) in zip(reversed(layers), reversed(back)):
         removals[i] = options[pick[position]]
-        position -= min(round(_parameters(sizes[i], removals[i]) / width), BINS + 1)
+        position -= round(_parameters(sizes[i], removals[i]) / width)
     removals = fit_channels(sizes, removals, target, limits)
     return removals, predicted(curves, removals)
 

@@ -41,6 +41,35 @@ def test_prune_in_memory(settings: dict, compensate: str) -> None:
     assert params["after"] == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "inverse", "proportional", "global", "search"])
+@pytest.mark.parametrize(
+    "structures", [("attention",), ("mlp",), ("attention", "mlp")], ids="+".join
+)
+def test_every_allocation(
+    settings: dict, tmp_path: Path, monkeypatch, allocation: str, structures: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tiny_model("mistral")
+    attention, mlp = 4 * 6 * 16 * 64, 3 * 96 * 64  # 2 q, k, v, 2 o heads of 16; gate, up, down
+    share = sum({"attention": attention, "mlp": mlp}[s] for s in structures) / (attention + mlp)
+    config = fastprune.PruneConfig(
+        ratio=0.3 * share, allocation=allocation, structures=structures, **settings
+    )
+    plan = fastprune.prune(model, tiny_tokenizer(), config).plan
+    units = {"mlp": mlp // 96, "attention": attention // 4}
+    finest = units["mlp" if "mlp" in structures else "attention"]
+    removed = sum(
+        units["mlp"] * (96 - len(k.channels)) + units["attention"] * (4 - len(k.kv_groups))
+        for k in plan.layers
+    )
+    block = sum(p.numel() for p in tiny_model("mistral").model.layers.parameters())
+    assert abs(removed - 0.3 * share * block) <= finest / 2 + 1  # the target is a whole number
+    for kept in plan.layers:
+        assert kept.kv_groups and kept.channels
+        assert "attention" in structures or len(kept.kv_groups) == 4
+        assert "mlp" in structures or len(kept.channels) == 96
+
+
 def test_a_plan_reused_gives_the_same_model(settings: dict, tmp_path: Path) -> None:
     models = [tiny_model("qwen3") for _ in range(2)]
     config = fastprune.PruneConfig(ratio=0.25, compensate="least-squares", **settings)

@@ -88,7 +88,7 @@ def measured(tmp_path: Path):
     windows = token_ids(16, 32)
     scores = score(model, windows, "magnitude-l2")
     sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
-    return model, windows, scores, sizes, tmp_path / "levels.json"
+    return model, windows, scores, sizes, tmp_path / "levels"
 
 
 def test_curves_rise_and_leave_the_model_alone(measured) -> None:
