@@ -31,6 +31,9 @@ from fastprune.report.run import Clock, RunLog, command_line, settings, versions
 log = logging.getLogger("fastprune")
 
 
+STAGES = ("load", "score", "plan", "surgery", "compensate", "evaluate", "save")
+
+
 @dataclass
 class PruneResult:
     """What `prune` made. ``model`` was cut in place unless it was a dry run."""
@@ -83,7 +86,7 @@ def run_prune(config: PruneConfig) -> PruneResult:
             result.out = config.out
             with clock("save"):
                 _save(directory, result, weights=source is None and not config.dry_run)
-            result.metrics["seconds"] = clock.totals()
+            result.metrics["seconds"] = clock.totals(STAGES)
             _record(directory / "fastprune", result, run_log)
     return result
 
@@ -166,7 +169,7 @@ def prune(
             }
             for i, (g, before) in enumerate(zip(plan.result(), sizes, strict=True))
         ],
-        "seconds": clock.totals(),
+        "seconds": clock.totals(STAGES),
         "peak_memory_bytes": peak_memory_bytes(device),
         "versions": versions(),
         "command": command_line(),

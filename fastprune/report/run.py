@@ -11,7 +11,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from io import StringIO
@@ -37,9 +37,10 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
         log.info("%s took %.1f s", stage, spent)
 
-    def totals(self) -> dict[str, float]:
-        """Seconds by stage, and ``total`` since this clock was made."""
-        return {**self.seconds, "total": time.perf_counter() - self.start}
+    def totals(self, stages: Iterable[str] = ()) -> dict[str, float]:
+        """Seconds by stage, 0 for those of ``stages`` that did not run, and the ``total``."""
+        total = time.perf_counter() - self.start
+        return {**dict.fromkeys(stages, 0.0), **self.seconds, "total": total}
 
 
 class RunLog:

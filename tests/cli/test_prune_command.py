@@ -68,7 +68,7 @@ def test_it_writes_a_checkpoint_and_its_records(prune, tmp_path):
     for key in ("before", "after"):
         assert metrics["perplexity"][0][key] > 1
         assert f"{metrics['perplexity'][0][key]:.2f}" in stdout
-    stages = {"load", "score", "plan", "surgery", "evaluate", "save", "total"}
+    stages = {"load", "score", "plan", "surgery", "compensate", "evaluate", "save", "total"}
     assert stages <= set(metrics["seconds"])
     assert {"plan.json", "report.html", "run.log"} <= {
         p.name for p in (out / "fastprune").iterdir()
