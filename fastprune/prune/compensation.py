@@ -150,7 +150,7 @@ class Prefix:
         try:
             for number, hidden in enumerate(self.hidden):
                 into = test if number in self.held_out else fit
-                with contextlib.suppress(_Stop), fast_forward(self.device):
+                with contextlib.suppress(_Stop), fast_forward(self.device, hidden.dtype):
                     self.blocks.run(index, hidden.to(self.device))
         finally:
             handle.remove()
@@ -159,7 +159,7 @@ class Prefix:
     def advance(self, index: int) -> None:
         """Carry the hidden states through layer ``index`` as it is now."""
         for number, hidden in enumerate(self.hidden):
-            with fast_forward(self.device):
+            with fast_forward(self.device, hidden.dtype):
                 after = self.blocks.run(index, hidden.to(self.device))
             self.hidden[number] = after.to("cpu", hidden.dtype)
 

@@ -102,14 +102,14 @@ def measure_curves(
         known.save()
         for states in (kl, fit):
             for number, hidden in enumerate(states):
-                with fast_forward(device):
+                with fast_forward(device, hidden.dtype):
                     states[number] = blocks.run(index, hidden).to(hidden.dtype)
     return curves
 
 
 def _suffix(blocks: Blocks, start: int, hidden: Tensor) -> Tensor:
     """Final hidden states from the input of layer ``start``."""
-    with fast_forward(hidden.device):
+    with fast_forward(hidden.device, hidden.dtype):
         for index in range(start, len(blocks)):
             hidden = blocks.run(index, hidden)
         return blocks.norm(hidden)
@@ -173,7 +173,7 @@ def _moments(
     handles = [linear.register_forward_pre_hook(see) for linear in linears]
     for number, hidden in enumerate(states if linears else []):
         held_out = number % HELD_OUT == HELD_OUT - 1 or number == len(states) - 1
-        with fast_forward(device):
+        with fast_forward(device, hidden.dtype):
             blocks.run(index, hidden)
     for handle in handles:
         handle.remove()

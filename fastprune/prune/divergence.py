@@ -54,7 +54,7 @@ class DenseTargets:
     def _logits(self, hidden: Tensor):  # type: ignore[no-untyped-def]
         size = max(1, CHUNK_LOGITS // self.head.weight.shape[0])
         for states in hidden.flatten(0, -2).split(size):
-            with fast_forward(hidden.device):
+            with fast_forward(hidden.device, self.head.weight.dtype):
                 logits = self.head(states)
             yield logits.float()
 

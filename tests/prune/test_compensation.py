@@ -94,3 +94,11 @@ def test_two_runs_are_identical() -> None:
         compensate(model, half_plan(model), WINDOWS)
     for a, b in zip(models[0].parameters(), models[1].parameters()):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    refits = compensate(model, half_plan(model), WINDOWS)
+    assert all(r.error_after <= r.error_before for r in refits)
+    assert all(p.dtype == dtype and p.isfinite().all() for p in model.parameters())

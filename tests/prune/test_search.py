@@ -106,6 +106,13 @@ def test_curves_rise_and_leave_the_model_alone(measured) -> None:
         assert torch.equal(p, before[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_curves_of_half_precision_weights(measured, dtype) -> None:
+    model, windows, scores, sizes, _ = measured
+    for curve in measure_curves(model.to(dtype), windows, scores, sizes):
+        assert all(0 <= value < 100 for value in curve.divergence)
+
+
 def test_a_cached_search_measures_nothing_again(measured, monkeypatch) -> None:
     model, windows, scores, sizes, cache = measured
     first = measure_curves(model, windows, scores, sizes, cache)
