@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "bindings/dlpack.h"
 #include "core/check.h"
 #include "core/ops.h"
@@ -183,6 +185,14 @@ class AdamWStep {
   fastprune::AdamWParams p_;
 };
 
+// ---------------------------------------------------------------------------- cross_entropy
+void cross_entropy(Tensor logits, Tensor targets, Tensor loss, Tensor log_normaliser,
+                   std::optional<float> scale) {
+  const fastprune::CrossEntropyParams p{logits,         targets,           loss,
+                                        log_normaliser, scale.has_value(), scale.value_or(1)};
+  RUN_ON(logits.device, cross_entropy, p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -226,4 +236,6 @@ PYBIND11_MODULE(_C, m) {
       .def("misfits", &AdamWStep::misfits)
       .def("norms", &AdamWStep::norms)
       .def("update", &AdamWStep::update);
+  m.def("cross_entropy", &cross_entropy, "logits"_a, "targets"_a, "loss"_a, "log_normaliser"_a,
+        "scale"_a);
 }

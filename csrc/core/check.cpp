@@ -156,4 +156,18 @@ void check(const AdamWParams& p) {
   require_buffer(op, "workspace", p.workspace, DType::u8, 0, device);
 }
 
+void check(const CrossEntropyParams& p) {
+  constexpr const char* op = "cross_entropy";
+  const Device device = p.logits.device;
+  require_float(op, "logits", p.logits);
+  require(p.logits.ndim == 2, op, ": logits must have 2 dimensions, not ", ShapeOf{p.logits});
+  require_matrix(op, "logits", p.logits);
+  const std::int64_t rows = p.logits.rows();
+  require(!p.in_place || rows <= 1 || p.logits.row_stride() >= p.logits.cols(), op,
+          ": rows of logits overlap, so they cannot be overwritten");
+  require_buffer(op, "targets", p.targets, DType::i64, rows, device);
+  require_buffer(op, "loss", p.loss, DType::f32, rows, device);
+  require_buffer(op, "log_normaliser", p.log_normaliser, DType::f32, rows, device);
+}
+
 }  // namespace fastprune

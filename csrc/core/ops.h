@@ -110,6 +110,21 @@ struct AdamWParams {
 
 void check(const AdamWParams& p);
 
+// ---------------------------------------------------------------------------- cross_entropy
+// Loss of each row of logits against its target, and on demand the gradient in their place.
+constexpr std::int64_t kIgnored = -100;  // target of a row that is not scored, as in torch
+
+struct CrossEntropyParams {
+  Tensor logits;          // (rows, vocabulary); float; inner stride 1, any row stride
+  Tensor targets;         // (rows,) i64 in [0, vocabulary), or kIgnored: loss and gradient are 0
+  Tensor loss;            // (rows,) f32, result
+  Tensor log_normaliser;  // (rows,) f32, result: log of the sum of exp(logits)
+  bool in_place = false;  // logits become scale * (softmax(logits) - onehot(target))
+  float scale = 1;
+};
+
+void check(const CrossEntropyParams& p);
+
 // ---------------------------------------------------------------------------- backends
 namespace cpu {
 std::int64_t taylor_workspace(std::int64_t out, std::int64_t in);
@@ -123,6 +138,8 @@ void scan(const ScanParams& p);
 std::int64_t adamw_workspace(const std::vector<AdamWItem>& items);
 void adamw_norms(const AdamWParams& p);
 void adamw_update(const AdamWParams& p);
+
+void cross_entropy(const CrossEntropyParams& p);  // throws for a target out of range
 }  // namespace cpu
 
 // `stream` is a cudaStream_t of the tensors' device; everything is enqueued on it, nothing waits.
@@ -139,6 +156,9 @@ void scan(const ScanParams& p, void* stream);
 std::int64_t adamw_workspace(const std::vector<AdamWItem>& items);
 void adamw_norms(const AdamWParams& p, void* stream);
 void adamw_update(const AdamWParams& p, void* stream);
+
+// A target out of range makes its row NaN.
+void cross_entropy(const CrossEntropyParams& p, void* stream);
 
 // Why no device can be used ("" where one can): no driver, no device, too old a driver.
 std::string unavailable_reason();

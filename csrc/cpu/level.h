@@ -54,6 +54,12 @@ struct AdamWChunk {
   std::uint32_t first, key;  // random bits: low index of the first element, key of the tensor
 };
 
+// Sum of exp(x - shift) over a row of logits; shift is its largest value, or 0 where that is -inf.
+struct ExpSum {
+  float shift;
+  double sum;
+};
+
 struct Level {
   const char* name;
   int vector_bytes;
@@ -70,6 +76,11 @@ struct Level {
   std::int64_t (*count_outliers)(DType, const void* x, std::int64_t n, float mean, float limit);
   NormPart (*norm_chunk)(DType, const void* g, std::int64_t n, float factor);
   void (*adamw_chunk)(const AdamWChunk&);
+  ExpSum (*exp_sum)(DType, const void* x, std::int64_t n);
+  // x = scale * (exp(x - shift) / sum - onehot(target))
+  void (*softmax_minus_onehot)(DType, void* x, std::int64_t n, const ExpSum&, float scale,
+                               std::int64_t target);
+  float (*value)(DType, const void* x, std::int64_t i);  // x[i]
 };
 
 #if defined(__x86_64__)

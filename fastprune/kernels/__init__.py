@@ -2,7 +2,7 @@
 
 from fastprune.kernels import library as library  # registers torch.ops.fastprune.*
 from fastprune.kernels.backend import Backend, backends, cpu_level
-from fastprune.kernels.ops import ScanResult, adamw, gather, scan, scan_all, taylor
+from fastprune.kernels.ops import ScanResult, adamw, cross_entropy, gather, scan, scan_all, taylor
 from fastprune.kernels.optim import AdamW
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "adamw",
     "backends",
     "cpu_level",
+    "cross_entropy",
     "gather",
     "scan",
     "scan_all",

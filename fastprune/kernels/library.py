@@ -85,3 +85,17 @@ def adamw(
 @adamw.register_fake
 def _(*_args: object, **_kwargs: object) -> None:
     return None
+
+
+@torch.library.custom_op("fastprune::cross_entropy", mutates_args=("logits",))
+def cross_entropy(
+    logits: Tensor, targets: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """ops.cross_entropy; the logits change only with a scale."""
+    return ops.cross_entropy(logits, targets, scale=scale)
+
+
+@cross_entropy.register_fake
+def _(logits: Tensor, targets: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    loss, log_normaliser = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in "ab")
+    return loss, log_normaliser

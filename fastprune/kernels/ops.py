@@ -363,6 +363,74 @@ def _check_adamw(
     _check_tensor("adamw", "control", control, f64, device, (3,))
 
 
+# ---------------------------------------------------------------------------- cross_entropy
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each row of logits in one pass, and in a second one its gradient in place.
+
+    Args:
+        logits: (rows, vocabulary), float32, bfloat16 or float16.
+        targets: (rows,) int64, words of the vocabulary; -100 is not scored.
+        scale: the logits are overwritten by scale * (softmax(logits) - onehot(targets)), the
+            gradient of scale * loss.sum(), in their own dtype. None leaves them as they are.
+
+    Returns:
+        loss (rows,) and log-normalisers log(sum(exp(logits))) (rows,), float32, computed in
+        float32. A row that is not scored has loss and gradient 0. NaN or +inf in a row makes all of
+        it NaN.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape, device or no memory; a target is out of
+            range, on the CPU (on CUDA that would mean to wait: the row becomes NaN instead); logits
+            to be overwritten do not have inner stride 1, or overlap.
+    """
+    _check_cross_entropy(logits, targets, scale)
+    module = compiled(logits.device)
+    if module is None:
+        _check_targets(targets, logits.shape[1])
+        return reference.cross_entropy(logits, targets, scale=scale)
+    rows = logits.shape[0]
+    if scale is None:
+        logits = _inner_contiguous(logits, tuple(logits.shape))
+    loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    log_normaliser = torch.empty_like(loss)
+    module.cross_entropy(logits, _dense(targets), loss, log_normaliser, scale)
+    if scale is not None:
+        torch.autograd.graph.increment_version(logits)
+    return loss, log_normaliser
+
+
+def _check_cross_entropy(logits: Tensor, targets: Tensor, scale: float | None) -> None:
+    _check_float("cross_entropy", "logits", logits)
+    if logits.ndim != 2:
+        raise ValueError(
+            f"cross_entropy: logits must have 2 dimensions, not shape {tuple(logits.shape)}"
+        )
+    rows, vocabulary = logits.shape
+    _check_tensor("cross_entropy", "targets", targets, (torch.int64,), logits.device, (rows,))
+    strided = vocabulary > 1 and logits.stride(1) != 1
+    overlapping = rows > 1 and logits.stride(0) < vocabulary
+    if scale is not None and (strided or overlapping or logits.is_neg()):
+        raise ValueError(
+            "cross_entropy: logits can be overwritten only where each row is contiguous and "
+            f"overlaps no other, not with strides {logits.stride()}"
+        )
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    """What the compiled kernels check by themselves."""
+    known = (targets >= 0) & (targets < vocabulary) | (targets == reference.IGNORED)
+    if not bool(known.all()):
+        row = int((~known).nonzero()[0])
+        raise ValueError(
+            f"cross_entropy: the target of row {row} is {int(targets[row])}, neither a word of a "
+            f"vocabulary of {vocabulary} nor {reference.IGNORED}"
+        )
+
+
 # ---------------------------------------------------------------------------- checks and layouts
 
 

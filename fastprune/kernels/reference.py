@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""Target of a row that is not scored, as in torch."""
 KINDS = ("first", "second", "mix", "vector", "l1", "l2", "activation")
 SCAN_FIELDS = 10
 SIGMAS = 6.0
@@ -215,6 +217,32 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int, step: Tensor, slo
         rounded = torch.where(flat.abs() < 2.0**-14, subnormal, normal)
     rounded = torch.where(flat.isnan(), flat, rounded).to(dtype)
     return rounded.as_strided(x.shape, x.stride())
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    scale: float | None = None,
+    compute: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Losses (rows,) and log-normalisers (rows,) of logits (rows, vocabulary), in `compute`.
+
+    With a scale, the logits become scale * (softmax(logits) - onehot(targets)).
+    """
+    x = logits.detach().to(compute)
+    scored = targets != IGNORED
+    column = targets.where(scored, 0)[:, None]
+    shift = x.amax(1, keepdim=True)
+    shift = torch.where(shift == -math.inf, 0, shift)
+    log_sum = (x - shift).exp().sum(1).log()
+    shift = shift[:, 0]
+    loss = torch.where(scored, (shift - x.gather(1, column)[:, 0]) + log_sum, 0)
+    if scale is not None:
+        gradient = (x - shift[:, None] - log_sum[:, None]).exp()
+        gradient.scatter_add_(1, column, gradient.new_full(column.shape, -1))
+        logits.detach().copy_(torch.where(scored[:, None], scale * gradient, 0))
+    return loss, shift + log_sum
 
 
 def _float_of(bits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 #include "cpu/level.h"
 
 #include "cpu/level/adamw.h"
+#include "cpu/level/cross_entropy.h"
 #include "cpu/level/gather.h"
 #include "cpu/level/scan.h"
 #include "cpu/level/taylor.h"
@@ -26,6 +27,9 @@ const Level FASTPRUNE_TABLE(FASTPRUNE_LEVEL) = {
     count_outliers,
     norm_chunk,
     adamw_chunk,
+    exp_sum,
+    softmax_minus_onehot,
+    value,
 };
 
 }  // namespace fastprune::cpu
