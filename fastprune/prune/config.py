@@ -37,6 +37,7 @@ class PruneConfig(CommonConfig):
         "magnitude-l1",
         "magnitude-l2",
         "activation",
+        "activation-maw",
         "random",
     ] = "taylor-first"
     """criterion that ranks the units of a layer"""

@@ -37,7 +37,8 @@ TAYLOR = {
     "taylor-vector": "vector",
 }
 MAGNITUDE = {"magnitude-l1": "l1", "magnitude-l2": "l2"}
-METHODS = (*TAYLOR, *MAGNITUDE, "activation", "random")
+ACTIVATION = ("activation", "activation-maw")
+METHODS = (*TAYLOR, *MAGNITUDE, *ACTIVATION, "random")
 
 Units = tuple[Tensor, Tensor]
 """One layer's sums per KV group (kv_heads,) and per channel (channels,), fp64 on the CPU."""
@@ -75,10 +76,10 @@ def score(model: nn.Module, windows: Tensor, method: str, *, seed: int = 0) -> S
         scores = _taylor(model, windows, TAYLOR[method])
     elif method in MAGNITUDE:
         scores = Scores.of(magnitude(layer, MAGNITUDE[method]) for layer in decoder_layers(model))
-    elif method == "activation":
+    elif method in ACTIVATION:
         with input_norms(decoder_layers(model)) as norms:
             _forward(model, windows)
-        scores = Scores.of(activation(layer, norms) for layer in decoder_layers(model))
+        scores = Scores.of(activation(layer, norms, method) for layer in decoder_layers(model))
     elif method == "random":
         scores = random(geometries(model), seed)
     else:
@@ -100,8 +101,16 @@ def magnitude(layer: nn.Module, kind: str) -> Units:
     return _sums(layer, lambda s: _reduce(s, layer, kind))
 
 
-def activation(layer: nn.Module, norms: dict[nn.Module, Tensor]) -> Units:
-    """Sums of |w|·‖x‖ over each unit of ``layer``; ``norms`` as `input_norms` gives them."""
+def activation(layer: nn.Module, norms: dict[nn.Module, Tensor], method: str) -> Units:
+    """Scores of ``layer``'s units by weights and inputs; ``norms`` as `input_norms` gives them.
+
+    ``activation`` sums |w|·‖x‖ over the unit. ``activation-maw`` scores a channel by the largest
+    weights of its gate row, up row and down column (max w + |min w|, relative to the layer's
+    largest, summed; the maximum absolute weight of optipfair) times its own activation norm, and a
+    KV group by ‖w‖²·‖x‖² over its o columns, the output energy that leaves with it.
+    """
+    if method == "activation-maw":
+        return _output_energy(layer, norms), _maximum_weight(layer, norms)
     return _sums(
         layer,
         lambda s: (
@@ -110,6 +119,32 @@ def activation(layer: nn.Module, norms: dict[nn.Module, Tensor]) -> Units:
             else None
         ),
     )
+
+
+def _output_energy(layer: nn.Module, norms: dict[nn.Module, Tensor]) -> Tensor:
+    slices = attention_slices(layer)
+    if not slices:
+        return torch.zeros(0, dtype=torch.float64)
+    columns = _reduce_columns(slices[-1], layer)
+    energy = columns * norms[_module(layer, slices[-1])].double().square()
+    return energy.view(-1, slices[-1].width).sum(1).cpu()
+
+
+def _maximum_weight(layer: nn.Module, norms: dict[nn.Module, Tensor]) -> Tensor:
+    slices = [s for s in mlp_slices(layer) if s.parameter == "weight"]
+    if not slices:
+        return torch.zeros(0, dtype=torch.float64)
+    total: Tensor | float = 0.0
+    for s in slices:
+        weight = layer.get_parameter(s.name).detach()
+        spread = weight.amax(1 - s.dim).double() + weight.amin(1 - s.dim).double().abs()
+        total = total + spread / spread.max().clamp_min(torch.finfo(torch.float64).tiny)
+    return (total * norms[_module(layer, slices[-1])].double()).cpu()
+
+
+def _reduce_columns(s: Slice, layer: nn.Module) -> Tensor:
+    """Squared norm (in,) of every column of a weight, fp64."""
+    return ops.taylor(layer.get_parameter(s.name).detach(), kind="l2")[1].double()
 
 
 def random(sizes: Sequence[Geometry], seed: int) -> Scores:

@@ -31,6 +31,7 @@ from fastprune.models.streamed import NORM, StreamedModel, skeleton
 from fastprune.precision import fast_forward
 from fastprune.prune.compensation import Prefix
 from fastprune.prune.importance import (
+    ACTIVATION,
     MAGNITUDE,
     TAYLOR,
     Scores,
@@ -58,8 +59,8 @@ def score(source: StreamedModel, windows: Tensor, method: str, *, seed: int = 0)
     elif method in MAGNITUDE:
         kind = MAGNITUDE[method]
         scores = Scores.of(magnitude(layer, kind) for _, layer in source.layers("scoring"))
-    elif method == "activation":
-        scores = Scores.of(_activations(source, windows))
+    elif method in ACTIVATION:
+        scores = Scores.of(_activations(source, windows, method))
     else:
         scores = random(geometries(source.model), seed)
     return checked(scores, method)
@@ -153,12 +154,12 @@ def _run(source: StreamedModel, index: int, hidden: list[Tensor]) -> list[Tensor
 
 
 @torch.no_grad()
-def _activations(source: StreamedModel, windows: Tensor) -> Iterator[Units]:
+def _activations(source: StreamedModel, windows: Tensor, method: str) -> Iterator[Units]:
     hidden = source.embed(windows.split(1))
     for index, layer in source.layers("activations"):
         with input_norms([layer]) as norms:
             hidden = _run(source, index, hidden)
-        yield activation(layer, norms)
+        yield activation(layer, norms, method)
 
 
 def _taylor(source: StreamedModel, windows: Tensor, kind: str) -> Scores:

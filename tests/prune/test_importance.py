@@ -124,6 +124,32 @@ def test_activation_weighs_weights_by_their_inputs() -> None:
     torch.testing.assert_close(scores.mlp[0].float(), channels, rtol=1e-5, atol=0)
 
 
+def test_maximum_weight_and_output_energy() -> None:
+    model = tiny_model("llama", layers=1)
+    layer, seen = model.model.layers[0], {}
+    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        linear.register_forward_pre_hook(
+            lambda m, x: seen.setdefault(m, []).append(x[0].flatten(0, 1))
+        )
+    with torch.no_grad():
+        for window in WINDOWS:
+            model(input_ids=window[None], use_cache=False)
+    norms = {m: torch.cat(x).norm(dim=0) for m, x in seen.items()}
+    gate, up, down = (
+        layer.mlp.gate_proj.weight,
+        layer.mlp.up_proj.weight,
+        layer.mlp.down_proj.weight.T,
+    )
+    parts = [w.max(1).values + w.min(1).values.abs() for w in (gate, up, down)]
+    channels = sum(p / p.max() for p in parts) * norms[layer.mlp.down_proj]
+    o = layer.self_attn.o_proj
+    groups = (o.weight.norm(dim=0) * norms[o]).square().view(4, 32).sum(1)
+    scores = score(model, WINDOWS, "activation-maw")
+    # fp32 sums of positive terms in another order
+    torch.testing.assert_close(scores.mlp[0].float(), channels, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scores.attention[0].float(), groups, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_method_and_dtype_repeats_exactly(method: str, dtype: torch.dtype) -> None:
