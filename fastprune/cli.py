@@ -66,6 +66,12 @@ COMMANDS = {
         "fastprune.inspect.generate:ChatConfig",
         "fastprune.inspect.generate:run_chat",
     ),
+    "compare": Command(
+        "pruning runs side by side: a table and a Pareto plot",
+        "fastprune.report.compare:CompareConfig",
+        "fastprune.report.compare:run_compare",
+        "fastprune.report.tables:show_compare",
+    ),
     "info": Command(
         "versions, compiled kernels, why CUDA is on or off",
         "fastprune.inspect.info:InfoConfig",

@@ -59,6 +59,25 @@ def show_eval(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def show_compare(result: dict[str, Any]) -> None:
+    """One line a run, a perplexity column for each text it was measured on."""
+    texts = [(m["text"], m["seq_len"], m["windows"]) for m in result["measurements"]]
+    headings = [f"{text}, {windows} × {seq_len}" for text, seq_len, windows in texts]
+    table = _table("run", "in the blocks", "removed", *headings, "time")
+    for run in result["runs"]:
+        after = {(p["text"], p["seq_len"], p["windows"]): p["after"] for p in run["perplexity"]}
+        table.add_row(
+            Text(run["name"]),
+            format.count(run["params"]["block_after"]),
+            format.percent(run["ratio"]["achieved"]),
+            *(format.perplexity(after.get(text)) for text in texts),
+            format.duration(run["seconds"]),
+        )
+    out = Console()
+    out.print(table)
+    out.print(Text(f"report  {result['out']}"), soft_wrap=True)
+
+
 def show_info(result: dict[str, Any]) -> None:
     """Versions, kernels and devices, one to a line."""
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -1,0 +1,326 @@
+"""Runs of `prune` side by side: a table, and a Pareto plot for each text they were measured on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from fastprune.config import CommonConfig
+from fastprune.errors import InputError
+from fastprune.report import format
+from fastprune.report.html import environment
+from fastprune.report.pareto import Point, figure, front
+
+NOT_SHOWN = (
+    *("model", "ratio", "target_params", "eval", "eval_seq_len", "eval_windows"),
+    *("out", "overwrite", "json", "quiet", "verbose", "allow_pickle"),
+)
+"""Settings that the other columns show, and those that leave the result as it is."""
+SAME_TEXT = 0.01
+"""The perplexity of one model on one text differs by less than this share between precisions."""
+SIZES = ("before", "after", "block_before", "block_after")
+LARGEST = 2**63  # of any count
+
+Measurement = tuple[str, int, int]
+"""A text, the tokens of a window, and the number of windows: what makes perplexities comparable."""
+
+
+@dataclass(kw_only=True)
+class CompareConfig(CommonConfig):
+    """Put pruning runs side by side: a table and a Pareto plot in one HTML file, and as JSON."""
+
+    runs: Positional[tuple[Path, ...]] = ()
+    """folders that prune wrote, or metrics.json files"""
+    out: Path
+    """the .html file to write; a .json file of the same name goes beside it"""
+
+
+def run_compare(config: CompareConfig) -> dict[str, Any]:
+    """Read the runs, write the page and the JSON beside it, return what the JSON holds.
+
+    Raises InputError for a run that is missing, broken or named twice, and for an `--out` that
+    cannot be written or would replace something else; both files are complete or untouched.
+    """
+    if not config.runs:
+        raise InputError("no run given: name one or more folders that `fastprune prune` wrote")
+    _check_out(config)
+    result = {"out": str(config.out), **compare(config.runs)}
+    files = {
+        config.out.with_suffix(".json"): json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+        config.out: render_comparison(result),
+    }
+    try:
+        with tempfile.TemporaryDirectory(dir=config.out.parent, prefix=".compare.") as folder:
+            for path, text in files.items():
+                (Path(folder) / path.name).write_text(text, encoding="utf-8")
+            for path in files:
+                os.replace(Path(folder) / path.name, path)
+    except OSError as error:
+        raise InputError(f"--out {config.out}: cannot be written: {error.strerror}") from error
+    return result
+
+
+def compare(runs: Iterable[Path]) -> dict[str, Any]:
+    """What the runs have in common and what not, as JSON-ready data. Raises InputError."""
+    files = {run: _metrics_file(run) for run in dict.fromkeys(runs)}
+    seen: dict[Path, Path] = {}
+    for run in runs:
+        first = seen.setdefault(files[run].resolve(), run)
+        if first is not run:
+            raise InputError(f"{run}: the same run as {first}; name each run once")
+    found = [_read(file) for file in files.values()]
+    names = _names(files)
+    differing = _differing([metrics["settings"] for metrics in found])
+    rows = [
+        {
+            "name": name,
+            "file": str(file),
+            **metrics,
+            "settings": {key: metrics["settings"].get(key) for key in differing},
+        }
+        for name, file, metrics in zip(names, files.values(), found, strict=True)
+    ]
+    keys: dict[Measurement, None] = {}
+    for row in rows:
+        keys.update(dict.fromkeys(_key(p) for p in row["perplexity"]))
+    return {"runs": rows, "measurements": [_measurement(key, rows) for key in keys]}
+
+
+def render_comparison(result: dict[str, Any]) -> str:
+    """The HTML page of what `compare` found."""
+    runs = result["runs"]
+    return environment.get_template("compare.html.j2").render(
+        runs=[
+            {
+                **run,
+                "by_text": [_measured(run, _key(m)) for m in result["measurements"]],
+                "marked": [run["name"] in m["pareto"] for m in result["measurements"]],
+                "settings": {key: _words(value) for key, value in run["settings"].items()},
+            }
+            for run in runs
+        ],
+        settings=[key.replace("_", "-") for key in runs[0]["settings"]],
+        models=sorted({run["model"] for run in runs}),
+        measurements=[{**m, "f": _figure(m, runs)} for m in result["measurements"]],
+    )
+
+
+def _measurement(key: Measurement, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One text in one kind of window: the runs measured on it, and those worth having."""
+    measured = [(row, _measured(row, key)) for row in rows]
+    drawn = [
+        (row["name"], row["model"], (row["params"]["block_after"], p["after"]))
+        for row, p in measured
+        if p and p["after"] is not None and math.isfinite(p["after"])
+    ]
+    before: dict[tuple[str, int], list[float]] = {}
+    for row, p in measured:
+        if p and p["before"] is not None:
+            before.setdefault((row["model"], row["params"]["block_before"]), []).append(p["before"])
+    disagreeing = [
+        model
+        for (model, _), values in before.items()
+        if max(values) - min(values) > SAME_TEXT * min(values)
+    ]
+    best = [] if disagreeing else front([place for *_, place in drawn])
+    names = [name for name, *_ in drawn]
+    return {
+        "text": key[0],
+        "seq_len": key[1],
+        "windows": key[2],
+        "pareto": [names[i] for i in best],
+        "drawn": names,
+        "not_drawn": [row["name"] for row, p in measured if p and row["name"] not in names],
+        "models": sorted({model for _, model, _ in drawn}),
+        "disagreeing": disagreeing,
+    }
+
+
+def _figure(measurement: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The plot of one measurement; None where no run has a finite perplexity on it."""
+    key = _key(measurement)
+    points = []
+    dense: dict[tuple[str, int], float] = {}
+    for run in runs:
+        if run["name"] not in measurement["drawn"]:
+            continue
+        p, params = _measured(run, key), run["params"]
+        assert p is not None  # it was drawn
+        kept = f"{format.count(params['block_after'])} of {format.count(params['block_before'])}"
+        kind = "front" if run["name"] in measurement["pareto"] else "other"
+        about = (
+            f"{run['name']}: {kept} block parameters, perplexity {format.perplexity(p['after'])}"
+        )
+        points.append(Point(run["name"], params["block_after"], p["after"], kind, about))
+        if p["before"] is not None and math.isfinite(p["before"]):
+            dense.setdefault((run["model"], params["block_before"]), p["before"])
+    for (model, size), value in dense.items():
+        name = f"{model.rstrip('/').rpartition('/')[2]}, before"
+        about = f"{model} before: {format.count(size)} block parameters, perplexity "
+        points.append(Point(name, size, value, "dense", about + format.perplexity(value)))
+    return figure(points) if points else None
+
+
+def _key(measured: dict[str, Any]) -> Measurement:
+    return measured["text"], measured["seq_len"], measured["windows"]
+
+
+def _measured(run: dict[str, Any], key: Measurement) -> dict[str, Any] | None:
+    return next((p for p in run["perplexity"] if _key(p) == key), None)
+
+
+def _differing(settings: list[dict[str, Any]]) -> list[str]:
+    """Names of the settings that are not the same in all runs."""
+    names = dict.fromkeys(name for one in settings for name in one)
+    first = settings[0]
+    return [
+        name
+        for name in names
+        if name not in NOT_SHOWN and any(one.get(name) != first.get(name) for one in settings)
+    ]
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _names(files: dict[Path, Path]) -> list[str]:
+    """A name for each run: its folder's, or the path as given where two folders share a name."""
+    short = []
+    for file in files.values():
+        folder = file.resolve().parent
+        if file.name != "metrics.json":
+            short.append(file.stem)
+        else:
+            short.append((folder.parent if folder.name == "fastprune" else folder).name)
+    often = Counter(short)
+    names = [name if often[name] == 1 else str(run) for name, run in zip(short, files, strict=True)]
+    return [os.fsencode(name).decode("utf-8", "replace") for name in names]
+
+
+def _metrics_file(run: Path) -> Path:
+    if run.is_file():
+        return run
+    if not run.is_dir():
+        raise InputError(f"{run}: no such file or folder")
+    for file in (run / "fastprune" / "metrics.json", run / "metrics.json"):
+        if file.is_file():
+            return file
+    raise InputError(f"{run}: no metrics.json in it; name a folder that `fastprune prune` wrote")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a comparison needs of one metrics.json, checked. Raises InputError."""
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(metrics, ensure_ascii=False).encode()  # half a character pair cannot be written
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON, or damaged: {error}") from error
+    try:
+        read = _Reader(metrics)
+        return {
+            "model": read("model", str),
+            "params": {size: read.count(f"params.{size}") for size in SIZES},
+            "ratio": {
+                "requested": read.number("ratio.requested", optional=True),
+                "achieved": read.number("ratio.achieved"),
+            },
+            "perplexity": [_perplexity(_Reader(p)) for p in read("perplexity", list)],
+            "seconds": read.number("seconds.total"),
+            "peak_memory_bytes": read.number("peak_memory_bytes", optional=True),
+            "settings": read("settings", dict) if "settings" in metrics else {},
+        }
+    except InputError as error:
+        raise InputError(f"{file}: not the metrics of a prune run: {error}") from error
+
+
+def _perplexity(read: _Reader) -> dict[str, Any]:
+    before, after = (read.number(key, optional=True) for key in ("before", "after"))
+    if 0 in (before, after):
+        raise InputError("a perplexity is 0")
+    return {
+        "text": read("text", str),
+        "seq_len": read.count("seq_len"),
+        "windows": read.count("windows"),
+        "before": before,
+        "after": after,
+        "factor": after / before if before and after else None,
+    }
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Takes values of the wanted kind out of nested objects; InputError names what is wrong."""
+
+    data: Any
+
+    def __call__(self, key: str, *kinds: type) -> Any:
+        value = self.data
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise InputError(f"{key} is missing")
+            value = value[part]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise InputError(f"{key} is not what it should be")
+        return value
+
+    def number(self, key: str, *, optional: bool = False) -> Any:
+        """A number that is not negative (infinity is one); None too where it is optional."""
+        value = self(key, int, float, *([type(None)] if optional else []))
+        if value is not None and not (value >= 0 and (value < LARGEST or value == math.inf)):
+            raise InputError(f"{key} is out of range")
+        return value
+
+    def count(self, key: str) -> int:
+        """A whole number, 0 or more."""
+        self(key, int)
+        count: int = self.number(key)
+        return count
+
+
+def _check_out(config: CompareConfig) -> None:
+    """InputError when the page or its JSON cannot be written, or would replace something else."""
+    out, data = config.out, config.out.with_suffix(".json")
+    if out.suffix != ".html":
+        raise InputError(f"--out {out}: name a file that ends in .html")
+    if (
+        not os.access(out.absolute().parent, os.W_OK | os.X_OK)
+        or not out.absolute().parent.is_dir()
+    ):
+        raise InputError(f"--out {out}: its folder does not exist or cannot be written")
+    if config.json is not None and config.json.resolve() == out.resolve():
+        raise InputError(f"--json {config.json}: is the file --out names; the JSON goes to {data}")
+    if out.exists() and not (out.is_file() and _starts_like_html(out)):
+        raise InputError(f"--out {out}: exists and is no HTML file; choose another name")
+    if data.exists() and not (data.is_file() and _is_comparison(data)):
+        raise InputError(
+            f"--out {out}: {data} would be replaced and is no comparison; choose another name"
+        )
+
+
+def _starts_like_html(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html"))
+
+
+def _is_comparison(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"runs", "measurements"} <= set(content)
