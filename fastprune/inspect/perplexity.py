@@ -21,6 +21,8 @@ from tyro.conf import Positional
 from fastprune.config import CommonConfig
 from fastprune.data.text import BUILTIN, eval_windows, load_documents, token_stream
 from fastprune.errors import InputError, NumericalError
+from fastprune.kernels.ops import cross_entropy
+from fastprune.kernels.reference import IGNORED
 from fastprune.models.load import load_model
 from fastprune.progress import track
 
@@ -30,8 +32,6 @@ BATCH_TOKENS = 2048
 """Tokens in one forward pass where no batch size is given."""
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of families whose logits are not simply the head's output."""
-IGNORED = -100
-"""Label of a token that is not scored."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,7 @@ def chunked_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tenso
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     count = 0
     for states, targets, _ in _chunks(hidden, head, labels):
-        logits = head(states).float()
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        losses, _ = cross_entropy(head(states), targets)
         total += losses.double().sum()
         count += len(targets)
     return total, count
@@ -190,13 +189,10 @@ def loss_and_hidden_grad(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tup
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     count = max(1, int((labels[:, 1:] != IGNORED).sum()))
     for states, targets, rows in _chunks(hidden, head, labels):
-        logits = head(states).float()
-        normaliser = logits.logsumexp(-1)
-        picked = logits.gather(1, targets[:, None])[:, 0]
-        total += (normaliser - picked).double().sum()
-        probabilities = logits.sub_(normaliser[:, None]).exp_()
-        probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
-        flat[rows] = probabilities.div_(count).to(head.weight.dtype) @ head.weight
+        logits = head(states)
+        losses, _ = cross_entropy(logits, targets, scale=1 / count)
+        total += losses.double().sum()
+        flat[rows] = logits @ head.weight  # the logits are their own gradient now
     return (total / count).float(), grad
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastprune.kernels.ops import cross_entropy
+from fastprune.kernels.reference import IGNORED
 from fastprune.precision import fast_forward
 
 TOP = 64
@@ -32,8 +34,8 @@ class DenseTargets:
         """Record the dense final hidden states (n, s, h) of the next batch."""
         indices, logs = [], []
         for logits in self._logits(hidden):
-            top, index = torch.log_softmax(logits, -1).topk(min(TOP, logits.shape[-1]))
-            logs.append(_with_rest(top))
+            top, index = logits.topk(min(TOP, logits.shape[-1]))
+            logs.append(_with_rest(top.float() - _log_normaliser(logits)))
             indices.append(index)
         self._indices.append(torch.cat(indices))
         self._logs.append(torch.cat(logs))
@@ -46,8 +48,8 @@ class DenseTargets:
             rows = slice(start, start + logits.shape[0])
             start += logits.shape[0]
             dense = self._logs[batch][rows]
-            changed = logits.gather(1, self._indices[batch][rows])
-            changed = _with_rest(changed - logits.logsumexp(-1, keepdim=True))
+            changed = logits.gather(1, self._indices[batch][rows]).float()
+            changed = _with_rest(changed - _log_normaliser(logits))
             total += (dense.exp() * (dense - changed)).sum(-1).double().sum().item()
         return total
 
@@ -56,7 +58,13 @@ class DenseTargets:
         for states in hidden.flatten(0, -2).split(size):
             with fast_forward(hidden.device, self.head.weight.dtype):
                 logits = self.head(states)
-            yield logits.float()
+            yield logits
+
+
+def _log_normaliser(logits: Tensor) -> Tensor:
+    """log(sum(exp(logits))) (t, 1) of logits (t, vocabulary), without a copy of them in fp32."""
+    nothing = logits.new_full(logits.shape[:1], IGNORED, dtype=torch.int64)
+    return cross_entropy(logits, nothing)[1][:, None]
 
 
 def _with_rest(logs: Tensor) -> Tensor:
