@@ -38,6 +38,7 @@ class PruneConfig(CommonConfig):
         "magnitude-l2",
         "activation",
         "activation-maw",
+        "obs",
         "random",
     ] = "taylor-first"
     """criterion that ranks the units of a layer"""

@@ -1,4 +1,4 @@
-"""Scores of KV groups and channels: Taylor, magnitude, activation, random.
+"""Scores of KV groups and channels: Taylor, magnitude, activation, OBS, random.
 
 Taylor scores are means over the calibration windows of the per-window term, so
 they do not depend on how windows are batched: one backward pass a window, in
@@ -29,6 +29,8 @@ from fastprune.models.families import (
 )
 from fastprune.precision import fast_forward
 from fastprune.progress import track
+from fastprune.prune.compensation import Prefix
+from fastprune.prune.obs import obs
 
 TAYLOR = {
     "taylor-first": "first",
@@ -38,7 +40,7 @@ TAYLOR = {
 }
 MAGNITUDE = {"magnitude-l1": "l1", "magnitude-l2": "l2"}
 ACTIVATION = ("activation", "activation-maw")
-METHODS = (*TAYLOR, *MAGNITUDE, *ACTIVATION, "random")
+METHODS = (*TAYLOR, *MAGNITUDE, *ACTIVATION, "obs", "random")
 
 Units = tuple[Tensor, Tensor]
 """One layer's sums per KV group (kv_heads,) and per channel (channels,), fp64 on the CPU."""
@@ -80,6 +82,12 @@ def score(model: nn.Module, windows: Tensor, method: str, *, seed: int = 0) -> S
         with input_norms(decoder_layers(model)) as norms:
             _forward(model, windows)
         scores = Scores.of(activation(layer, norms, method) for layer in decoder_layers(model))
+    elif method == "obs":
+        with torch.no_grad():
+            prefix = Prefix(model, windows, None)
+            scores = Scores.of(
+                obs(prefix, index) for index in track(range(len(prefix.blocks)), "OBS")
+            )
     elif method == "random":
         scores = random(geometries(model), seed)
     else:

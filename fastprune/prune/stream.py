@@ -44,6 +44,7 @@ from fastprune.prune.importance import (
     only_gradients_of,
     random,
 )
+from fastprune.prune.obs import obs
 from fastprune.prune.plan import LayerPlan, Plan
 from fastprune.prune.sensitivity import increases
 from fastprune.prune.surgery import kept_entries
@@ -61,6 +62,8 @@ def score(source: StreamedModel, windows: Tensor, method: str, *, seed: int = 0)
         scores = Scores.of(magnitude(layer, kind) for _, layer in source.layers("scoring"))
     elif method in ACTIVATION:
         scores = Scores.of(_activations(source, windows, method))
+    elif method == "obs":
+        scores = Scores.of(_obs(source, windows))
     else:
         scores = random(geometries(source.model), seed)
     return checked(scores, method)
@@ -160,6 +163,14 @@ def _activations(source: StreamedModel, windows: Tensor, method: str) -> Iterato
         with input_norms([layer]) as norms:
             hidden = _run(source, index, hidden)
         yield activation(layer, norms, method)
+
+
+@torch.no_grad()
+def _obs(source: StreamedModel, windows: Tensor) -> Iterator[Units]:
+    with source.loaded("model.embed_tokens"):
+        prefix = Prefix(source.model, windows, None)
+    for index, _ in source.layers("scoring"):
+        yield obs(prefix, index)
 
 
 def _taylor(source: StreamedModel, windows: Tensor, kind: str) -> Scores:
