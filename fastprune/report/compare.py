@@ -28,7 +28,7 @@ NOT_SHOWN = (
 SAME_TEXT = 0.01
 """The perplexity of one model on one text differs by less than this share between precisions."""
 SIZES = ("before", "after", "block_before", "block_after")
-LARGEST = 2**63  # of any count
+LARGEST = 2**63  # of any whole number
 
 Measurement = tuple[str, int, int]
 """A text, the tokens of a window, and the number of windows: what makes perplexities comparable."""
@@ -282,7 +282,8 @@ class _Reader:
     def number(self, key: str, *, optional: bool = False) -> Any:
         """A number that is not negative (infinity is one); None too where it is optional."""
         value = self(key, int, float, *([type(None)] if optional else []))
-        if value is not None and not (value >= 0 and (value < LARGEST or value == math.inf)):
+        usable = value is None or (value >= 0 and (isinstance(value, float) or value < LARGEST))
+        if not usable:
             raise InputError(f"{key} is out of range")
         return value
 

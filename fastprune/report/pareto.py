@@ -1,6 +1,7 @@
 """The Pareto plot of runs: which are worth having, and where everything stands in the figure."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ class Axis:
             step = _round_step((self.high - self.low) / 5)
             first = math.ceil(self.low / step)
             return [step * i for i in range(first, math.floor(self.high / step) + 1)]
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        decades = range(math.floor(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
         stride = math.ceil(len(decades) / 8)
         digits = (1, 2, 5) if len(decades) <= 3 else (1,)
         values = [digit * 10.0**d for d in decades[::stride] for digit in digits]
@@ -101,9 +102,10 @@ def _axis(values: Sequence[float], start: float, end: float, log: bool = False) 
     """An axis over `values` with some air at both ends."""
     low, high = min(values), max(values)
     if log:
-        air = (high / low) ** 0.06
-        return Axis(low / air, high * air, start, end, log)
-    air = max(0.06 * (high - low), LEAST_SPAN * high, 1e-9)
+        air = 0.06 * (math.log(high) - math.log(low))
+        top = min(math.log(high) + air, math.log(sys.float_info.max))
+        return Axis(math.exp(math.log(low) - air), math.exp(top), start, end, log)
+    air = max(0.06 * (high - low), LEAST_SPAN * high) or 5.0
     return Axis(max(0.0, low - air), high + air, start, end)
 
 
