@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -42,11 +43,19 @@ struct Tensor {
   std::uint64_t byte_offset;
 };
 
+struct ManagedTensor {
+  Version version;
+  void* manager_context;
+  void (*deleter)(ManagedTensor* self);
+  std::uint64_t flags;
+  Tensor tensor;
+};
+
 // Functions return 0, or -1 with a Python error set. The pointers left untyped are not used here.
 struct ExchangeApi {
   Header header;
   void* managed_tensor_allocator;
-  void* managed_tensor_from_py_object;
+  int (*managed_tensor_from_py_object)(void* object, ManagedTensor** out);
   void* managed_tensor_to_py_object;
   int (*tensor_from_py_object)(void* object, Tensor* out);
   int (*current_work_stream)(std::int32_t device_type, std::int32_t device_id, void** stream);
@@ -101,16 +110,18 @@ inline DType dtype_of(DataType t) {
   }
 }
 
-// Borrows; needs the GIL. Throws TypeError for what is no tensor, ValueError for a tensor without
-// memory of its own or on a device that no backend serves.
-inline fastprune::Tensor borrow(PyObject* object) {
+// torch's API for an object that is a tensor, else TypeError.
+inline const ExchangeApi& api_for(PyObject* object) {
   const Source& torch = source();
   if (!torch.api) throw pybind11::value_error("fastprune.kernels._C is not connected to torch");
   if (!PyObject_TypeCheck(object, torch.tensor_type))
     throw pybind11::type_error(std::string("expected a torch.Tensor, not ") +
                                Py_TYPE(object)->tp_name);
-  Tensor t;
-  if (torch.api->tensor_from_py_object(object, &t) != 0) throw pybind11::error_already_set();
+  return *torch.api;
+}
+
+// Throws ValueError for a tensor without memory or on a device that no backend serves.
+inline fastprune::Tensor view_of(const Tensor& t) {
   fastprune::Tensor view;
   view.dtype = dtype_of(t.dtype);
   if (t.device.type == 1 || t.device.type == 3)
@@ -127,6 +138,34 @@ inline fastprune::Tensor borrow(PyObject* object) {
           " has no memory (a FakeTensor?)");
   return view;
 }
+
+// Borrows; needs the GIL. The view lives no longer than the tensor keeps its memory and shape.
+inline fastprune::Tensor borrow(PyObject* object) {
+  Tensor t;
+  if (api_for(object).tensor_from_py_object(object, &t) != 0) throw pybind11::error_already_set();
+  return view_of(t);
+}
+
+// A view that keeps the memory alive, whatever becomes of the tensor. Needs the GIL, also to go.
+class Owned {
+ public:
+  Owned() = default;
+  explicit Owned(PyObject* object) {
+    ManagedTensor* managed = nullptr;
+    if (api_for(object).managed_tensor_from_py_object(object, &managed) != 0)
+      throw pybind11::error_already_set();
+    managed_.reset(managed);
+    view_ = view_of(managed->tensor);
+  }
+  const fastprune::Tensor& view() const { return view_; }
+
+ private:
+  struct Delete {
+    void operator()(ManagedTensor* t) const { t->deleter(t); }
+  };
+  std::unique_ptr<ManagedTensor, Delete> managed_;
+  fastprune::Tensor view_;
+};
 
 inline void* current_stream(fastprune::Device device) {
   void* stream = nullptr;

@@ -15,6 +15,7 @@ using namespace py::literals;
 using fastprune::Device;
 using fastprune::DeviceType;
 using fastprune::Tensor;
+using fastprune::dlpack::Owned;
 using fastprune::dlpack::TensorList;
 
 namespace {
@@ -132,26 +133,62 @@ std::int64_t adamw_workspace(const TensorList& params) {
   return WORKSPACE(device, adamw_workspace, items);
 }
 
+// Moments and master weights of all parameters, kept from step to step: to borrow them anew would
+// cost more than all else in a step of small tensors. A tensor is looked at again when another
+// object has taken its place; its memory cannot go while it is held.
+class AdamWStates {
+ public:
+  struct State {
+    py::object m_object, v_object, master_object;
+    Owned m, v, master;
+  };
+
+  // states: one dict per parameter with the tensors "exp_avg", "exp_avg_sq" and perhaps "master".
+  void sync(const py::list& states) {
+    held_.resize(states.size());
+    for (std::size_t i = 0; i < held_.size(); ++i) {
+      PyObject* state = PyList_GET_ITEM(states.ptr(), Py_ssize_t(i));
+      if (!PyDict_Check(state)) throw py::type_error("adamw: a state is not a dict");
+      State& held = held_[i];
+      update(state, exp_avg_.ptr(), held.m_object, held.m);
+      update(state, exp_avg_sq_.ptr(), held.v_object, held.v);
+      update(state, master_.ptr(), held.master_object, held.master);
+    }
+  }
+  const std::vector<State>& held() const { return held_; }
+
+ private:
+  static void update(PyObject* state, PyObject* key, py::object& object, Owned& owned) {
+    PyObject* now = PyDict_GetItemWithError(state, key);
+    if (!now && PyErr_Occurred()) throw py::error_already_set();
+    if (now == Py_None) now = nullptr;
+    if (now == object.ptr()) return;
+    owned = now ? Owned(now) : Owned();
+    object = py::reinterpret_borrow<py::object>(now);
+  }
+
+  std::vector<State> held_;
+  py::str exp_avg_{"exp_avg"}, exp_avg_sq_{"exp_avg_sq"}, master_{"master"};
+};
+
 // One step over borrowed tensors; the lists and buffers are kept alive as long as the object, which
 // is meant to live for one step. Parameters without a gradient (None) are left out.
 class AdamWStep {
  public:
-  AdamWStep(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-            const TensorList& exp_avg_sqs, const TensorList& masters,
+  AdamWStep(const TensorList& params, const TensorList& grads, const AdamWStates& states,
             const std::vector<int>& group_of, const std::vector<std::vector<double>>& groups,
             Tensor steps, Tensor stats, Tensor total, Tensor control, Tensor workspace,
             double max_norm, const std::string& master, std::uint64_t seed, double growth,
             double backoff, std::int64_t interval) {
     const std::size_t n = params.views.size();
-    fastprune::require(grads.views.size() == n && exp_avgs.views.size() == n &&
-                           exp_avg_sqs.views.size() == n && masters.views.size() == n &&
-                           group_of.size() == n,
+    fastprune::require(grads.views.size() == n && states.held().size() == n && group_of.size() == n,
                        "adamw: the lists have different lengths");
     p_.items.reserve(n);
     for (std::size_t i = 0; i < n; ++i) {
       if (!grads.views[i].present()) continue;
-      p_.items.push_back({params.views[i], grads.views[i], exp_avgs.views[i], exp_avg_sqs.views[i],
-                          masters.views[i], group_of[i], std::int64_t(i)});
+      const AdamWStates::State& state = states.held()[i];
+      p_.items.push_back({params.views[i], grads.views[i], state.m.view(), state.v.view(),
+                          state.master.view(), group_of[i], std::int64_t(i)});
     }
     for (const auto& g : groups) {
       fastprune::require(g.size() == 5, "adamw: a group has lr, beta1, beta2, eps, weight_decay");
@@ -222,17 +259,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("scan_workspace", &scan_workspace, "tensors"_a);
   m.def("scan", &scan, "tensors"_a, "out"_a, "workspace"_a);
   m.def("adamw_workspace", &adamw_workspace, "params"_a);
+  py::class_<AdamWStates>(m, "AdamWStates")
+      .def(py::init<>())
+      .def("sync", &AdamWStates::sync, "states"_a);
   py::class_<AdamWStep>(m, "AdamWStep")
-      .def(py::init<const TensorList&, const TensorList&, const TensorList&, const TensorList&,
-                    const TensorList&, const std::vector<int>&,
-                    const std::vector<std::vector<double>>&, Tensor, Tensor, Tensor, Tensor, Tensor,
-                    double, const std::string&, std::uint64_t, double, double, std::int64_t>(),
-           "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "masters"_a, "group_of"_a,
-           "groups"_a, "steps"_a, "stats"_a, "total"_a, "control"_a, "workspace"_a, "max_norm"_a,
-           "master"_a, "seed"_a, "growth"_a, "backoff"_a, "interval"_a, py::keep_alive<1, 2>(),
-           py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>(),
-           py::keep_alive<1, 6>(), py::keep_alive<1, 9>(), py::keep_alive<1, 10>(),
-           py::keep_alive<1, 11>(), py::keep_alive<1, 12>(), py::keep_alive<1, 13>())
+      .def(py::init<const TensorList&, const TensorList&, const AdamWStates&,
+                    const std::vector<int>&, const std::vector<std::vector<double>>&, Tensor,
+                    Tensor, Tensor, Tensor, Tensor, double, const std::string&, std::uint64_t,
+                    double, double, std::int64_t>(),
+           "params"_a, "grads"_a, "states"_a, "group_of"_a, "groups"_a, "steps"_a, "stats"_a,
+           "total"_a, "control"_a, "workspace"_a, "max_norm"_a, "master"_a, "seed"_a, "growth"_a,
+           "backoff"_a, "interval"_a, py::keep_alive<1, 2>(), py::keep_alive<1, 3>(),
+           py::keep_alive<1, 4>(), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
+           py::keep_alive<1, 9>(), py::keep_alive<1, 10>(), py::keep_alive<1, 11>())
       .def("misfits", &AdamWStep::misfits)
       .def("norms", &AdamWStep::norms)
       .def("update", &AdamWStep::update);

@@ -135,16 +135,16 @@ void copy_rows(const Job& job, std::int64_t begin, std::int64_t end) {
 }
 
 void copy_columns(const Job& job, std::int64_t begin, std::int64_t end) {
-  const Level& loops = level();
+  const char* from = job.src + begin * job.src_stride;
+  char* to = job.dst + begin * job.row_bytes;
+  if (job.shuffled)
+    return level().gather_columns(job.plan.gather, from, job.src_stride / job.item, to, end - begin,
+                                  job.stream);
   for (std::int64_t r = begin; r < end; ++r) {
-    const char* from = job.src + r * job.src_stride;
-    char* to = job.dst + r * job.row_bytes;
-    if (job.shuffled) {
-      loops.gather_columns(job.plan.gather, from, to, job.stream);
-      continue;
-    }
     for (std::int64_t i = 0; i < job.plan.gather.kept; ++i)
       std::memcpy(to + i * job.item, from + job.index[i] * job.item, std::size_t(job.item));
+    from += job.src_stride;
+    to += job.row_bytes;
   }
 }
 

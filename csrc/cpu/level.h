@@ -69,7 +69,9 @@ struct Level {
                    float* out);
   // `stream`: write past the caches, which saves reading what is overwritten; end with `settle`.
   void (*copy)(void* dst, const void* src, std::int64_t bytes, bool stream);
-  void (*gather_columns)(const ColumnGather&, const void* src, void* dst, bool stream);
+  // Row strides in elements of plan.item_size; the rows of dst are adjacent.
+  void (*gather_columns)(const ColumnGather&, const void* src, std::int64_t src_stride, void* dst,
+                         std::int64_t rows, bool stream);
   void (*settle)();
   ScanPart (*scan_chunk)(DType, const void* x, std::int64_t n);
   // Values further than `limit` from `mean`; non-finite values do not count.

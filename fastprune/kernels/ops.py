@@ -224,12 +224,18 @@ def _scan_result(row: list[float]) -> ScanResult:
 # ---------------------------------------------------------------------------- adamw
 
 
+def adamw_states(device: torch.device) -> reference.AdamWStates:
+    """What adamw_step wants as `states`. Call its sync() with one dict per parameter before each
+    step: "exp_avg" and "exp_avg_sq", float32, laid out like the weight (None until the parameter
+    has a gradient), and "master", float32, where `master` is "fp32" and the weight is not."""
+    module = compiled(device)
+    return reference.AdamWStates() if module is None else module.AdamWStates()
+
+
 def adamw_step(
     params: list[Tensor],
     grads: list[Tensor | None],
-    exp_avgs: list[Tensor | None],
-    exp_avg_sqs: list[Tensor | None],
-    masters: list[Tensor | None],
+    states: reference.AdamWStates,
     group_of: list[int],
     groups: list[list[float]],
     *,
@@ -248,14 +254,13 @@ def adamw_step(
     """One optimizer step over tensors of one device, as an object with two passes.
 
     Call norms(), then (after adding other processes' or devices' totals into `total`) update().
-    All tensors are changed in place; no pass waits for the device. The object holds the lists and
-    is meant for one step: a resized or moved tensor would not be noticed.
+    All tensors are changed in place; no pass waits for the device. The object is meant for one
+    step: a parameter that is moved meanwhile would not be noticed.
 
     Args:
         params: n weights; float32, bfloat16 or float16; each fills one block of memory.
         grads: n gradients laid out like the weights; None leaves a parameter out of this step.
-        exp_avgs, exp_avg_sqs: n moments, float32, laid out like the weights.
-        masters: n float32 weights where `master` is "fp32" and the weight is not, else None.
+        states: of adamw_states(), in sync.
         group_of: n indices into `groups`, which holds [lr, beta1, beta2, eps, weight_decay].
         steps: (n,) int64, steps taken.
         stats: (n, 2) float64, result: sum of squares (of finite values), non-finite count.
@@ -270,8 +275,8 @@ def adamw_step(
     module = compiled(total.device)
     step = reference.AdamWStep if module is None else module.AdamWStep
     return step(
-        params, grads, exp_avgs, exp_avg_sqs, masters, group_of, groups, steps, stats, total,
-        control, workspace, max_norm, master, seed, growth, backoff, interval,
+        params, grads, states, group_of, groups, steps, stats, total, control, workspace,
+        max_norm, master, seed, growth, backoff, interval,
     )  # fmt: skip
 
 
@@ -302,9 +307,10 @@ def adamw(
     master: str = "none",
     seed: int = 0,
 ) -> None:
-    """A whole step with one set of hyperparameters, in place; see adamw_step for the tensors.
+    """A whole step with one set of hyperparameters, in place.
 
-    `masters` is empty where none are needed. fastprune.kernels.AdamW keeps all this for you.
+    exp_avgs, exp_avg_sqs and masters are those of adamw_states, the other tensors those of
+    adamw_step. `masters` is empty where none are needed. The class AdamW keeps all this.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape, device or no memory.
@@ -314,11 +320,17 @@ def adamw(
         raise ValueError(f"adamw: master is {master!r}, expected one of {', '.join(MASTERS)}")
     if not params:
         return
+    states = adamw_states(params[0].device)
+    states.sync(
+        [
+            {"exp_avg": m, "exp_avg_sq": v, "master": w}
+            for m, v, w in zip(exp_avgs, exp_avg_sqs, masters or [None] * len(params))
+        ]
+    )
     step = adamw_step(
-        params, grads, exp_avgs, exp_avg_sqs, masters or [None] * len(params), [0] * len(params),
-        [[lr, beta1, beta2, eps, weight_decay]], steps=steps, stats=stats, total=total,
-        control=control, workspace=adamw_workspace(params), max_norm=max_norm, master=master,
-        seed=seed,
+        params, grads, states, [0] * len(params), [[lr, beta1, beta2, eps, weight_decay]],
+        steps=steps, stats=stats, total=total, control=control, workspace=adamw_workspace(params),
+        max_norm=max_norm, master=master, seed=seed,
     )  # fmt: skip
     step.norms()
     step.update()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprune.kernels.ops import MASTERS, adamw_step, adamw_workspace
+from fastprune.kernels.ops import MASTERS, adamw_states, adamw_step, adamw_workspace
 
 _NO_STATE: dict[str, Tensor | None] = {"exp_avg": None, "exp_avg_sq": None}
 _DYNAMIC_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000
@@ -35,7 +35,15 @@ class _Part:
         self.stats = torch.zeros(0, 2, dtype=torch.float64, device=device)
         self.with_grad: list[bool] = []
         self.states: list[dict[str, Tensor | None]] = []
-        self.sharded = self.halves = False
+        self.sharded = False
+        self.views = adamw_states(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.views = adamw_states(self.device)
 
     def freeze(self) -> None:
         """All parameters are known: make room for them."""
@@ -45,7 +53,6 @@ class _Part:
         self.states = [_NO_STATE] * n
         self.with_grad = [False] * n
         self.sharded = any(_local(p) is not p for p in self.params)
-        self.halves = any(p.dtype != torch.float32 for p in self.params)
         self.workspace = adamw_workspace([_local(p).detach() for p in self.params])
 
 
@@ -151,14 +158,11 @@ class AdamW(torch.optim.Optimizer):
         grads: list[Tensor | None],
         groups: list[list[float]],
     ) -> Any:
-        # The states are read anew each time: a user may have replaced their tensors.
-        keeps_masters = self.master == "fp32" and part.halves
+        part.views.sync(part.states)
         return adamw_step(
             params,
             grads,
-            [s["exp_avg"] for s in part.states],
-            [s["exp_avg_sq"] for s in part.states],
-            [s.get("master") for s in part.states] if keeps_masters else [None] * len(params),
+            part.views,
             part.group_of,
             groups,
             steps=part.steps,

@@ -84,6 +84,16 @@ def scan(x: Tensor) -> Tensor:
     return torch.stack([v.to(torch.float64) for v in (*counts, outliers, *moments, numel)])
 
 
+class AdamWStates:
+    """The moments and master weights of all parameters, one dict each."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor | None]] = []
+
+    def sync(self, states: list[dict[str, Tensor | None]]) -> None:
+        self.states = states
+
+
 class AdamWStep:
     """One optimizer step in two passes; see fastprune.kernels.ops.adamw_step for the arguments.
 
@@ -95,9 +105,7 @@ class AdamWStep:
         self,
         params: list[Tensor],
         grads: list[Tensor | None],
-        exp_avgs: list[Tensor | None],
-        exp_avg_sqs: list[Tensor | None],
-        masters: list[Tensor | None],
+        states: AdamWStates,
         group_of: list[int],
         groups: list[list[float]],
         steps: Tensor,
@@ -113,10 +121,8 @@ class AdamWStep:
         interval: int,
     ) -> None:
         self.items = [
-            (slot, p, g, m, v, w32, groups[group])
-            for slot, (p, g, m, v, w32, group) in enumerate(
-                zip(params, grads, exp_avgs, exp_avg_sqs, masters, group_of)
-            )
+            (slot, p, g, s["exp_avg"], s["exp_avg_sq"], s.get("master"), groups[group])
+            for slot, (p, g, s, group) in enumerate(zip(params, grads, states.states, group_of))
             if g is not None
         ]
         self.steps, self.stats, self.total, self.control = steps, stats, total, control

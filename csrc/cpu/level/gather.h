@@ -66,52 +66,86 @@ void settle() {
 #endif
 }
 
-// Blocks begin to end; `dst` is where output column `origin` goes.
-template <class T>
-LANES_INLINE void gather_blocks(const ColumnGather& plan, const T* src, T* dst, std::int64_t origin,
-                                std::int64_t begin, std::int64_t end) {
-  constexpr int lanes = kVectorBytes / int(sizeof(T));
+// R rows side by side, so that a block's plan is read once and R streams of loads are in flight.
+template <class T, int R>
+struct RowsOfColumns {
+  static constexpr int kBlock = kVectorBytes / int(sizeof(T));  // columns of one block
   typedef T Vector __attribute__((vector_size(kVectorBytes)));
-  const T* picks = static_cast<const T*>(plan.picks);
-  for (std::int64_t b = begin; b < end; ++b) {
-    T* to = dst + (plan.first[b] - origin);
-    if (plan.base[b] >= 0) {
-      const T* from = src + plan.base[b];
-      prefetch(from);
-      Vector low, high, pick;
-      memcpy(&low, from, sizeof low);
-      memcpy(&high, from + lanes, sizeof high);
-      memcpy(&pick, picks + b * lanes, sizeof pick);
-      const Vector out = __builtin_shuffle(low, high, pick);
-      memcpy(to, &out, sizeof out);
-    } else {
-      const std::int64_t* index = plan.index + plan.first[b];
-      for (int i = 0; i < lanes; ++i) to[i] = src[index[i]];
+
+  const ColumnGather& plan;
+
+  // Blocks begin to end of each row; `to` is where output column `origin` goes.
+  LANES_INLINE void blocks(const T* const (&from)[R], T* const (&to)[R], std::int64_t origin,
+                           std::int64_t begin, std::int64_t end) const {
+    for (std::int64_t b = begin; b < end; ++b) {
+      const std::int64_t first = plan.first[b], base = plan.base[b];
+      if (base < 0) {
+        for (int r = 0; r < R; ++r)
+          for (int i = 0; i < kBlock; ++i)
+            to[r][first - origin + i] = from[r][plan.index[first + i]];
+        continue;
+      }
+      Vector pick;
+      memcpy(&pick, static_cast<const T*>(plan.picks) + b * kBlock, sizeof pick);
+      for (int r = 0; r < R; ++r) {
+        prefetch(from[r] + base);
+        Vector low, high;
+        memcpy(&low, from[r] + base, sizeof low);
+        memcpy(&high, from[r] + base + kBlock, sizeof high);
+        const Vector out = __builtin_shuffle(low, high, pick);
+        memcpy(to[r] + (first - origin), &out, sizeof out);
+      }
     }
   }
-}
+
+  void direct(const T* const (&from)[R], T* const (&to)[R]) const {
+    blocks(from, to, 0, 0, plan.blocks);
+  }
+
+  // Through a buffer in the first-level cache, so that whole lines can be streamed.
+  void streamed(const T* const (&from)[R], T* const (&to)[R]) const {
+    constexpr std::int64_t kBlocks = kPage / kVectorBytes;
+    alignas(64) T buffer[R][kBlocks * kBlock];
+    T* rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = buffer[r];
+    for (std::int64_t b = 0; b < plan.blocks; b += kBlocks) {
+      const std::int64_t end = plan.blocks - b < kBlocks ? plan.blocks : b + kBlocks;
+      const std::int64_t origin = plan.first[b];
+      const std::int64_t stop = end < plan.blocks ? plan.first[end] : plan.kept;
+      blocks(from, rows, origin, b, end);
+      for (int r = 0; r < R; ++r)
+        copy(to[r] + origin, rows[r], (stop - origin) * std::int64_t(sizeof(T)), true);
+    }
+  }
+
+  void run(const T* src, std::int64_t src_stride, T* dst, bool stream) const {
+    const T* from[R];
+    T* to[R];
+    for (int r = 0; r < R; ++r) {
+      from[r] = src + r * src_stride;
+      to[r] = dst + r * plan.kept;
+    }
+    stream ? streamed(from, to) : direct(from, to);
+  }
+};
 
 template <class T>
-void gather_row(const ColumnGather& plan, const T* src, T* dst, bool stream) {
-  if (!stream) return gather_blocks(plan, src, dst, 0, 0, plan.blocks);
-  // Through a buffer in the first-level cache, so that whole lines can be streamed.
-  constexpr std::int64_t kBlocks = 2 * kPage / kVectorBytes;
-  alignas(64) T buffer[kBlocks * kVectorBytes / sizeof(T)];
-  for (std::int64_t b = 0; b < plan.blocks; b += kBlocks) {
-    const std::int64_t end = plan.blocks - b < kBlocks ? plan.blocks : b + kBlocks;
-    const std::int64_t origin = plan.first[b];
-    const std::int64_t stop = end < plan.blocks ? plan.first[end] : plan.kept;
-    gather_blocks(plan, src, buffer, origin, b, end);
-    copy(dst + origin, buffer, (stop - origin) * std::int64_t(sizeof(T)), true);
-  }
+void gather_rows(const ColumnGather& plan, const void* src, std::int64_t src_stride, void* dst,
+                 std::int64_t rows, bool stream) {
+  const T* from = static_cast<const T*>(src);
+  T* to = static_cast<T*>(dst);
+  std::int64_t r = 0;
+  for (; r + kStreams <= rows; r += kStreams)
+    RowsOfColumns<T, kStreams>{plan}.run(from + r * src_stride, src_stride, to + r * plan.kept,
+                                         stream);
+  for (; r < rows; ++r)
+    RowsOfColumns<T, 1>{plan}.run(from + r * src_stride, src_stride, to + r * plan.kept, stream);
 }
 
-void gather_columns(const ColumnGather& plan, const void* src, void* dst, bool stream) {
-  if (plan.item_size == 4)
-    return gather_row(plan, static_cast<const std::uint32_t*>(src),
-                      static_cast<std::uint32_t*>(dst), stream);
-  return gather_row(plan, static_cast<const std::uint16_t*>(src), static_cast<std::uint16_t*>(dst),
-                    stream);
+void gather_columns(const ColumnGather& plan, const void* src, std::int64_t src_stride, void* dst,
+                    std::int64_t rows, bool stream) {
+  const auto gather = plan.item_size == 4 ? gather_rows<std::uint32_t> : gather_rows<std::uint16_t>;
+  gather(plan, src, src_stride, dst, rows, stream);
 }
 
 }  // namespace
