@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,9 +89,9 @@ class AdamWStates:
     """The moments and master weights of all parameters, one dict each."""
 
     def __init__(self) -> None:
-        self.states: list[dict[str, Tensor | None]] = []
+        self.states: list[dict[str, Any]] = []
 
-    def sync(self, states: list[dict[str, Tensor | None]]) -> None:
+    def sync(self, states: list[dict[str, Any]]) -> None:
         self.states = states
 
 
