@@ -3,6 +3,9 @@
 TEXT is a path (`.txt .jsonl .json .parquet .csv`, or a folder of them), `hf:NAME[:CONFIG[:SPLIT]]`,
 a short name, `builtin:pydocs`, or several of these joined by commas. Every figure that depends on a
 text says in which windows it was read, so the text is one stream: documents joined by a blank line.
+
+Windows from the start read several sources one after the other; windows drawn by a seed
+(`sample_mix`) come in equal shares from all of them, whatever their lengths.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import csv
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +56,22 @@ def load_documents(spec: str | Path) -> list[str]:
 
     Raises InputError for a source that is missing, unreadable, binary, or empty.
     """
+    return [text for documents in load_sources(spec).values() for text in documents]
+
+
+def load_sources(spec: str | Path) -> dict[str, list[str]]:
+    """The documents of each source that `spec` names, by its name; one named twice counts once.
+
+    Raises InputError for a source that is missing, unreadable, binary, or empty.
+    """
     name = str(spec)
     parts = [name] if name and Path(name).exists() else [part.strip() for part in name.split(",")]
-    documents: list[str] = []
-    for part in parts:
-        found = [text for text in _source(part) if text.strip()]
-        if not found:
+    sources: dict[str, list[str]] = {}
+    for part in dict.fromkeys(parts):
+        sources[part] = [text for text in _source(part) if text.strip()]
+        if not sources[part]:
             raise InputError(f"{part}: no text in it")
-        documents.extend(found)
-    return documents
+    return sources
 
 
 def token_stream(tokenizer: Any, documents: Iterable[str], limit: int | None = None) -> Tensor:
@@ -118,6 +128,27 @@ def sample_windows(stream: Tensor, seq_len: int, n: int, seed: int = 0, skip: in
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:n]
     return rest[: available * seq_len].view(available, seq_len)[chosen]
+
+
+def sample_mix(streams: Mapping[str, Tensor], seq_len: int, n: int, seed: int = 0) -> Tensor:
+    """`n` windows (n, seq_len), drawn by `seed` in turn from each of the named `streams`.
+
+    So every source gives an equal share, and the first windows are shared equally too. A single
+    source gives what `sample_windows` gives. Raises InputError when a source is too short for its
+    share, or there are fewer windows than sources.
+    """
+    if n < len(streams):
+        raise InputError(
+            f"{n} samples are fewer than the texts they come from ({len(streams)}); take more"
+        )
+    windows = torch.empty(n, _checked(seq_len), dtype=torch.long)
+    for first, (name, stream) in enumerate(streams.items()):
+        share = len(range(first, n, len(streams)))
+        try:
+            windows[first :: len(streams)] = sample_windows(stream, seq_len, share, seed)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    return windows
 
 
 def _checked(seq_len: int) -> int:

@@ -60,9 +60,10 @@ class EvalConfig(CommonConfig):
     model: Positional[str]
     """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
     text: str = BUILTIN
-    """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:pydocs"""
+    """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:pydocs; several,
+    joined by commas, are read one after the other"""
     seq_len: int = 1024
-    """tokens per window"""
+    """tokens per window, at most the model's maximum positions"""
     windows: int = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
     batch_size: int | None = None
@@ -79,6 +80,7 @@ def run_eval(config: EvalConfig) -> Perplexity:
     model, tokenizer = load_model(
         config.model, dtype=config.dtype, device=config.device, allow_pickle=config.allow_pickle
     )
+    check_positions(model, "--seq-len", config.seq_len)
     windows = text_windows(tokenizer, documents, config.seq_len, config.windows)
     result = evaluate(model, windows, batch_size=config.batch_size)
     if math.isnan(result.perplexity):
@@ -90,6 +92,15 @@ def text_windows(tokenizer: Any, documents: list[str], seq_len: int, windows: in
     """The first `windows` windows (n, seq_len) of `documents`; n is less for a short text."""
     stream = token_stream(tokenizer, documents, limit=max(seq_len, 1) * max(windows, 1))
     return eval_windows(stream, seq_len, windows)
+
+
+def check_positions(model: nn.Module, flag: str, seq_len: int) -> None:
+    """InputError when the model has no positions for windows as long as `flag` says."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise InputError(
+            f"{flag} {seq_len}: the model has {limit} positions at most (max_position_embeddings)"
+        )
 
 
 @torch.no_grad()

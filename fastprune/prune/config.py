@@ -61,17 +61,17 @@ class PruneConfig(CommonConfig):
     align: int = 1
     """keep channels in multiples of this number"""
     calib: str = "builtin:pydocs"
-    """calibration text"""
+    """calibration text; several, joined by commas, give an equal share of the windows each"""
     calib_samples: int = 128
     """calibration windows"""
     calib_seq_len: int = 128
-    """tokens of a calibration window"""
+    """tokens of a calibration window, at most the model's maximum positions"""
     sensitivity_samples: int = 16
     """calibration windows used for layer sensitivity"""
     eval: str = "builtin:pydocs"
-    """evaluation text"""
+    """evaluation text; several, joined by commas, are read one after the other"""
     eval_seq_len: int = 1024
-    """tokens of an evaluation window"""
+    """tokens of an evaluation window, at most the model's maximum positions"""
     eval_windows: int = 16
     """evaluation windows, from the start of the text"""
     gate_ppl_ratio: float | None = None

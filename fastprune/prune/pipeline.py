@@ -11,9 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastprune.config import resolve_device
-from fastprune.data.text import load_documents, sample_windows, token_stream
+from fastprune.data.text import load_sources, sample_mix, token_stream
 from fastprune.errors import GateError, InputError, NumericalError
-from fastprune.inspect.perplexity import Perplexity, evaluate, peak_memory_bytes, text_windows
+from fastprune.inspect.perplexity import (
+    Perplexity,
+    check_positions,
+    evaluate,
+    peak_memory_bytes,
+    text_windows,
+)
 from fastprune.models.checkpoint import check_out, save_checkpoint, staged
 from fastprune.models.families import block_parameters, family_of, geometries
 from fastprune.models.load import load_model
@@ -118,7 +124,7 @@ def prune(
     if plan:
         plan.check_model(sizes)
     refit = config.compensate != "none"
-    test, calibration = _texts(config, tokenizer, calibrate=plan is None or refit)
+    test, calibration = _texts(config, model, tokenizer, calibrate=plan is None or refit)
     device = next(model.parameters()).device if source is None else source.device
     dense = pruned = importance = None
     if not config.dry_run:
@@ -193,21 +199,29 @@ def _target(config: PruneConfig, params: int, block: int) -> int | None:
     return target
 
 
-def _texts(config: PruneConfig, tokenizer: Any, *, calibrate: bool) -> tuple[Tensor, Tensor | None]:
+def _texts(
+    config: PruneConfig, model: nn.Module, tokenizer: Any, *, calibrate: bool
+) -> tuple[Tensor, Tensor | None]:
     """Evaluation windows from the text's start, calibration windows from what is not tested."""
-    documents = load_documents(config.eval)
+    check_positions(model, "--eval-seq-len", config.eval_seq_len)
+    sources = load_sources(config.eval)
+    documents = [text for texts in sources.values() for text in texts]
     test = text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
     if not calibrate:
         return test, None
-    shared = config.calib == config.eval
-    stream = token_stream(tokenizer, documents if shared else load_documents(config.calib))
-    return test, sample_windows(
-        stream,
-        config.calib_seq_len,
-        config.calib_samples,
-        config.seed,
-        skip=test.numel() if shared else 0,
-    )
+    check_positions(model, "--calib-seq-len", config.calib_seq_len)
+    tested = {}
+    left = test.numel()
+    for name, texts in sources.items():
+        tested[name] = len(token_stream(tokenizer, texts, left)) if left else 0
+        left -= tested[name]
+    if config.calib != config.eval:
+        sources = load_sources(config.calib)
+    streams = {
+        name: token_stream(tokenizer, texts)[tested.get(name, 0) :]
+        for name, texts in sources.items()
+    }
+    return test, sample_mix(streams, config.calib_seq_len, config.calib_samples, config.seed)
 
 
 def _measure(model: nn.Module, test: Tensor, what: str) -> Perplexity:

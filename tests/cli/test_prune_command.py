@@ -179,9 +179,19 @@ class TestText:
     def test_missing(self, refused, tmp_path):
         assert "gone.txt" in refused("--ratio", "0.2", "--calib", str(tmp_path / "gone.txt"))
 
-    def test_too_short(self, refused, tmp_path):
+    def test_too_short(self, refused, text, tmp_path):
         (tmp_path / "short.txt").write_text("One sentence.")
         refused("--ratio", "0.2", "--eval", str(tmp_path / "short.txt"))
+        both = f"{text},{tmp_path / 'short.txt'}"
+        assert "short.txt: 2 samples of 32 tokens need" in refused(
+            "--ratio", "0.2", "--calib", both
+        )
+
+    @pytest.mark.parametrize("flag", ["--calib-seq-len", "--eval-seq-len"])
+    def test_longer_than_the_model_can_read(self, prune, refused, flag):
+        assert f"{flag} 513: the model has 512 positions" in refused("--ratio", "0.2", flag, "513")
+        small = ("--calib-samples", "1", "--eval-windows", "1", "--dry-run")
+        assert prune("--ratio", "0.2", flag, "512", *small)[0] == 0
 
 
 class TestOut:

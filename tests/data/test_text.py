@@ -15,6 +15,8 @@ from fastprune.data.text import (
     SHORT_NAMES,
     eval_windows,
     load_documents,
+    load_sources,
+    sample_mix,
     sample_windows,
     token_stream,
 )
@@ -193,6 +195,36 @@ def test_sampled_windows_are_distinct_and_reproducible():
     assert torch.equal(windows, sample_windows(stream, 10, 50, seed=3, skip=105))
     assert torch.equal(windows[:20], sample_windows(stream, 10, 20, seed=3, skip=105))
     assert not torch.equal(windows, sample_windows(stream, 10, 50, seed=4, skip=105))
+
+
+def test_sources_keep_their_names_and_count_once(tmp_path):
+    a, b = str(write(tmp_path / "a.txt", "first")), str(write(tmp_path / "b.txt", "second"))
+    assert load_sources(f"{b},{a},{b}") == {b: ["second"], a: ["first"]}
+    assert load_documents(f"{b},{a},{b}") == ["second", "first"]
+
+
+def test_a_mix_takes_equal_shares_whatever_the_lengths():
+    streams = {"long": torch.arange(10_000), "short": torch.arange(20_000, 20_040)}
+    windows = sample_mix(streams, 10, 7, seed=3)
+    assert (windows[:, 0] >= 20_000).tolist() == [False, True, False, True, False, True, False]
+    assert len(set(windows[:, 0].tolist())) == 7
+    assert torch.equal(windows[::2], sample_windows(streams["long"], 10, 4, seed=3))
+    assert torch.equal(windows, sample_mix(streams, 10, 7, seed=3))
+    assert torch.equal(windows[:4], sample_mix(streams, 10, 4, seed=3))
+    assert not torch.equal(windows, sample_mix(streams, 10, 7, seed=4))
+
+
+def test_a_mix_of_one_is_that_one():
+    stream = torch.arange(1000)
+    assert torch.equal(sample_mix({"a": stream}, 10, 50, 3), sample_windows(stream, 10, 50, 3))
+
+
+def test_a_mix_that_cannot_be_even_is_refused():
+    streams = {"long": torch.arange(1000), "short": torch.arange(20)}
+    with pytest.raises(InputError, match="short: 3 samples of 10 tokens need 30 tokens"):
+        sample_mix(streams, 10, 6)
+    with pytest.raises(InputError, match="1 samples are fewer than the texts"):
+        sample_mix(streams, 10, 1)
 
 
 def test_windows_that_do_not_fit_are_refused():
