@@ -139,7 +139,7 @@ def sample_mix(streams: Mapping[str, Tensor], seq_len: int, n: int, seed: int = 
     """
     if n < len(streams):
         raise InputError(
-            f"{n} samples are fewer than the texts they come from ({len(streams)}); take more"
+            f"too few samples ({n}) for {len(streams)} texts to have a share each; take more"
         )
     windows = torch.empty(n, _checked(seq_len), dtype=torch.long)
     for first, (name, stream) in enumerate(streams.items()):

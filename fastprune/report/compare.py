@@ -39,7 +39,7 @@ class CompareConfig(CommonConfig):
     """Put pruning runs side by side: a table and a Pareto plot in one HTML file, and as JSON."""
 
     runs: Positional[tuple[Path, ...]] = ()
-    """folders that prune wrote, or metrics.json files"""
+    """one or more folders that prune wrote, or metrics.json files"""
     out: Path
     """the .html file to write; a .json file of the same name goes beside it"""
 
