@@ -1,6 +1,6 @@
 """Time every kernel on a CUDA device against what torch offers for the same result.
 
-    python bench/gpu_kernels.py [--gib 1.0] [--only taylor,gather,scan,adamw] [--json FILE]
+    python bench/gpu_kernels.py [--gib 1.0] [--only taylor,gather,...] [--json FILE]
 
 Kernel time is taken with CUDA events over rotating buffers far larger than the L2 cache, while the
 host runs ahead. "of copy" is the bandwidth (each input byte read once, each output byte written
@@ -220,7 +220,51 @@ def adamw_cases(size: int) -> Iterator[Case]:
         )
 
 
-CASES = {"taylor": taylor_cases, "gather": gather_cases, "scan": scan_cases, "adamw": adamw_cases}
+# ---------------------------------------------------------------------------- cross_entropy
+def eager_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def eager_loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    x = logits.float()
+    normaliser = x.logsumexp(-1, keepdim=True)
+    losses = normaliser - x.gather(1, targets[:, None])
+    onehot = torch.arange(x.shape[1], device=DEVICE) == targets[:, None]
+    return losses, ((x - normaliser).exp() - onehot.float()).div(len(x)).to(logits.dtype)
+
+
+def cross_entropy_cases(size: int) -> Iterator[Case]:
+    vocabulary = 128256
+    for dtype in ("bf16", "fp32"):
+        rows = size // (vocabulary * DTYPES[dtype].itemsize)
+        targets = torch.randint(vocabulary, (rows,), device=DEVICE)
+        sets = [matrix(rows, vocabulary, DTYPES[dtype], 3.0) for _ in "ab"]
+        for what, eager, scale in (
+            ("loss", eager_loss, None),
+            ("loss and gradient", eager_loss_and_gradient, 1 / rows),
+        ):
+            fused = torch.compile(eager, dynamic=False)
+            yield Case(
+                f"cross_entropy {what} {dtype} {rows}x{vocabulary}",
+                sets[0].nbytes * (1 if scale is None else 2),
+                {
+                    "fastprune": [
+                        lambda t=t, s=scale, y=targets: ops.cross_entropy(t, y, scale=s)
+                        for t in sets
+                    ],
+                    "eager": [lambda t=t, f=eager, y=targets: f(t, y) for t in sets],
+                    "torch.compile": [lambda t=t, f=fused, y=targets: f(t, y) for t in sets],
+                },
+            )
+
+
+CASES = {
+    "taylor": taylor_cases,
+    "gather": gather_cases,
+    "scan": scan_cases,
+    "adamw": adamw_cases,
+    "cross_entropy": cross_entropy_cases,
+}
 
 
 def measure(case: Case, repeats: int, copy_rate: float | None) -> list[Row]:

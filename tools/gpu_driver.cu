@@ -197,6 +197,28 @@ void run_adamw(Tensors& tensors, Master master, bool sound) {
     throw std::runtime_error("adamw: the step was skipped or taken against the gradients");
 }
 
+// Targets: one word, one ignored, one out of range.
+void run_cross_entropy(Tensors& tensors, DType dtype, std::int64_t vocabulary,
+                       std::int64_t offset) {
+  for (const bool in_place : {false, true}) {
+    CrossEntropyParams p;
+    p.logits = tensors.make(dtype, {3, vocabulary}, vocabulary + offset, offset);
+    p.targets = tensors.filled(DType::i64, {3},
+                               std::vector<std::int64_t>{vocabulary - 1, kIgnored, vocabulary});
+    p.loss = tensors.result(DType::f32, {3});
+    p.log_normaliser = tensors.result(DType::f32, {3});
+    p.in_place = in_place;
+    p.scale = 0.5f;
+    cuda::cross_entropy(p, nullptr);
+    std::vector<float> loss(3);
+    succeed(cudaMemcpy(loss.data(), p.loss.data, 3 * sizeof(float), cudaMemcpyDeviceToHost),
+            "cudaMemcpy");
+    const float expected = std::log(static_cast<float>(vocabulary));  // all logits are equal
+    if (!(std::abs(loss[0] - expected) < 1e-5f) || loss[1] != 0 || !std::isnan(loss[2]))
+      throw std::runtime_error("cross_entropy: a loss is wrong");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -207,6 +229,9 @@ int main() {
       run_taylor(tensors, dtype, 3, 111, 0);
       run_taylor(tensors, dtype, 131, 1544, 0);
       run_taylor(tensors, dtype, 131, 577, 1);
+      for (const std::int64_t vocabulary : {1, 111, 16384, 49152, 50257})
+        for (const std::int64_t offset : {0, 1})
+          run_cross_entropy(tensors, dtype, vocabulary, offset);
     }
     run_gather(tensors);
     run_scan(tensors);
