@@ -142,7 +142,7 @@ def _candidates(
 
     Around the mark; then away from it, at the end of a thin line.
     """
-    near = [(DOT + 1, -DOT - 5, "start")]  # above the front, which falls from left to right
+    near = [(DOT + 3, -DOT - 3, "start")]  # above the front, which falls from left to right
     near += [(DOT + 5, 0.0, "start"), (-DOT - 5, 0.0, "end")]
     near += [(0.0, -DOT - 8, "middle"), (0.0, DOT + 9, "middle")]
     far = [
