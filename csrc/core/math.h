@@ -152,7 +152,7 @@ FASTPRUNE_INLINE double outlier_limit(const double* row) {
 }
 
 // ---------------------------------------------------------------------------- cross_entropy
-// e^x for x <= 0 within 1 ulp; 0 where that is below the smallest normal number. NaN stays NaN.
+// e^x for x <= 0 within 2 ulp; 0 where that is below the smallest normal number. NaN stays NaN.
 // x = n log 2 + r, where log 2 comes in two parts of which the first times n is exact; e^r by the
 // polynomial of least relative error (4e-9) for |r| <= log(2) / 2.
 template <class F>
