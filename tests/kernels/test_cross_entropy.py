@@ -196,6 +196,21 @@ def test_target_out_of_range_on_cuda():
     assert normaliser.isfinite().all()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_does_not_wait_for_the_device(scale):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    logits, targets = inputs((3, 1000), torch.bfloat16, "cuda")
+    ops.cross_entropy(logits, targets, scale=scale)  # allocations and module loading may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.cross_entropy(logits, targets, scale=scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_in_every_way(same_bits, dtype):
     logits, targets = inputs((9, 40_007), dtype, "cpu", spread=20.0)
