@@ -142,9 +142,10 @@ def test_run_eval_reports_every_key(tmp_path):
     ("settings", "message"),
     [
         ({"seq_len": 1}, "at least 2"),
-        ({"windows": 0}, "at least 1"),
+        ({"seq_len": 32, "windows": 0}, "at least 1"),
         ({"batch_size": 0}, "batch"),
-        ({"seq_len": 4096}, "fewer than one window"),
+        ({"seq_len": 4096}, "512 positions at most"),
+        ({"seq_len": 500}, "fewer than one window"),
     ],
 )
 def test_run_eval_refuses_impossible_settings(tmp_path, settings, message):
