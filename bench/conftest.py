@@ -4,7 +4,9 @@ A group is one task; the test ids in it name providers, and its `bytes` (in extr
 bytes that must move, counted alike for every provider. table.py turns that into GB/s and ratios.
 """
 
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,29 @@ def pytest_configure(config):
 
 @pytest.fixture
 def measure(benchmark):
-    """Times a function after two warm-up calls; rounds by the bytes that must move."""
+    """Times a function after two warm-up calls; rounds by the bytes that must move.
 
-    def run(function, group, moved):
+    `beside` is run and timed before each round, so that the ratio of the two holds on a machine
+    whose speed changes from minute to minute; its median goes into extra_info.
+    """
+
+    def run(function, group, moved, beside=None):
         benchmark.group = f"{group}, {torch.get_num_threads()} threads"
         benchmark.extra_info["bytes"] = moved
-        rounds = 7 if moved > 3e8 else 15
-        return benchmark.pedantic(function, rounds=rounds, warmup_rounds=2, iterations=1)
+        rounds, warm = 7 if moved > 3e8 else 15, 2
+        seconds = []
+
+        def time_beside():
+            start = time.perf_counter()
+            beside()
+            seconds.append(time.perf_counter() - start)
+
+        setup = time_beside if beside else None
+        result = benchmark.pedantic(
+            function, setup=setup, rounds=rounds, warmup_rounds=warm, iterations=1
+        )
+        if beside:
+            benchmark.extra_info["beside"] = statistics.median(seconds[warm:])
+        return result
 
     return run

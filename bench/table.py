@@ -1,8 +1,9 @@
 """Tables of benchmark results: python bench/table.py RESULTS.json [...]
 
 Reads what pytest-benchmark writes (--benchmark-json) and prints, per group, each provider's median,
-GB/s of the bytes that must move, the speed of fastprune relative to it, and its share of the limit
-(a plain read or copy of as many bytes) measured in the same run.
+GB/s of the bytes that must move, how many times as fast fastprune is, and fastprune's share of the
+limit (a plain read or copy of as many bytes). Ratios are to fastprune's time in alternating rounds
+where a suite measures that (extra_info "beside"), else to its median in the same run.
 """
 
 import json
@@ -27,18 +28,25 @@ def provider_name(record: dict) -> str:
     return record["param"].split("-")[0]
 
 
+def ratio(record: dict, ours: dict | None) -> float | None:
+    """How many times as long as fastprune."""
+    beside = record["extra_info"].get("beside") or (ours and ours["stats"]["median"])
+    return record["stats"]["median"] / beside if beside else None
+
+
 def rows(records: dict[str, dict]) -> list[tuple[str, ...]]:
-    medians = {name: r["stats"]["median"] for name, r in records.items()}
     table = []
-    for name, record in sorted(records.items(), key=lambda item: medians[item[0]]):
-        seconds = medians[name]
+    for name, record in sorted(records.items(), key=lambda item: item[1]["stats"]["median"]):
+        seconds = record["stats"]["median"]
+        times = ratio(record, records.get(OURS))
+        share = ratio(records[LIMIT], record) if name == OURS and LIMIT in records else None
         table.append(
             (
                 name,
                 f"{1e3 * seconds:.3f}",
                 f"{record['extra_info']['bytes'] / seconds / 1e9:.1f}",
-                f"{seconds / medians[OURS]:.2f}" if OURS in medians else "",
-                f"{100 * medians[LIMIT] / seconds:.0f} %" if LIMIT in medians else "",
+                f"{times:.2f}" if times else "",
+                f"{100 * share:.0f} %" if share else "",
             )
         )
     return table

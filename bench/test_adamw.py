@@ -66,7 +66,8 @@ def limit(params, _):
 def test_float32(measure, provider, shape):
     params = parameters(shape, "fp32")
     moved = sum(p.numel() for p in params) * 32  # g twice; w, m, v read and written
-    measure(provider(params, "none"), f"adamw {shape} fp32", moved)
+    beside = None if provider is fastprune else fastprune(parameters(shape, "fp32"), "none")
+    measure(provider(params, "none"), f"adamw {shape} fp32", moved, beside)
 
 
 @pytest.mark.parametrize("shape", ["64M", "smollm2"])
@@ -77,7 +78,8 @@ def test_bfloat16(measure, provider, master, shape):
     # g twice; m, v read and written; w written and a master read and written, or w both
     per_weight = 4 + 16 + (2 + 8 if master == "fp32" else 4)
     moved = sum(p.numel() for p in params) * per_weight
-    measure(provider(params, master), f"adamw {shape} bf16 master {master}", moved)
+    beside = None if provider is fastprune else fastprune(parameters(shape, "bf16"), master)
+    measure(provider(params, master), f"adamw {shape} bf16 master {master}", moved, beside)
 
 
 @pytest.mark.parametrize("provider", [fastprune, torch_fused], ids=lambda p: p.__name__)
@@ -86,4 +88,5 @@ def test_overhead(measure, provider):
     params = [torch.nn.Parameter(torch.randn(4)) for _ in range(300)]
     for p in params:
         p.grad = torch.randn(4)
-    measure(provider(params, "none"), "adamw 300 tensors of 4", 32 * 1200)
+    beside = None if provider is fastprune else fastprune(params, "none")
+    measure(provider(params, "none"), "adamw 300 tensors of 4", 32 * 1200, beside)

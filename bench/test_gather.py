@@ -60,4 +60,5 @@ def test_gather(measure, provider, results, what, dtype, shape):
     kept = gather_shapes(tensors, index, dims)
     out = kept if results == "reused" else None
     group = f"gather {what} {shape} {dtype} {results}"
-    measure(lambda: provider(tensors, index, dims, out), group, 2 * size(kept))
+    beside = None if provider is fastprune else lambda: fastprune(tensors, index, dims, out)
+    measure(lambda: provider(tensors, index, dims, out), group, 2 * size(kept), beside)

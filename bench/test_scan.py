@@ -40,4 +40,5 @@ def test_scan(measure, provider, outlier, dtype, shape):
         if outlier:
             t[3, 5] = 100
     group = f"scan {shape} {dtype}{' with outliers' if outlier else ''}"
-    measure(lambda: provider(tensors), group, size(tensors))
+    beside = None if provider is fastprune else lambda: fastprune(tensors)
+    measure(lambda: provider(tensors), group, size(tensors), beside)

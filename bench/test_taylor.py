@@ -50,4 +50,5 @@ def limit(w, g):
 )
 def test_taylor(measure, provider, dtype, shape):
     w, g = matrices(shape, dtype), matrices(shape, dtype, seed=1)
-    measure(lambda: provider(w, g), f"taylor {shape} {dtype}", size(w) + size(g))
+    beside = None if provider is fastprune else lambda: fastprune(w, g)
+    measure(lambda: provider(w, g), f"taylor {shape} {dtype}", size(w) + size(g), beside)
