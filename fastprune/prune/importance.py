@@ -133,8 +133,8 @@ def _output_energy(layer: nn.Module, norms: dict[nn.Module, Tensor]) -> Tensor:
     slices = attention_slices(layer)
     if not slices:
         return torch.zeros(0, dtype=torch.float64)
-    columns = _reduce_columns(slices[-1], layer)
-    energy = columns * norms[_module(layer, slices[-1])].double().square()
+    _, columns = ops.taylor(layer.get_parameter(slices[-1].name).detach(), kind="l2")
+    energy = columns.double() * norms[_module(layer, slices[-1])].double().square()
     return energy.view(-1, slices[-1].width).sum(1).cpu()
 
 
@@ -148,11 +148,6 @@ def _maximum_weight(layer: nn.Module, norms: dict[nn.Module, Tensor]) -> Tensor:
         spread = weight.amax(1 - s.dim).double() + weight.amin(1 - s.dim).double().abs()
         total = total + spread / spread.max().clamp_min(torch.finfo(torch.float64).tiny)
     return (total * norms[_module(layer, slices[-1])].double()).cpu()
-
-
-def _reduce_columns(s: Slice, layer: nn.Module) -> Tensor:
-    """Squared norm (in,) of every column of a weight, fp64."""
-    return ops.taylor(layer.get_parameter(s.name).detach(), kind="l2")[1].double()
 
 
 def random(sizes: Sequence[Geometry], seed: int) -> Scores:

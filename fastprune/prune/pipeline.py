@@ -129,10 +129,8 @@ def prune(
     dense = pruned = importance = None
     if not config.dry_run:
         with clock("evaluate"):
-            if source is None:
-                dense = _measure(model, test, "the model")
-            else:
-                dense = stream.evaluate(source, test)
+            measured = evaluate(model, test) if source is None else stream.evaluate(source, test)
+            dense = _sound(measured, "the model")
     if plan is None:
         assert target is not None  # config.check() has seen a budget or a plan
         plan, importance = make_plan(model, calibration, target, config, clock, source)
@@ -142,7 +140,8 @@ def prune(
         with clock("surgery"):
             stream.cut(source, plan, calibration if refit else None, directory)
         with clock("evaluate"):
-            pruned = stream.evaluate(StreamedModel(directory, device=str(device)), test)
+            written = StreamedModel(directory, device=str(device))
+            pruned = _sound(stream.evaluate(written, test), "the pruned model")
         _check_gate(config, dense, pruned)
     elif dense is not None:
         if refit:
@@ -151,7 +150,7 @@ def prune(
         with clock("surgery"):
             apply_plan(model, plan)
         with clock("evaluate"):
-            pruned = _measure(model, test, "the pruned model")
+            pruned = _sound(evaluate(model, test), "the pruned model")
         _check_gate(config, dense, pruned)
     metrics = {
         "model": config.model or type(model).__name__,
@@ -224,8 +223,8 @@ def _texts(
     return test, sample_mix(streams, config.calib_seq_len, config.calib_samples, config.seed)
 
 
-def _measure(model: nn.Module, test: Tensor, what: str) -> Perplexity:
-    measured = evaluate(model, test)
+def _sound(measured: Perplexity, what: str) -> Perplexity:
+    """``measured``, or NumericalError when it is not a number."""
     if math.isnan(measured.perplexity):
         raise NumericalError(f"the loss of {what} is not a number; nothing was written")
     return measured
@@ -257,7 +256,8 @@ def _save(directory: Path, result: PruneResult, *, weights: bool) -> None:
     records.mkdir()
     result.plan.save(records / "plan.json")
     if result.layer_importance is not None:
-        save_layer_importance(records / "layer_importance.json", "removal", result.layer_importance)
+        method = result.metrics["settings"]["layer_importance"]
+        save_layer_importance(records / "layer_importance.json", method, result.layer_importance)
 
 
 def _record(directory: Path, result: PruneResult, run_log: RunLog) -> None:
