@@ -181,7 +181,7 @@ def chunked_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tenso
     """
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     count = 0
-    for states, targets, _ in _chunks(hidden, head, labels):
+    for states, targets, _ in scored_chunks(hidden, head, labels):
         losses, _ = cross_entropy(head(states), targets)
         total += losses.double().sum()
         count += len(targets)
@@ -200,12 +200,31 @@ def loss_and_hidden_grad(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tup
     flat = grad.view(-1, hidden.shape[-1])
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     count = max(1, int((labels[:, 1:] != IGNORED).sum()))
-    for states, targets, rows in _chunks(hidden, head, labels):
+    for states, targets, rows in scored_chunks(hidden, head, labels):
         logits = head(states)
         losses, _ = cross_entropy(logits, targets, scale=1 / count)
         total += losses.double().sum()
         flat[rows] = logits @ head.weight  # the logits are their own gradient now
     return (total / count).float(), grad
+
+
+def scored_chunks(
+    hidden: Tensor, head: nn.Module, labels: Tensor, chunk_logits: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Scored positions, some at a time: hidden states (c, h), targets (c,), flat positions (c,).
+
+    `hidden` and `labels` as in `chunked_loss`. So many positions come at a time that `head` makes
+    about `chunk_logits` (default CHUNK_LOGITS) logits of them.
+    """
+    seq_len = hidden.shape[1]
+    scored = (labels[:, 1:] != IGNORED).to(hidden.device)
+    row, column = scored.nonzero(as_tuple=True)
+    states = hidden.reshape(-1, hidden.shape[-1])
+    targets = labels.to(hidden.device)[row, column + 1]
+    size = max(1, (chunk_logits or CHUNK_LOGITS) // head.weight.shape[0])
+    positions = row * seq_len + column
+    for rows, chosen in zip(positions.split(size), targets.split(size), strict=True):
+        yield states[rows], chosen, rows
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -219,21 +238,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # KiB elsewhere
-
-
-def _chunks(
-    hidden: Tensor, head: nn.Module, labels: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Scored positions, some at a time: hidden states (c, h), targets (c,), flat positions (c,)."""
-    seq_len = hidden.shape[1]
-    scored = (labels[:, 1:] != IGNORED).to(hidden.device)
-    row, column = scored.nonzero(as_tuple=True)
-    states = hidden.reshape(-1, hidden.shape[-1])
-    targets = labels.to(hidden.device)[row, column + 1]
-    size = max(1, CHUNK_LOGITS // head.weight.shape[0])
-    positions = row * seq_len + column
-    for rows, chosen in zip(positions.split(size), targets.split(size), strict=True):
-        yield states[rows], chosen, rows
 
 
 def _exp(mean: float) -> float:

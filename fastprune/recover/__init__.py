@@ -1,0 +1,1 @@
+"""Recovery: finetuning after surgery, distillation, LoRA."""
