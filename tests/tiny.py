@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
@@ -100,3 +107,35 @@ def tiny_checkpoint(path: Path, family: str = "llama", **options: Any) -> Path:
 def token_ids(n: int = 2, s: int = 24, seed: int = 0) -> torch.Tensor:
     """Random token ids (n, s)."""
     return torch.randint(VOCABULARY, (n, s), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_gpt2(*, seed: int = 0, **config: Any) -> torch.nn.Module:
+    """A random fp32 GPT-2 in eval mode: 2 layers, 4 heads of size 16, 128 positions."""
+    settings = {"vocab_size": VOCABULARY, "n_positions": 128, "n_embd": 64, "n_layer": 2}
+    settings |= {"n_head": 4, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
+    return _random(GPT2LMHeadModel, GPT2Config(**(settings | config)), seed)
+
+
+def tiny_t5(*, seed: int = 0, **config: Any) -> torch.nn.Module:
+    """A random fp32 T5 in eval mode: 2 + 2 layers, 4 heads of size 16, gated."""
+    settings = {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2}
+    settings |= {"num_heads": 4, "feed_forward_proj": "gated-gelu", "pad_token_id": 0}
+    settings |= {"eos_token_id": 0, "decoder_start_token_id": 0}
+    return _random(T5ForConditionalGeneration, T5Config(**(settings | config)), seed)
+
+
+def _random(model_class: type, config: Any, seed: int) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def saved(path: Path, model: torch.nn.Module) -> Path:
+    """Save `model` and the tokenizer into the folder `path`."""
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
 from fastprune.errors import InputError, NumericalError
+from fastprune.models.gpt2 import learned_positions
 from fastprune.models.load import load_model
 from fastprune.models.quiet import quiet_libraries
+from fastprune.models.seq2seq import is_seq2seq, with_end
 
 EXIT, CLEAR = "/exit", "/clear"
 
@@ -36,7 +39,7 @@ class SamplingConfig(CommonConfig):
     """What `generate` and `chat` have in common."""
 
     model: Positional[str]
-    """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
+    """Hugging Face directory, hub id, .gguf file, .pt of a GPT-2, or smollm2-135m"""
     max_new_tokens: int = 128
     """stop after this many tokens"""
     temperature: float = 0.0
@@ -68,7 +71,7 @@ def run_generate(config: GenerateConfig) -> Generation:
     model, tokenizer = _load(config)
     inputs = config.prompt
     if config.chat:
-        inputs = _conversation(tokenizer, [{"role": "user", "content": config.prompt}])
+        inputs = _conversation(model, tokenizer, [{"role": "user", "content": config.prompt}])
     result = generate(
         model,
         tokenizer,
@@ -105,7 +108,7 @@ def generate(
     seed: int = 0,
     streamer: Any = None,
 ) -> Generation:
-    """Continue `prompt` with up to `max_new_tokens` tokens, using a KV cache.
+    """Continue `prompt` with up to `max_new_tokens` tokens, using a KV cache; a T5 answers it.
 
     Greedy at temperature 0; else drawn by `seed`, which leaves torch's own random state alone.
     `streamer` is given every token as it comes (`transformers.TextStreamer`). Raises InputError
@@ -116,7 +119,9 @@ def generate(
     if temperature < 0:
         raise InputError(f"temperature must not be negative, got {temperature}")
     device = next(model.parameters()).device
-    ids = _prompt_ids(tokenizer, prompt).to(device)
+    ids = _prompt_ids(tokenizer, prompt, seq2seq=is_seq2seq(model)).to(device)
+    start_length = 1 if is_seq2seq(model) else ids.shape[1]  # a decoder's start token
+    max_new_tokens = min(max_new_tokens, _room(model, start_length))
     settings: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -131,7 +136,7 @@ def generate(
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 max_length=None,
-                pad_token_id=_pad_token(model, tokenizer),
+                pad_token_id=pad_token(model, tokenizer),
                 streamer=streamer,
                 **settings,
             )
@@ -141,7 +146,7 @@ def generate(
         raise NumericalError("the model's output is not finite") from error
     finally:
         model.train(training)
-    new = output[0, ids.shape[1] :].tolist()
+    new = output[0, start_length:].tolist()
     seconds = time.perf_counter() - start
     return Generation(
         prompt=prompt,
@@ -186,7 +191,7 @@ def chat(
             answer = generate(
                 model,
                 tokenizer,
-                _conversation(tokenizer, messages),
+                _conversation(model, tokenizer, messages),
                 max_new_tokens,
                 temperature=temperature,
                 seed=seed,
@@ -201,28 +206,45 @@ def _load(config: SamplingConfig) -> tuple[nn.Module, Any]:
     )
 
 
-def _conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """What the model reads: by its chat template, or a plain transcript where it has none."""
+def _conversation(model: nn.Module, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """What the model reads: by its chat template, or a plain transcript where it has none.
+
+    An encoder-decoder model without a template has learnt single prompts, so it reads the last one.
+    """
     if getattr(tokenizer, "chat_template", None):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if is_seq2seq(model):
+        return messages[-1]["content"]
     lines = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
     return "\n".join([*lines, "Assistant:"])
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
-    """Token ids (1, n) of `prompt`; the start token alone for an empty one."""
+def _prompt_ids(tokenizer: Any, prompt: str, *, seq2seq: bool) -> torch.Tensor:
+    """Token ids (1, n) of `prompt`; for an empty one the token that a text starts from."""
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     # a chat template writes the start token itself; a second one would confuse the model
     ids = tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"]
-    if not ids:
-        if tokenizer.bos_token_id is None:
-            raise InputError("the prompt is empty, and this model has no token to start from")
+    if seq2seq:
+        ids = with_end(ids, tokenizer.eos_token_id)
+    elif not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise InputError("the prompt is empty, and this model has no token to start from")
     return torch.tensor([ids], dtype=torch.long)
 
 
-def _pad_token(model: nn.Module, tokenizer: Any) -> int:
-    """Any valid token: a single prompt is never padded, but the library asks for one."""
+def _room(model: nn.Module, used: int) -> int:
+    """How many tokens fit behind `used` ones; InputError when none does."""
+    positions = learned_positions(model)
+    if positions is None:
+        return sys.maxsize
+    if used >= positions:
+        raise InputError(f"the prompt has {used} tokens; this model has {positions} positions")
+    return positions - used
+
+
+def pad_token(model: nn.Module, tokenizer: Any) -> int:
+    """Any valid token: padding is masked, or is not there at all, but the library asks for one."""
     end = model.generation_config.eos_token_id
     candidates = [tokenizer.pad_token_id, end[0] if isinstance(end, list) and end else end, 0]
     return next(token for token in candidates if isinstance(token, int))

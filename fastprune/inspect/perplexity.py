@@ -25,6 +25,7 @@ from fastprune.errors import InputError, NumericalError
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
 from fastprune.models.load import load_model
+from fastprune.models.seq2seq import halves, is_seq2seq, response_states
 from fastprune.progress import track
 
 CHUNK_LOGITS = 2**24
@@ -41,7 +42,7 @@ class Perplexity:
 
     perplexity: float
     tokens: int
-    """tokens scored: windows * (seq_len - 1)"""
+    """tokens scored: windows * (seq_len - 1); of an encoder-decoder model the second halves"""
     seq_len: int
     windows: int
     seconds: float
@@ -59,7 +60,7 @@ class EvalConfig(CommonConfig):
     """Measure perplexity, speed and memory of a model."""
 
     model: Positional[str]
-    """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
+    """Hugging Face directory, hub id, .gguf file, .pt of a GPT-2, or smollm2-135m"""
     text: str = BUILTIN
     """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:pydocs; several,
     joined by commas, are read one after the other"""
@@ -115,22 +116,29 @@ def evaluate(
     """Perplexity of `model` on the token ids `windows` (n, s); the first of each is not scored.
 
     exp of the mean negative log-likelihood over all n * (s - 1) scored tokens, summed in float64.
-    Not a number, or infinite, when the model's output is: the caller decides what that means.
+    The encoder of a T5 reads the first half of a window, and the second half is scored. Not a
+    number, or infinite, when the model's output is: the caller decides what that means.
     """
     device = next(model.parameters()).device
     decoder, head = decoder_and_head(model)
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0
     start = time.perf_counter()
     try:
         for batch in track(batches(windows, batch_size), description):
             ids = batch.to(device)
-            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            total += chunked_loss(hidden, head, ids)[0]
+            if is_seq2seq(model):
+                hidden, labels = response_states(model, *halves(ids))
+            else:
+                hidden, labels = decoder(input_ids=ids, use_cache=False).last_hidden_state, ids
+            loss, scored = chunked_loss(hidden, head, labels)
+            total += loss
+            tokens += scored
     finally:
         model.train(training)
-    return measured(total, windows, start)
+    return measured(total, windows, start, tokens)
 
 
 def batches(windows: Tensor, batch_size: int | None = None) -> Sequence[Tensor]:
@@ -138,13 +146,14 @@ def batches(windows: Tensor, batch_size: int | None = None) -> Sequence[Tensor]:
     return windows.split(batch_size or max(1, BATCH_TOKENS // windows.shape[1]))
 
 
-def measured(total: Tensor, windows: Tensor, start: float) -> Perplexity:
+def measured(total: Tensor, windows: Tensor, start: float, tokens: int | None = None) -> Perplexity:
     """The perplexity of `windows` (n, s) whose summed negative log-likelihood is `total`.
 
-    `start` is what time.perf_counter said when the measurement began.
+    `start` is what time.perf_counter said when the measurement began, `tokens` how many were
+    scored (default: all but the first of each window).
     """
     n, seq_len = windows.shape
-    tokens = n * (seq_len - 1)
+    tokens = n * (seq_len - 1) if tokens is None else tokens
     mean = total.item() / tokens  # waits for the device, so the clock below is right
     seconds = time.perf_counter() - start
     return Perplexity(

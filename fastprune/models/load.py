@@ -1,8 +1,9 @@
 """MODEL on the command line to a model and its tokenizer.
 
-MODEL is a Hugging Face folder, a hub id, a `.gguf` file, the name `smollm2-135m`, or (only when
-allowed) a pickled `.bin` file. Everything is checked before weights are read, because the library
-below would fill a missing weight with random numbers and go on.
+MODEL is a Hugging Face folder, a hub id, a `.gguf` file, the name `smollm2-135m`, weights alone
+in a `.pt` or `.bin` file, or (only when allowed) a pickled one. Everything is checked before
+weights are read, because the library below would fill a missing weight with random numbers and go
+on.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from fastprune.errors import InputError
 from fastprune.models.foreign import convert_gguf, discard, read_pickled
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
+from fastprune.models.seq2seq import check_family
+from fastprune.models.states import NeedsPickle, SavedState, build, read_state, tokenizer_beside
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+STATE_SUFFIXES = (".bin", ".pt", ".pth")
 
 log = logging.getLogger("fastprune")
 
@@ -40,7 +44,7 @@ def load_model(
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """The causal language model and the tokenizer that `source` names, ready for inference.
+    """The language model and the tokenizer that `source` names, ready for inference.
 
     `dtype` auto keeps the dtype of the checkpoint (float32 for a `.gguf` file). `allow_pickle`
     reads a foreign `.bin` file, which may run any code it contains. Raises InputError when the
@@ -49,8 +53,8 @@ def load_model(
     wanted = _dtype(dtype)
     target = resolve_device(device) if isinstance(device, str) else device
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix in (".bin", ".pt"):
-        model, tokenizer = _load_pickled(path, allow_pickle)
+    if path.is_file() and path.suffix in STATE_SUFFIXES:
+        model, tokenizer = _load_file(path, allow_pickle)
         if wanted is not None:
             model = model.to(wanted)
     else:
@@ -65,6 +69,9 @@ def load_config(source: str | Path) -> Any:
 
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of the model that `source` names. Raises InputError."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in STATE_SUFFIXES:
+        return tokenizer_beside(path, _read_state(path))
     return _read_tokenizer(resolve_source(source))
 
 
@@ -203,11 +210,13 @@ def _read_tokenizer(folder: Path) -> Any:
 
 
 def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    check_family(config, str(folder))
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with quiet_libraries():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = auto.from_pretrained(
                 folder,
                 config=config,
                 dtype="auto" if dtype is None else dtype,
@@ -223,15 +232,34 @@ def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Mo
     return model
 
 
-def _load_pickled(path: Path, allow_pickle: bool) -> tuple[nn.Module, Any]:
-    if not allow_pickle:
-        raise InputError(
-            f"{path}: a pickled file can run any code when it is read; "
-            "pass --allow-pickle if you trust where it comes from"
-        )
-    log.warning("%s: reading a pickled file, which can run any code it contains", path)
-    with quiet_libraries():
-        return read_pickled(path)
+def _load_file(path: Path, allow_pickle: bool) -> tuple[nn.Module, Any]:
+    """A file of weights alone; or, when allowed, one that pickles the model itself."""
+    try:
+        saved = read_state(path)
+    except NeedsPickle as error:
+        if not allow_pickle:
+            raise _needs_permission(path, error) from error
+        log.warning("%s: reading a pickled file, which can run any code it contains", path)
+        with quiet_libraries():
+            return read_pickled(path)
+    tokenizer = tokenizer_beside(path, saved)
+    return build(path, saved, tokenizer), tokenizer
+
+
+def _read_state(path: Path) -> SavedState:
+    try:
+        return read_state(path)
+    except NeedsPickle as error:
+        raise _needs_permission(path, error) from error
+
+
+def _needs_permission(path: Path, refusal: NeedsPickle) -> InputError:
+    found = f" ({refusal})" if str(refusal) else ""
+    return InputError(
+        f"{path}: holds more than weights{found}, and a pickled file can run any code when it is "
+        "read; save it again with tensors and numbers only, or pass --allow-pickle if you trust "
+        "where it comes from"
+    )
 
 
 def _first_line(error: BaseException) -> str:

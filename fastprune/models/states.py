@@ -1,0 +1,171 @@
+"""Weights alone in a `.pt` or `.bin` file, as training scripts write them.
+
+Such a file holds a state dict, or `{"model": state dict}` with what else the script kept:
+optimizer, step, val_loss, its own settings. It is read with `weights_only=True`, so it can run no
+code. The tokenizer, and the config of anything but a GPT-2, lie beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.errors import InputError
+from fastprune.models.gpt2 import bare, build_gpt2, is_gpt2
+from fastprune.models.quiet import quiet_libraries
+from fastprune.models.seq2seq import check_family
+
+STATES = ("model", "model_state_dict", "state_dict", "module")
+"""Under which of these a training script keeps the weights."""
+SETTINGS = ("config", "model_args", "model_config")
+GPT2_VOCABULARY = 50257
+
+log = logging.getLogger("fastprune")
+
+
+class NeedsPickle(Exception):
+    """The file holds objects other than tensors, numbers, strings and their containers."""
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Weights by name, and what the script said of the model."""
+
+    weights: dict[str, Tensor]
+    settings: dict[str, Any]
+
+
+def read_state(path: Path) -> SavedState:
+    """What the file `path` holds. Raises InputError when it is broken or holds no weights.
+
+    Raises NeedsPickle when reading it would mean to run code.
+    """
+    try:
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise NeedsPickle(_cause(error)) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: truncated or corrupt ({type(error).__name__}); copy it again"
+        ) from error
+    outer = content if isinstance(content, Mapping) else {}
+    state = next((outer[key] for key in STATES if isinstance(outer.get(key), Mapping)), outer)
+    weights = {
+        key: value.detach().clone()  # the file may be overwritten while the model is used
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if not weights:
+        raise InputError(f"{path}: holds no weights, neither itself nor under {', '.join(STATES)}")
+    settings: dict[str, Any] = {}
+    for key in SETTINGS:
+        if isinstance(outer.get(key), Mapping):
+            settings |= outer[key]
+    said = [f"{k} {outer[k]}" for k in ("step", "iter_num", "val_loss") if k in outer]
+    log.info("%s: %d tensors, %s", path, len(weights), ", ".join(said) or "no step named")
+    if "optimizer" in outer:
+        log.info("%s: its optimizer's state is not used", path)
+    return SavedState(weights, settings)
+
+
+def build(path: Path, saved: SavedState, tokenizer: Any) -> nn.Module:
+    """The model that `saved`, read from `path`, describes. Raises InputError."""
+    beside = _config_beside(path)
+    if is_gpt2(saved.weights):
+        return build_gpt2(saved.weights, beside | saved.settings, tokenizer, str(path))
+    if "model_type" not in beside:
+        raise InputError(
+            f"{path}: not the weights of a GPT-2; put the config.json of its model beside it"
+        )
+    return _build_by_config(path, saved.weights)
+
+
+def tokenizer_beside(path: Path, saved: SavedState) -> Any:
+    """The tokenizer in the folder of `path`; for a GPT-2 also the hub's, where it was fetched once.
+
+    Raises InputError that says what to put there.
+    """
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    folder = path.parent
+    try:
+        with quiet_libraries():
+            if (folder / "tokenizer_config.json").is_file():
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+                return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(f"{folder}: broken tokenizer: {error}") from error
+    if is_gpt2(saved.weights) and _vocabulary(saved) >= GPT2_VOCABULARY:
+        try:
+            with quiet_libraries():
+                return GPT2Tokenizer.from_pretrained("openai-community/gpt2", local_files_only=True)
+        except Exception:  # not in the hub's cache: the message below says what to do
+            log.info("GPT-2's tokenizer is not in the hub's cache either")
+    raise InputError(
+        f"{path}: no tokenizer beside it; copy its tokenizer.json, or vocab.json and merges.txt "
+        "(GPT-2's: from openai-community/gpt2 on the hub), into the same folder"
+    )
+
+
+def _vocabulary(saved: SavedState) -> int:
+    return next(len(value) for key, value in saved.weights.items() if bare(key) == "wte.weight")
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    file = path.with_name("config.json")
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise InputError(f"{file}: broken config: {error}") from error
+    return settings
+
+
+def _build_by_config(path: Path, weights: Mapping[str, Tensor]) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    state = {
+        key.removeprefix("_orig_mod.").removeprefix("module."): value
+        for key, value in weights.items()
+    }
+    dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+    try:
+        with quiet_libraries():
+            config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
+            check_family(config, str(path))
+            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model, found = auto._model_mapping[type(config)].from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
+    except InputError:
+        raise
+    except Exception as error:  # unknown types, shapes that do not fit
+        reason = str(error).strip().splitlines()
+        raise InputError(f"{path}: does not load: {reason[0] if reason else error!r}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{path}: {len(missing)} weights are missing, first {missing[0]}")
+    if unused := sorted(found["unexpected_keys"]):
+        log.warning("%s: %d weights are not used, first %s", path, len(unused), unused[0])
+    return model
+
+
+def _cause(error: BaseException) -> str:
+    """What torch says was refused, out of its page of advice."""
+    text = str(error)
+    start = text.find("Unsupported ")
+    return text[start:].split(" was not an allowed", 1)[0].splitlines()[0] if start >= 0 else ""

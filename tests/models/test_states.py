@@ -1,0 +1,209 @@
+"""A `.pt` of a training script becomes the GPT-2 it was, whatever wrapped it."""
+
+import json
+
+import pytest
+import torch
+from tiny import TEXT, VOCABULARY, saved, tiny_gpt2, tiny_t5, tiny_tokenizer, token_ids
+
+from fastprune import cli
+from fastprune.errors import InputError
+from fastprune.models.load import load_model, load_tokenizer
+from fastprune.models.states import read_state
+
+PROJECTIONS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+SETTINGS = {"n_head": 4, "n_layer": 2, "block_size": 128}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(token_ids()).logits
+
+
+def script_state(model, prefix="", *, linear=True):
+    """The weights of `model` as a nanoGPT-like script keeps them, masks included."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if linear and name.endswith(PROJECTIONS):
+            value = value.t().contiguous()
+        state[prefix + name] = value
+        if name.endswith("c_attn.weight"):
+            mask = name.replace("c_attn.weight", "bias")
+            state[prefix + mask] = torch.ones(1, 1, 128, 128)
+    return state
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "module."])
+def test_a_checkpoint_of_a_script_is_the_model_it_was(folder, prefix, linear, caplog):
+    model = tiny_gpt2()
+    content = {
+        "model": script_state(model, prefix, linear=linear),
+        "optimizer": {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.ones(3)}}},
+        "step": 700,
+        "val_loss": 3.25,
+        "config": SETTINGS,
+    }
+    torch.save(content, folder / "model_00700.pt")
+    loaded, tokenizer = load_model(folder / "model_00700.pt")
+    assert torch.equal(logits(loaded), logits(model))
+    assert not loaded.training
+    assert tokenizer(TEXT).input_ids == tiny_tokenizer()(TEXT).input_ids
+    assert "step 700, val_loss 3.25" in caplog.text
+    assert load_model(folder / "model_00700.pt", dtype="bf16")[0].dtype == torch.bfloat16
+    assert load_tokenizer(folder / "model_00700.pt")(TEXT).input_ids == tokenizer(TEXT).input_ids
+
+
+def test_names_may_lack_the_outer_module(folder):
+    model = tiny_gpt2()
+    state = {k.removeprefix("transformer."): v for k, v in script_state(model).items()}
+    del state["lm_head.weight"]  # tied to the embedding
+    torch.save({"model_args": SETTINGS, **state}, folder / "bare.pt")
+    torch.save({"state_dict": state, "model_args": SETTINGS}, folder / "inner.pt")
+    assert torch.equal(logits(load_model(folder / "inner.pt")[0]), logits(model))
+    assert torch.equal(logits(load_model(folder / "bare.pt")[0]), logits(model))
+
+
+def test_a_head_of_its_own_stays_its_own(folder):
+    model = tiny_gpt2(tie_word_embeddings=False)
+    torch.save({"model": script_state(model), "config": SETTINGS}, folder / "m.pt")
+    loaded, _ = load_model(folder / "m.pt")
+    assert not loaded.config.tie_word_embeddings
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_missing_biases_are_zeros(folder):
+    model = tiny_gpt2()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    state = {k: v for k, v in script_state(model).items() if "mask" in k or not k.endswith("bias")}
+    torch.save({"model": state, "model_args": SETTINGS}, folder / "m.pt")
+    assert torch.equal(logits(load_model(folder / "m.pt")[0]), logits(model))
+
+
+def test_a_vocabulary_rounded_up_stays_but_is_never_written(folder, tmp_path):
+    model = tiny_gpt2(vocab_size=320)
+    with torch.no_grad():  # a token of the padding would always win
+        model.transformer.wte.weight[310] = model.transformer.wte.weight.abs().max()
+    torch.save({"model": script_state(model), "config": SETTINGS}, folder / "m.pt")
+    loaded, tokenizer = load_model(folder / "m.pt")
+    assert loaded.config.vocab_size == 320
+    assert torch.equal(logits(loaded), logits(model))
+    output = loaded.generate(token_ids(1, 8), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert int(output.max()) < len(tokenizer) == VOCABULARY
+
+
+def test_heads_are_counted_by_their_usual_size_or_the_config_beside(folder, caplog):
+    wide = tiny_gpt2(n_embd=128, n_head=2)
+    torch.save(script_state(wide), folder / "m.pt")
+    assert torch.equal(logits(load_model(folder / "m.pt")[0]), logits(wide))
+    assert "2 of size 64 taken" in caplog.text
+    narrow = tiny_gpt2(n_embd=48, n_head=3, activation_function="gelu")
+    torch.save(script_state(narrow), folder / "n.pt")
+    with pytest.raises(InputError, match="n_head"):
+        load_model(folder / "n.pt")
+    settings = {"n_head": 3, "activation_function": "gelu"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert torch.equal(logits(load_model(folder / "n.pt")[0]), logits(narrow))
+
+
+def test_other_models_need_their_config_beside(folder):
+    model = tiny_t5()
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save(state, folder / "chat_t5.best.bin")
+    with pytest.raises(InputError, match=r"put the config\.json of its model beside it"):
+        load_model(folder / "chat_t5.best.bin")
+    model.config.save_pretrained(folder)
+    loaded, _ = load_model(folder / "chat_t5.best.bin")
+    ids = token_ids()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, labels=ids).logits, model(ids, labels=ids).logits)
+    del state["module.decoder.final_layer_norm.weight"]
+    torch.save(state, folder / "chat_t5.best.bin")
+    with pytest.raises(InputError, match=r"1 weights are missing, first decoder\.final_layer_norm"):
+        load_model(folder / "chat_t5.best.bin")
+
+
+class Config:
+    """What a script's own settings object is to whoever reads its checkpoint."""
+
+
+def refusals():
+    state = script_state(tiny_gpt2())
+    cut = {k: v for k, v in state.items() if "h.1.mlp.c_fc.weight" not in k}
+    odd = state | {"transformer.h.1.mlp.c_fc.weight": torch.ones(3, 5)}
+    strange = state | {"transformer.h.0.attn.c_attn.weight": torch.ones(64, 64)}
+    yield "objects", {"model": state, "config": Config()}, r"holds more than weights .*Config"
+    yield "nothing", {"step": 3}, "holds no weights"
+    yield "missing", {"model": cut, "config": SETTINGS}, r"1 weights are missing, .*h\.1\.mlp\.c_fc"
+    yield "shape", {"model": odd, "config": SETTINGS}, "fits no GPT-2"
+    yield "strange", {"model": strange, "config": SETTINGS}, "fits no GPT-2"
+    yield "heads", {"model": state, "config": {"n_head": 5}}, "do not make 5 heads"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [pytest.param(*r[1:], id=r[0]) for r in refusals()]
+)
+def test_what_is_not_a_gpt2_is_refused(folder, content, message):
+    torch.save(content, folder / "m.pt")
+    with pytest.raises(InputError, match=message) as error:
+        load_model(folder / "m.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_files_are_refused(folder):
+    torch.save({"model": script_state(tiny_gpt2())}, folder / "m.pt")
+    whole = (folder / "m.pt").read_bytes()
+    (folder / "m.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="truncated or corrupt"):
+        load_model(folder / "m.pt")
+    (folder / "m.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="truncated or corrupt"):
+        load_model(folder / "m.pt")
+
+
+def test_tokenizers(tmp_path):
+    torch.save({"model": script_state(tiny_gpt2()), "config": SETTINGS}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match=r"vocab\.json and merges\.txt"):
+        load_model(tmp_path / "m.pt")
+    settings = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    vocabulary = dict(settings["vocab"])
+    vocabulary["<|endoftext|>"] = vocabulary.pop("<|end|>")
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = "\n".join(" ".join(pair) for pair in settings["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    model, tokenizer = load_model(tmp_path / "m.pt")
+    assert tokenizer(TEXT).input_ids == tiny_tokenizer()(TEXT).input_ids
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    vocabulary |= {f"more{i}": VOCABULARY + i for i in range(9)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(InputError, match="309 tokens, the model only 300"):
+        load_model(tmp_path / "m.pt")
+
+
+def test_the_file_may_change_once_it_is_read(folder):
+    torch.save({"model": script_state(tiny_gpt2())}, folder / "m.pt")
+    weights = read_state(folder / "m.pt").weights
+    before = {name: value.clone() for name, value in weights.items()}
+    with (folder / "m.pt").open("r+b") as file:
+        file.write(b"\0" * (folder / "m.pt").stat().st_size)
+    assert all(torch.equal(weights[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_every_command_but_prune_takes_it(tmp_path, capsys, kind):
+    model = saved(tmp_path / kind, tiny_gpt2() if kind == "gpt2" else tiny_t5())
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    text = ["--text", str(tmp_path / "text.txt"), "--seq-len", "32", "--windows", "2"]
+    assert cli.main(["eval", str(model), *text]) == 0
+    assert cli.main(["generate", str(model), "--prompt", "The river", "--max-new-tokens", "5"]) == 0
+    capsys.readouterr()
+    assert cli.main(["prune", str(model), "--ratio", "0.2", "--out", str(tmp_path / "out")]) == 2
+    assert "fastprune prunes llama" in capsys.readouterr().err
