@@ -66,6 +66,12 @@ COMMANDS = {
         "fastprune.inspect.generate:ChatConfig",
         "fastprune.inspect.generate:run_chat",
     ),
+    "merge": Command(
+        "write a LoRA adapter into the model it was trained on",
+        "fastprune.recover.merge:MergeConfig",
+        "fastprune.recover.merge:run_merge",
+        "fastprune.report.tables:show_merge",
+    ),
     "compare": Command(
         "pruning runs side by side: a table and a Pareto plot",
         "fastprune.report.compare:CompareConfig",

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class SamplingConfig(CommonConfig):
     """stop after this many tokens"""
     temperature: float = 0.0
     """0 takes the likeliest token each time; higher draws more freely"""
+    adapter: Path | None = None
+    """folder with a LoRA adapter, put onto the model without being merged"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
 
@@ -202,7 +205,11 @@ def chat(
 
 def _load(config: SamplingConfig) -> tuple[nn.Module, Any]:
     return load_model(
-        config.model, dtype=config.dtype, device=config.device, allow_pickle=config.allow_pickle
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        allow_pickle=config.allow_pickle,
+        adapter=config.adapter,
     )
 
 

@@ -70,6 +70,8 @@ class EvalConfig(CommonConfig):
     """number of windows, from the start of the text; fewer where the text is shorter"""
     batch_size: int | None = None
     """windows per forward pass (default: about 2048 tokens)"""
+    adapter: Path | None = None
+    """folder with a LoRA adapter, evaluated on the model without being merged"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
 
@@ -80,7 +82,11 @@ def run_eval(config: EvalConfig) -> Perplexity:
         raise InputError(f"the batch size must be at least 1, got {config.batch_size}")
     documents = load_documents(config.text)
     model, tokenizer = load_model(
-        config.model, dtype=config.dtype, device=config.device, allow_pickle=config.allow_pickle
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        allow_pickle=config.allow_pickle,
+        adapter=config.adapter,
     )
     check_positions(model, "--seq-len", config.seq_len)
     windows = text_windows(tokenizer, documents, config.seq_len, config.windows)

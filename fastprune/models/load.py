@@ -43,12 +43,14 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
+    adapter: str | Path | None = None,
 ) -> tuple[nn.Module, Any]:
     """The language model and the tokenizer that `source` names, ready for inference.
 
     `dtype` auto keeps the dtype of the checkpoint (float32 for a `.gguf` file). `allow_pickle`
-    reads a foreign `.bin` file, which may run any code it contains. Raises InputError when the
-    source is missing, incomplete or broken.
+    reads a foreign `.bin` file, which may run any code it contains. `adapter` is a folder with a
+    LoRA adapter, put onto the model unmerged. Raises InputError when the source is missing,
+    incomplete or broken, or is not the model the adapter was trained on.
     """
     wanted = _dtype(dtype)
     target = resolve_device(device) if isinstance(device, str) else device
@@ -59,7 +61,12 @@ def load_model(
             model = model.to(wanted)
     else:
         model, tokenizer = _load_resolved(source, wanted)
-    return model.to(target).eval(), tokenizer
+    model = model.to(target).eval()
+    if adapter is not None:
+        from fastprune.models.adapter import load_adapter  # peft takes a second to import
+
+        model = load_adapter(model, adapter)
+    return model, tokenizer
 
 
 def load_config(source: str | Path) -> Any:

@@ -59,6 +59,21 @@ def show_eval(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def show_merge(result: dict[str, Any]) -> None:
+    """What was merged, and how far the logits moved in each dtype they were compared in."""
+    table = _table("", "")
+    table.add_row("parameters", format.count(result["params"]["model"]))
+    table.add_row("of the adapter", format.count(result["params"]["adapter"]))
+    for agreement in result["agreement"]:
+        error = f"{agreement['relative_error']:.1e} (allowed {agreement['tolerance']:g})"
+        table.add_row(f"change of the logits, {agreement['dtype']}", error)
+        same = format.percent(agreement["same_choice"])
+        table.add_row(f"same next token, {agreement['dtype']}", same)
+    out = Console()
+    out.print(table)
+    out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
+
+
 def show_compare(result: dict[str, Any]) -> None:
     """One line a run, a perplexity column for each text it was measured on."""
     texts = [(m["text"], m["seq_len"], m["windows"]) for m in result["measurements"]]

@@ -1,0 +1,194 @@
+"""`fastprune merge`: an adapter written into the weights it was trained beside.
+
+Weights and adapter are added in fp32, whatever the checkpoint's dtype. Then the merged model is
+compared with the unmerged one on text: once in fp32, which checks the merge itself, and once with
+the merged weights rounded as they will be written, which checks what the user gets. Nothing is
+written unless both agree.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tyro.conf import Positional
+
+from fastprune.config import CommonConfig, resolve_device
+from fastprune.data.text import BUILTIN, load_documents
+from fastprune.errors import NumericalError
+from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
+from fastprune.models.adapter import load_adapter, read_fingerprint
+from fastprune.models.checkpoint import RECORDS, check_out, save_checkpoint, staged
+from fastprune.models.load import load_model
+from fastprune.models.quiet import quiet_libraries
+from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+"""Relative error of the logits, ‖merged − unmerged‖ / ‖unmerged‖, that is allowed.
+
+fp32: the same terms in another order, 10⁻⁷ a product, through the layers. fp16 and bf16: every
+merged weight is rounded to 11 or 8 bits, by 10⁻⁴ or 10⁻³ of itself on average, in every product of
+every layer; errors of that size add up as their squares do and grow on the way through the model.
+"""
+SAMPLE_WINDOWS, SAMPLE_LENGTH = 2, 128
+
+log = logging.getLogger("fastprune")
+
+
+@dataclass(kw_only=True)
+class MergeConfig(CommonConfig):
+    """Write a LoRA adapter into the model it was trained on, and check that logits stay as they
+    were."""
+
+    model: Positional[str]
+    """the adapter's base: Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
+    adapter: Path
+    """folder with the adapter (adapter_config.json, adapter_model.safetensors)"""
+    out: Path
+    """directory of the merged checkpoint"""
+    overwrite: bool = False
+    """replace an earlier checkpoint in --out"""
+    allow_pickle: bool = False
+    """read a pickled .bin file; it can run any code it contains"""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the merged model's logits are from the unmerged model's."""
+
+    dtype: str
+    """the weights of the merged model; the unmerged one's, and all products, are fp32"""
+    tokens: int
+    relative_error: float
+    """‖merged − unmerged‖ / ‖unmerged‖ over all logits"""
+    tolerance: float
+    largest_error: float
+    """of one logit"""
+    same_choice: float
+    """share of the tokens after which both find the same next token likeliest"""
+
+
+def run_merge(config: MergeConfig) -> dict[str, Any]:
+    """Load, merge, verify and save: the `merge` command; returns what metrics.json holds.
+
+    Raises InputError when the adapter is not this model's, and NumericalError when the merged
+    weights are not finite or the logits disagree; `config.out` is complete or untouched.
+    """
+    check_out(config.out, config.overwrite)
+    clock = Clock()
+    with RunLog() as run_log:
+        with clock("load"):
+            model, tokenizer = load_model(
+                config.model,
+                dtype=config.dtype,
+                device=config.device,
+                allow_pickle=config.allow_pickle,
+            )
+            adapted = load_adapter(model, config.adapter)
+            trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
+            windows = _sample(model, tokenizer)
+        merged, agreements = merge_adapter(adapted, windows, clock)
+        metrics = {
+            "model": config.model,
+            "adapter": str(config.adapter),
+            "base_proven": read_fingerprint(config.adapter.expanduser()) is not None,
+            "params": {
+                "model": sum(p.numel() for p in merged.parameters()),
+                "adapter": trained,
+            },
+            "dtype": agreements[-1].dtype,
+            "agreement": [asdict(agreement) for agreement in agreements],
+            "peak_memory_bytes": peak_memory_bytes(resolve_device(config.device)),
+            "versions": versions(),
+            "command": command_line(),
+            "settings": settings(config),
+        }
+        with staged(config.out, config.overwrite) as directory:
+            with clock("save"):
+                save_checkpoint(merged, tokenizer, directory)
+            metrics["seconds"] = clock.totals(("load", "merge", "verify", "save"))
+            records = directory / RECORDS
+            records.mkdir()
+            write_json(records / "metrics.json", metrics)
+            run_log.save(records / "run.log")
+    return {**metrics, "out": str(config.out)}
+
+
+@torch.no_grad()
+def merge_adapter(
+    adapted: nn.Module, windows: Tensor, clock: Clock | None = None
+) -> tuple[nn.Module, list[Agreement]]:
+    """The model in which the adapter of the PeftModel `adapted` is part of the weights.
+
+    `adapted` is taken apart. The result has the base's dtype; `windows` (n, s) are the token ids on
+    which its logits are compared with the unmerged ones, and the second value says how they agree,
+    in fp32 and in the base's dtype. The weights stand in fp32 meanwhile. Raises NumericalError when
+    they do not agree, or the merged weights are not finite.
+    """
+    clock = clock or Clock()
+    dtype = adapted.get_base_model().get_input_embeddings().weight.dtype
+    adapted = adapted.eval().float()
+    with clock("verify"):
+        unmerged = _logits(adapted, windows)
+    with clock("merge"), quiet_libraries():
+        try:
+            merged = adapted.merge_and_unload(safe_merge=True)
+        except ValueError as error:  # peft's safe_merge found one
+            raise NumericalError(
+                "the merged weights hold NaN or Inf: the adapter or the model is broken; nothing "
+                "was written"
+            ) from error
+    merged.requires_grad_(False)
+    agreements = []
+    with clock("verify"):
+        agreements.append(_agreement(merged, windows, unmerged, torch.float32))
+        if dtype != torch.float32:
+            for parameter in merged.parameters():
+                parameter.copy_(parameter.to(dtype))  # rounded as it will be written
+            agreements.append(_agreement(merged, windows, unmerged, dtype))
+    for parameter in merged.parameters():  # not the buffers: rotary frequencies stay fp32
+        parameter.data = parameter.data.to(dtype)
+    return merged, agreements
+
+
+def _sample(model: nn.Module, tokenizer: Any) -> Tensor:
+    """Token windows to compare logits on: running text, as far as the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", None) or SAMPLE_LENGTH
+    length = min(SAMPLE_LENGTH, positions)
+    return text_windows(tokenizer, load_documents(BUILTIN), length, SAMPLE_WINDOWS)
+
+
+def _logits(model: nn.Module, windows: Tensor) -> Tensor:
+    ids = windows.to(next(model.parameters()).device)
+    inputs = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return model(**inputs, use_cache=False).logits
+
+
+def _agreement(
+    merged: nn.Module, windows: Tensor, unmerged: Tensor, dtype: torch.dtype
+) -> Agreement:
+    logits = _logits(merged, windows)
+    difference = logits - unmerged
+    error = (difference.norm() / unmerged.norm()).item()
+    name = str(dtype).removeprefix("torch.")
+    found = Agreement(
+        dtype=name,
+        tokens=windows.numel(),
+        relative_error=error,
+        tolerance=TOLERANCES[dtype],
+        largest_error=difference.abs().max().item(),
+        same_choice=(logits.argmax(-1) == unmerged.argmax(-1)).double().mean().item(),
+    )
+    log.info("merged in %s: logits differ by %.1e of their size", name, error)
+    if not error <= found.tolerance:  # not a number fails too
+        raise NumericalError(
+            f"merged and unmerged logits differ by {error:.1e} of their size in {name}, more than "
+            f"rounding explains ({found.tolerance:g}); nothing was written"
+        )
+    return found
