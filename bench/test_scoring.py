@@ -12,7 +12,8 @@ import sys
 import pytest
 import torch
 
-from fastprune.data.text import BUILTIN, load_documents, sample_windows, token_stream
+from fastprune.data.records import BUILTIN
+from fastprune.data.text import load_documents, sample_windows, token_stream
 from fastprune.inspect.perplexity import peak_memory_bytes
 from fastprune.models.load import load_model
 from fastprune.prune.importance import score

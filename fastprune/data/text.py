@@ -1,8 +1,7 @@
 """TEXT on the command line to token windows.
 
-TEXT is a path (`.txt .jsonl .json .parquet .csv`, or a folder of them), `hf:NAME[:CONFIG[:SPLIT]]`,
-a short name, `builtin:pydocs`, or several of these joined by commas. Every figure that depends on a
-text says in which windows it was read, so the text is one stream: documents joined by a blank line.
+TEXT is what `data.records` reads. Every figure that depends on a text says in which windows it was
+read, so the text is one stream: documents joined by a blank line.
 
 Windows from the start read several sources one after the other; windows drawn by a seed
 (`sample_mix`) come in equal shares from all of them, whatever their lengths.
@@ -10,10 +9,7 @@ Windows from the start read several sources one after the other; windows drawn b
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,23 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprune.data.records import read_source, source_names
 from fastprune.errors import InputError
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
-BUILTIN = "builtin:pydocs"
-SHORT_NAMES = {
-    "wikitext2": "hf:Salesforce/wikitext:wikitext-2-raw-v1:test",
-    "ptb": "hf:ptb-text-only/ptb_text_only:penn_treebank:test",
-    "c4": "hf:allenai/c4:en:validation",
-    "alpaca-cleaned": "hf:yahma/alpaca-cleaned::train",
-    "dolly-15k": "hf:databricks/databricks-dolly-15k::train",
-}
-SCRIPTED = ("ptb-text-only/ptb_text_only",)
-"""Data sets whose own form is a script, which datasets 4 no longer runs: the hub's copy is read."""
 CHARACTERS_PER_TOKEN = 6  # more than English takes, so that one try is enough
 EDGE_TOKENS = 64  # the last tokens before a cut may differ from those of the whole text
-MAX_STREAMED_ROWS = 20_000
-"""Rows taken of a hub data set: c4 alone has hundreds of millions."""
 
 TEXT_FIELDS = ("text", "content", "sentence", "document")
 """Fields that hold a whole document, in the order they are looked for."""
@@ -64,11 +48,9 @@ def load_sources(spec: str | Path) -> dict[str, list[str]]:
 
     Raises InputError for a source that is missing, unreadable, binary, or empty.
     """
-    name = str(spec)
-    parts = [name] if name and Path(name).exists() else [part.strip() for part in name.split(",")]
     sources: dict[str, list[str]] = {}
-    for part in dict.fromkeys(parts):
-        sources[part] = [text for text in _source(part) if text.strip()]
+    for part in source_names(spec):
+        sources[part] = [text for text in _documents(part) if text.strip()]
         if not sources[part]:
             raise InputError(f"{part}: no text in it")
     return sources
@@ -163,110 +145,16 @@ def _tokenise(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(encoded, dtype=torch.long)
 
 
-def _source(spec: str) -> Iterator[str]:
-    if not spec.strip():
-        raise InputError("an empty name stands where a text is expected")
-    if spec == BUILTIN:
-        return _pydocs()
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
-        return _file(path)
-    if spec in SHORT_NAMES or spec.startswith("hf:"):
-        return _hub(SHORT_NAMES.get(spec, spec))
-    raise InputError(
-        f"text {spec!r}: no such file or folder; give a path, hf:NAME[:CONFIG[:SPLIT]], "
-        f"{BUILTIN}, or one of {', '.join(SHORT_NAMES)}"
-    )
+def _documents(name: str) -> Iterator[str]:
+    pieces: list[str] = []
+    for record in read_source(name):
+        pieces.append(document(record.value, record.where))
+        if not record.more:
+            yield "".join(pieces)
+            pieces.clear()
 
 
-def _pydocs() -> Iterator[str]:
-    """The Python language reference that the standard library carries, about 0.7 MB."""
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield topics[name]
-
-
-def _folder(folder: Path) -> Iterator[str]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-    if not files:
-        raise InputError(f"{folder}: no {' '.join(SUFFIXES)} files in this folder")
-    for file in files:
-        yield from _file(file)
-
-
-def _file(path: Path) -> Iterator[str]:
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
-    return readers.get(path.suffix, _plain)(path)
-
-
-def _read(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if b"\0" in content:
-        raise InputError(f"{path}: not text (it has zero bytes)")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start} is wrong)") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # or line ends would count as tokens
-
-
-def _plain(path: Path) -> Iterator[str]:
-    yield _read(path)
-
-
-def _jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}: line {number} is not JSON: {error}") from error
-            yield _document(record, f"{path}: line {number}")
-
-
-def _json(path: Path) -> Iterator[str]:
-    try:
-        content = json.loads(_read(path))
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if isinstance(content, dict):  # one record, or {"data": [records]}
-        lists = [value for value in content.values() if isinstance(value, list)]
-        content = lists[0] if len(lists) == 1 else [content]
-    for number, record in enumerate(content if isinstance(content, list) else [content], start=1):
-        yield _document(record, f"{path}: record {number}")
-
-
-def _csv(path: Path) -> Iterator[str]:
-    csv.field_size_limit(sys.maxsize)
-    for number, record in enumerate(csv.DictReader(_read(path).splitlines(True)), start=1):
-        yield _document(record, f"{path}: record {number}")
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise InputError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
-    try:
-        file = parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield _document(record, f"{path}: record {number}")
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file, or damaged") from error
-
-
-def _document(record: Any, where: str) -> str:
+def document(record: Any, where: str) -> str:
     """The text of one record: itself, its text field, or the parts of an instruction."""
     if isinstance(record, str):
         return record
@@ -282,28 +170,3 @@ def _document(record: Any, where: str) -> str:
     if not any(texts):
         raise InputError(f"{where}: no field named {', '.join(TEXT_FIELDS)} or instruction")
     return "\n".join(text for text in texts if text)
-
-
-def _hub(spec: str) -> Iterator[str]:
-    name, config, split = (*spec.removeprefix("hf:").split(":"), "", "")[:3]
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(
-            f"text {spec!r} comes from the hub and needs the package datasets: "
-            f"pip install datasets; or give a local file, or {BUILTIN}"
-        ) from error
-    source: dict[str, Any] = {"path": name, "name": config or None, "split": split or "train"}
-    if name in SCRIPTED:
-        copy = f"hf://datasets/{name}@refs/convert/parquet/{config}/{split}/*.parquet"
-        source = {"path": "parquet", "data_files": copy, "split": "train"}
-    try:
-        rows = load_dataset(**source, streaming=True)
-        records = list(rows.take(MAX_STREAMED_ROWS))
-    except Exception as error:  # the hub client raises errors of four libraries
-        raise InputError(
-            f"text {spec!r} could not be fetched from the hub ({type(error).__name__}); "
-            f"check the name and the network, or give a local file, or {BUILTIN}"
-        ) from error
-    for number, record in enumerate(records, start=1):
-        yield _document(record, f"{spec}: record {number}")

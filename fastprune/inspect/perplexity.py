@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
-from fastprune.data.text import BUILTIN, eval_windows, load_documents, token_stream
+from fastprune.data.records import BUILTIN
+from fastprune.data.text import eval_windows, load_documents, token_stream
 from fastprune.errors import InputError, NumericalError
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from fastprune.models.quiet import quiet_libraries
 from fastprune.progress import stage
 
 LAYOUT = "2"  # raise when the conversion changes, so that older copies are left alone
-STALE_SECONDS = 24 * 3600  # a conversion that takes longer than this has been killed
+UNFINISHED = "unfinished-"
+STALE_SECONDS = 24 * 3600  # what takes longer than this to write has been killed
 
 
 def cache_directory() -> Path:
@@ -36,24 +38,34 @@ def cache_directory() -> Path:
 
 
 def convert_gguf(path: Path) -> Path:
-    """The Hugging Face folder (float32 weights, tokenizer) made from the `.gguf` file `path`.
-
-    Safe against concurrent callers: each writes a folder of its own, and a rename decides.
-    """
+    """The Hugging Face folder (float32 weights, tokenizer) made from the `.gguf` file `path`."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{path}: not a GGUF file")
         file.seek(0)
         key = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    target = cache_directory() / f"gguf-{LAYOUT}-{key}"
+
+    def save(folder: Path) -> None:
+        with stage(f"converting {path.name} (once)"):
+            _save_dequantised(path, folder)
+
+    return cached_folder(f"gguf-{LAYOUT}-{key}", save)
+
+
+def cached_folder(name: str, write: Callable[[Path], None], root: Path | None = None) -> Path:
+    """The folder `name` in the cache, or in `root`; `write` fills it where it is not there yet.
+
+    Whole or not at all, and safe against concurrent callers: each writes a folder of its own, and
+    a rename decides.
+    """
+    target = (root or cache_directory()) / name
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target.parent)
-    work = Path(tempfile.mkdtemp(prefix="converting-", dir=target.parent))
+    work = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent))
     try:
-        with stage(f"converting {path.name} (once)"):
-            _save_dequantised(path, work)
+        write(work)
         try:
             work.rename(target)
         except OSError:  # another process was first: its folder is as good as ours
@@ -73,7 +85,7 @@ def discard(folder: Path) -> bool:
 
 
 def _remove_stale(directory: Path) -> None:
-    for leftover in directory.glob("converting-*"):
+    for leftover in directory.glob(f"{UNFINISHED}*"):
         if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(leftover, ignore_errors=True)
 

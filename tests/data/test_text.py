@@ -10,9 +10,8 @@ import torch
 from pyarrow import parquet
 from tiny import TEXT, tiny_tokenizer
 
+from fastprune.data.records import BUILTIN, SHORT_NAMES
 from fastprune.data.text import (
-    BUILTIN,
-    SHORT_NAMES,
     eval_windows,
     load_documents,
     load_sources,
