@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.logging import RichHandler
 
+from fastprune import distributed
 from fastprune.config import CommonConfig, apply
 from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
@@ -127,6 +128,8 @@ def _call(command: Command, config: CommonConfig) -> None:
         result = result.to_dict()
     elif is_dataclass(result) and not isinstance(result, type):
         result = asdict(result)
+    if distributed.rank() > 0:  # torchrun started several; the first one speaks
+        return
     if config.json is not None:
         write_json(config.json, result)
     if command.show is not None and not config.quiet:
@@ -165,7 +168,8 @@ def _overview() -> str:
 def _complain(message: str, verbose: bool) -> None:
     if verbose:
         traceback.print_exc()
-    print(f"fastprune: {message}", file=sys.stderr)
+    process = f" (process {distributed.rank()})" if distributed.rank() else ""
+    print(f"fastprune{process}: {message}", file=sys.stderr)
 
 
 def _log_to_stderr(config: CommonConfig) -> None:
@@ -173,7 +177,8 @@ def _log_to_stderr(config: CommonConfig) -> None:
 
     The logger itself stays at INFO, for the run log of commands that keep one.
     """
-    console.quiet = config.quiet
+    quiet = config.quiet or distributed.rank() > 0
+    console.quiet = quiet
     if console.is_terminal:
         handler: logging.Handler = RichHandler(
             console=console, show_time=False, show_level=False, show_path=False
@@ -181,7 +186,7 @@ def _log_to_stderr(config: CommonConfig) -> None:
     else:
         handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    if config.quiet:
+    if quiet:
         handler.setLevel(logging.ERROR)
     elif not config.verbose:
         handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name == progress_log.name)
@@ -195,7 +200,7 @@ def _log_to_stderr(config: CommonConfig) -> None:
     ]
     if not config.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if config.quiet or not console.is_terminal:
+    if quiet or not console.is_terminal:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 

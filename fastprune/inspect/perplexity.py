@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tyro.conf import Positional
 
+from fastprune import distributed
 from fastprune.config import CommonConfig
 from fastprune.data.records import BUILTIN
 from fastprune.data.text import eval_windows, load_documents, token_stream
@@ -125,6 +126,7 @@ def evaluate(
     exp of the mean negative log-likelihood over all n * (s - 1) scored tokens, summed in float64.
     The encoder of a T5 reads the first half of a window, and the second half is scored. Not a
     number, or infinite, when the model's output is: the caller decides what that means.
+    Where several processes share the work, each runs its own batches.
     """
     device = next(model.parameters()).device
     decoder, head = decoder_and_head(model)
@@ -134,7 +136,7 @@ def evaluate(
     tokens = 0
     start = time.perf_counter()
     try:
-        for batch in track(batches(windows, batch_size), description):
+        for batch in track(distributed.share(batches(windows, batch_size)), description):
             ids = batch.to(device)
             if is_seq2seq(model):
                 hidden, labels = response_states(model, *halves(ids))
@@ -145,7 +147,8 @@ def evaluate(
             tokens += scored
     finally:
         model.train(training)
-    return measured(total, windows, start, tokens)
+    distributed.sum_(total)
+    return measured(total, windows, start, round(distributed.sums([tokens])[0]))
 
 
 def batches(windows: Tensor, batch_size: int | None = None) -> Sequence[Tensor]:

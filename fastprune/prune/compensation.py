@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastprune import distributed
 from fastprune.models.blocks import Blocks
 from fastprune.models.families import attention_slices, mlp_slices
 from fastprune.precision import fast_forward
@@ -67,6 +68,11 @@ class Moments:
         self.sums += x.sum(0)
         self.count += x.shape[0]
 
+    def add_others(self) -> None:
+        """Account for what the other processes have seen as well."""
+        distributed.sum_(self.squares, self.sums)
+        self.count = round(distributed.sums([self.count])[0])
+
     def centred(self) -> Tensor:
         """Σ (x − mean)(x − mean)ᵀ: what is left to a layer whose bias absorbs the mean."""
         return self.squares - torch.outer(self.sums, self.sums) / max(self.count, 1)
@@ -94,14 +100,19 @@ class _Stop(Exception):
 
 
 class Prefix:
-    """The calibration hidden states at the front of the pruned prefix, kept on the host."""
+    """The calibration hidden states at the front of the pruned prefix, kept on the host.
+
+    Each process keeps those of its own batches and counts their moments; refits are the same in
+    all of them.
+    """
 
     def __init__(self, model: nn.Module, windows: Tensor, batch_size: int | None) -> None:
         self.blocks = Blocks(model)
         self.device = next(model.parameters()).device
         size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
         batches = windows.split(size)
-        self.hidden = [self.blocks.embed(ids.to(self.device)).cpu() for ids in batches]
+        self.numbers = distributed.share(range(len(batches)))
+        self.hidden = [self.blocks.embed(batches[n].to(self.device)).cpu() for n in self.numbers]
         self.held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}
 
     def refit(self, kept: LayerPlan) -> list[Refit]:
@@ -148,12 +159,14 @@ class Prefix:
 
         handle = linear.register_forward_pre_hook(see)
         try:
-            for number, hidden in enumerate(self.hidden):
+            for number, hidden in zip(self.numbers, self.hidden, strict=True):
                 into = test if number in self.held_out else fit
                 with contextlib.suppress(_Stop), fast_forward(self.device, hidden.dtype):
                     self.blocks.run(index, hidden.to(self.device))
         finally:
             handle.remove()
+        fit.add_others()
+        test.add_others()
         return (fit, test) if fit.count else (test, test)
 
     def advance(self, index: int) -> None:

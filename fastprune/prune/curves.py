@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.models.blocks import Blocks
@@ -72,7 +73,11 @@ def measure_curves(
     size = max(1, BATCH_TOKENS // windows.shape[1])
     judged = max(1, len(windows) // KL_SHARE)
     kl = [blocks.embed(ids.to(device)) for ids in windows[:judged].split(size)]
-    fit = [blocks.embed(ids.to(device)) for ids in windows[judged:].split(size)]
+    batches = windows[judged:].split(size)
+    fit = [blocks.embed(ids.to(device)) for ids in distributed.share(batches)]
+    held_out = distributed.share(
+        [n % HELD_OUT == HELD_OUT - 1 or n == len(batches) - 1 for n in range(len(batches))]
+    )
     known = _Cache(cache, model, windows, scores)
     targets = DenseTargets(head)
     for hidden in kl:
@@ -89,15 +94,23 @@ def measure_curves(
     for index in track(range(len(blocks)), "measuring sublayers"):
         thinnings = _thinnings(decoder_layers(model)[index], sizes[index], scores, index)
         missing = [t for t in thinnings if not known.complete(index, t)]
-        moments = _moments(blocks, index, fit, [t.linear for t in missing])
+        moments = _moments(blocks, index, fit, held_out, [t.linear for t in missing])
+        levels = [
+            (t, removed)
+            for t in missing
+            for removed in t.levels
+            if known.get(index, t.kind, removed) is None
+        ]
+        values = [0.0] * len(levels)
+        for n in distributed.share(range(len(levels))):  # a level is measured by one process
+            t, removed = levels[n]
+            values[n] = _changed(t, removed, moments[t.linear], partial(divergence, index))
+        for (t, removed), value in zip(levels, distributed.sums(values), strict=True):
+            known.put(index, t.kind, removed, value)
         for t in thinnings:
             points = {0: 0.0}
             for removed in t.levels:
-                value = known.get(index, t.kind, removed)
-                if value is None:
-                    value = _changed(t, removed, moments[t.linear], partial(divergence, index))
-                    known.put(index, t.kind, removed, value)
-                points[removed] = max(value, *points.values())
+                points[removed] = max(known.value(index, t.kind, removed), *points.values())
             curves.append(Curve(index, t.kind, tuple(points), tuple(points.values())))
         known.save()
         for states in (kl, fit):
@@ -158,25 +171,32 @@ def _thinning(
 
 
 def _moments(
-    blocks: Blocks, index: int, states: list[Tensor], linears: list[nn.Linear]
+    blocks: Blocks,
+    index: int,
+    states: list[Tensor],
+    held_out: list[bool],
+    linears: list[nn.Linear],
 ) -> dict[nn.Linear, tuple[Moments, Moments]]:
     """Moments of the inputs of ``linears`` in layer ``index``: to fit, and held out."""
-    device = states[0].device
     found = {
-        linear: tuple(Moments(linear.in_features, device) for _ in range(2)) for linear in linears
+        linear: tuple(Moments(linear.in_features, linear.weight.device) for _ in range(2))
+        for linear in linears
     }
-    held_out = False
+    side = 0
 
     def see(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        found[linear][held_out].add(inputs[0])
+        found[linear][side].add(inputs[0])
 
     handles = [linear.register_forward_pre_hook(see) for linear in linears]
-    for number, hidden in enumerate(states if linears else []):
-        held_out = number % HELD_OUT == HELD_OUT - 1 or number == len(states) - 1
-        with fast_forward(device, hidden.dtype):
+    for hidden, judges in zip(states, held_out, strict=True) if linears else ():
+        side = int(judges)
+        with fast_forward(hidden.device, hidden.dtype):
             blocks.run(index, hidden)
     for handle in handles:
         handle.remove()
+    for moments in found.values():
+        for m in moments:
+            m.add_others()
     return {linear: (a, b) if a.count else (b, b) for linear, (a, b) in found.items()}
 
 
@@ -194,9 +214,13 @@ class _Cache:
                 log.warning("%s does not hold measured levels; measuring anew", self.path)
             else:
                 log.info("%d measured levels read from %s", len(self.values), self.path)
+        self.values = distributed.from_first(self.values)
 
     def get(self, layer: int, kind: str, removed: int) -> float | None:
         return self.values.get(f"{layer} {kind} {removed}")
+
+    def value(self, layer: int, kind: str, removed: int) -> float:
+        return self.values[f"{layer} {kind} {removed}"]
 
     def complete(self, layer: int, t: _Thinning) -> bool:
         return all(self.get(layer, t.kind, removed) is not None for removed in t.levels)
@@ -205,7 +229,7 @@ class _Cache:
         self.values[f"{layer} {kind} {removed}"] = value
 
     def save(self) -> None:
-        if self.path is not None:
+        if self.path is not None and distributed.rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.values)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fastprune import distributed
 from fastprune.errors import NumericalError
 from fastprune.inspect.perplexity import decoder_and_head, loss_and_hidden_grad
 from fastprune.kernels import ops
@@ -217,7 +218,8 @@ class TaylorSums:
         }
 
     def scores(self, windows: int) -> Scores:
-        """The means over so many ``windows``."""
+        """The means over so many ``windows``, those of all processes; call it once."""
+        distributed.sum_(*self.attention, *self.mlp)
         finish = torch.abs if self.kind == "vector" else torch.Tensor.clone
         return Scores(
             [finish(t / windows).cpu() for t in self.attention],
@@ -245,7 +247,7 @@ def _taylor(model: nn.Module, windows: Tensor, kind: str) -> Scores:
         hooks |= sums.hooks(index, layer)
     decoder, head = decoder_and_head(model)
     with only_gradients_of(model, hooks):
-        for window in track(windows, "scoring"):
+        for window in track(distributed.share(windows), "scoring"):
             ids = window[None].to(device)
             with fast_forward(device, dtype):
                 hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -278,23 +280,28 @@ def input_norms(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]
     Afterwards the dictionary holds, keyed by module, the L2 norm over all tokens seen of every
     input column of each of q, k, v, o, gate, up, down: tensors (in_features,) fp32.
     """
-    squares: dict[nn.Module, Tensor] = {}
+    watched = {
+        _module(layer, s): None
+        for layer in layers
+        for s in attention_slices(layer) + mlp_slices(layer)
+    }
+    squares = {
+        module: torch.zeros(module.in_features, dtype=torch.float64, device=module.weight.device)
+        for module in watched
+    }
     norms: dict[nn.Module, Tensor] = {}
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
-        squares[module] = squares.get(module, 0) + x.square().sum(0).double()
+        squares[module] += x.square().sum(0).double()
 
-    handles = [
-        module.register_forward_pre_hook(hook)
-        for layer in layers
-        for module in {_module(layer, s): None for s in attention_slices(layer) + mlp_slices(layer)}
-    ]
+    handles = [module.register_forward_pre_hook(hook) for module in watched]
     try:
         yield norms
     finally:
         for handle in handles:
             handle.remove()
+    distributed.sum_(*squares.values())
     norms |= {module: total.sqrt().float() for module, total in squares.items()}
 
 
@@ -302,5 +309,5 @@ def input_norms(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]
 def _forward(model: nn.Module, windows: Tensor) -> None:
     device = next(model.parameters()).device
     decoder, _ = decoder_and_head(model)
-    for window in track(windows, "activations"):
+    for window in track(distributed.share(windows), "activations"):
         decoder(input_ids=window[None].to(device), use_cache=False)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastprune import distributed
 from fastprune.config import resolve_device
 from fastprune.data.text import load_sources, sample_mix, token_stream
 from fastprune.errors import GateError, InputError, NumericalError
@@ -67,10 +70,10 @@ def run_prune(config: PruneConfig) -> PruneResult:
     if config.out is None and not config.dry_run:
         raise InputError("--out DIR is needed (or --dry-run)")
     config.check()
-    if config.out is not None:
+    if config.out is not None and distributed.rank() == 0:
         check_out(config.out, config.overwrite)
     clock = Clock()
-    with RunLog() as run_log:
+    with distributed.joined(config.device), RunLog() as run_log:
         with clock("load"):
             source = None
             if config.stream:
@@ -85,16 +88,27 @@ def run_prune(config: PruneConfig) -> PruneResult:
                 )
         if config.out is None:
             return prune(model, tokenizer, config, clock=clock, source=source)
-        with staged(config.out, config.overwrite) as directory:
+        with _staged(config.out, config.overwrite) as directory:
             result = prune(
                 model, tokenizer, config, clock=clock, source=source, directory=directory
             )
             result.out = config.out
-            with clock("save"):
-                _save(directory, result, weights=source is None and not config.dry_run)
-            result.metrics["seconds"] = clock.totals(STAGES)
-            _record(directory / "fastprune", result, run_log)
+            if distributed.rank() == 0:
+                with clock("save"):
+                    _save(directory, result, weights=source is None and not config.dry_run)
+                result.metrics["seconds"] = clock.totals(STAGES)
+                _record(directory / "fastprune", result, run_log)
     return result
+
+
+@contextmanager
+def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """`staged` of the first process, under its name in all; the others must not write there."""
+    if distributed.rank() > 0:
+        yield distributed.from_first(out)
+        return
+    with staged(out, overwrite) as directory:
+        yield distributed.from_first(directory)
 
 
 def prune(
@@ -108,6 +122,7 @@ def prune(
 ) -> PruneResult:
     """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
 
+    Inside `fastprune.distributed.joined` the processes share the calibration and the evaluation.
     Nothing is written, unless ``source`` has the weights and ``model`` sizes only: the result then
     goes straight to ``directory``. Raises InputError for settings that cannot be met, GateError
     when perplexity grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
@@ -133,7 +148,8 @@ def prune(
             dense = _sound(measured, "the model")
     if plan is None:
         assert target is not None  # config.check() has seen a budget or a plan
-        plan, importance = make_plan(model, calibration, target, config, clock, source)
+        planned = make_plan(model, calibration, target, config, clock, source)
+        plan, importance = distributed.from_first(planned)  # one plan, whatever else may differ
     removed = parameters_removed(model, plan)
     if dense is not None and source is not None:
         assert directory is not None  # run_prune has seen --out or --dry-run
@@ -175,7 +191,8 @@ def prune(
             for i, (g, before) in enumerate(zip(plan.result(), sizes, strict=True))
         ],
         "seconds": clock.totals(STAGES),
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": distributed.largest(peak_memory_bytes(device)),
+        "processes": distributed.world(),
         "versions": versions(),
         "command": command_line(),
         "settings": settings(config),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastprune import distributed
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.perplexity import chunked_loss, decoder_and_head
 from fastprune.models.blocks import Blocks
@@ -30,7 +31,7 @@ def removal(model: nn.Module, windows: Tensor) -> tuple[list[float], float]:
     _, head = decoder_and_head(model)
     device = next(model.parameters()).device
     totals = [0.0] * (len(blocks) + 1)
-    for window in track(windows, "layer sensitivity"):
+    for window in track(distributed.share(windows), "layer sensitivity"):
         ids = window[None].to(device)
 
         def loss(hidden: Tensor, ids: Tensor = ids) -> float:
@@ -50,8 +51,9 @@ def removal(model: nn.Module, windows: Tensor) -> tuple[list[float], float]:
 def increases(totals: Sequence[float], windows: Tensor) -> tuple[list[float], float]:
     """Summed losses on ``windows`` (n, s) as perplexities: each minus the last, and the last.
 
-    Raises NumericalError when a loss is not finite.
+    The losses are added up over the processes. Raises NumericalError when one is not finite.
     """
+    totals = distributed.sums(totals)
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     if not all(map(math.isfinite, totals)):
         raise NumericalError("the loss with a layer skipped is not finite")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastprune import distributed
 from fastprune.inspect.perplexity import (
     Perplexity,
     batches,
@@ -76,7 +77,7 @@ def removal(source: StreamedModel, windows: Tensor) -> tuple[list[float], float]
     The hidden states of all variants travel side by side, so that every layer is loaded once: the
     host keeps (layers + 1)·n·s of them.
     """
-    rows = windows.split(1)
+    rows = distributed.share(windows.split(1))
     dense = source.embed(rows)
     variants: list[list[Tensor]] = []
     for index, _ in source.layers("layer sensitivity"):
@@ -96,7 +97,7 @@ def removal(source: StreamedModel, windows: Tensor) -> tuple[list[float], float]
 def evaluate(source: StreamedModel, windows: Tensor) -> Perplexity:
     """Perplexity on token ``windows`` (n, s), as `perplexity.evaluate` measures it in memory."""
     start = time.perf_counter()
-    rows = batches(windows)
+    rows = distributed.share(batches(windows))
     hidden = source.embed(rows)
     for index, _ in source.layers("evaluating"):
         hidden = _run(source, index, hidden)
@@ -105,16 +106,23 @@ def evaluate(source: StreamedModel, windows: Tensor) -> Perplexity:
         for states, ids in zip(hidden, rows, strict=True):
             final = source.blocks.norm(states.to(source.device))
             total += chunked_loss(final, head, ids.to(source.device))[0]
+    distributed.sum_(total)
     return measured(total, windows, start)
 
 
 def cut(source: StreamedModel, plan: Plan, calibration: Tensor | None, directory: Path) -> None:
     """Write the checkpoint that ``plan`` leaves of ``source`` into the folder ``directory``.
 
+    The first process writes; the others do their share of the calibration and wait for it.
+
     With token windows ``calibration`` (n, s) what is kept is refitted as `compensate` does.
     InputError when the plan is of another model.
     """
     plan.check_model(geometries(source.model))
+    if distributed.rank() > 0:
+        _follow(source, plan, calibration)
+        distributed.wait()
+        return
     target = skeleton(per_layer_config(source.model.config, plan.result()), source.dtype)
     target.generation_config = source.model.generation_config
 
@@ -138,6 +146,18 @@ def cut(source: StreamedModel, plan: Plan, calibration: Tensor | None, directory
                         out.write(new, tensor)
 
     save_checkpoint(target, source.tokenizer, directory, write)
+    distributed.wait()
+
+
+@torch.no_grad()
+def _follow(source: StreamedModel, plan: Plan, calibration: Tensor | None) -> None:
+    """This process's share of the calibration while the first one writes."""
+    if calibration is None:
+        return
+    with source.loaded("model.embed_tokens"):
+        prefix = Prefix(source.model, calibration, None)
+    for index, _ in source.layers("compensating"):
+        prefix.refit(plan.layers[index])
 
 
 def _kept(layer: nn.Module, kept: LayerPlan) -> Iterator[tuple[str, Tensor]]:
@@ -158,7 +178,7 @@ def _run(source: StreamedModel, index: int, hidden: list[Tensor]) -> list[Tensor
 
 @torch.no_grad()
 def _activations(source: StreamedModel, windows: Tensor, method: str) -> Iterator[Units]:
-    hidden = source.embed(windows.split(1))
+    hidden = source.embed(distributed.share(windows.split(1)))
     for index, layer in source.layers("activations"):
         with input_norms([layer]) as norms:
             hidden = _run(source, index, hidden)
@@ -174,7 +194,7 @@ def _obs(source: StreamedModel, windows: Tensor) -> Iterator[Units]:
 
 
 def _taylor(source: StreamedModel, windows: Tensor, kind: str) -> Scores:
-    rows = windows.split(1)
+    rows = distributed.share(windows.split(1))
     sums = TaylorSums(geometries(source.model), kind, source.dtype, source.device)
     hidden = source.embed(rows)
     inputs: list[list[Tensor]] = []

@@ -1,0 +1,89 @@
+"""What a run measures on calibration text; `test_distributed.py` runs it alone and under torchrun.
+
+    torchrun --nproc-per-node 2 tests/sharing.py CHECKPOINT TEXT FOLDER
+
+prunes CHECKPOINT into folders of FOLDER, and leaves there what the first process measured.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tiny import tiny_model, token_ids
+
+from fastprune import cli, distributed
+from fastprune.inspect.perplexity import evaluate
+from fastprune.models.families import decoder_layers, geometries
+from fastprune.prune.compensation import compensate
+from fastprune.prune.curves import measure_curves
+from fastprune.prune.importance import score
+from fastprune.prune.plan import LayerPlan, Plan
+from fastprune.prune.planning import layer_size
+from fastprune.prune.sensitivity import removal
+
+METHODS = ("taylor-first", "taylor-vector", "activation-maw", "obs")
+RUNS = {
+    "memory": ["--allocation", "inverse", "--compensate", "least-squares"],
+    "stream": ["--allocation", "inverse", "--compensate", "least-squares", "--stream"],
+    "search": ["--allocation", "search", "--importance", "activation-maw"],
+}
+"""Flags of the runs of `prune`, by the folder each leaves."""
+
+
+def prune(checkpoint: Path, text: Path, folder: Path) -> list[int]:
+    """Every run of RUNS into ``folder``; their exit statuses."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # measured levels of the search
+    common = ["--ratio", "0.25", "--eval-seq-len", "512", "--eval-windows", "5", "--quiet"]
+    common += ["--calib", str(text), "--eval", str(text)]
+    common += ["--calib-samples", "36", "--calib-seq-len", "64", "--sensitivity-samples", "5"]
+    return [
+        cli.main(["prune", str(checkpoint), "--out", str(folder / name), *common, *flags])
+        for name, flags in RUNS.items()
+    ]
+
+
+def measure(windows: int) -> dict[str, torch.Tensor]:
+    """Everything that is a sum over calibration windows, of so many windows of 512 tokens.
+
+    A batch of the moments is four windows.
+    """
+    model = tiny_model("qwen2", layers=2)
+    ids = token_ids(windows, 512)
+    found = {}
+    for method in METHODS:
+        scores = score(model, ids, method)
+        found[f"{method} attention"] = torch.cat(scores.attention)
+        found[f"{method} mlp"] = torch.cat(scores.mlp)
+    found["removal"] = torch.tensor(removal(model, ids)[0])
+    found["perplexity"] = torch.tensor(evaluate(model, ids, batch_size=1).perplexity)
+    if windows > 1:
+        scores = score(model, ids, "magnitude-l2")
+        sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
+        curves = measure_curves(model, ids, scores, sizes)
+        found["curves"] = torch.tensor([v for c in curves for v in c.divergence])
+    refits = compensate(model, half(model), ids)
+    found["errors"] = torch.tensor([r.error_after for r in refits])
+    found |= {f"weight {name}": p.detach() for name, p in model.named_parameters()}
+    return found
+
+
+def half(model: torch.nn.Module) -> Plan:
+    """Half of every sublayer."""
+    sizes = tuple(geometries(model))
+    groups, channels = range(0, sizes[0].kv_heads, 2), range(0, sizes[0].channels, 2)
+    return Plan(sizes, tuple(LayerPlan(i, (*groups,), (*channels,)) for i in range(len(sizes))))
+
+
+def main(checkpoint: Path, text: Path, folder: Path) -> int:
+    """What torchrun starts."""
+    with distributed.joined("cpu"):
+        assert distributed.world() == 2
+        torch.save({n: measure(n) for n in (9, 1)}, folder / f"measured-{distributed.rank()}.pt")
+    return max(prune(checkpoint, text, folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(Path, sys.argv[1:])))
