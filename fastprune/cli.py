@@ -35,7 +35,8 @@ class Command:
     """`config`, `run` and `show` are "module:name", imported when the command is called.
 
     `run` takes the configuration and returns a mapping, a dataclass, or an object with `to_dict`;
-    `show` prints that on stdout. A command without `show` prints its own output while it runs.
+    `show` prints that on stdout. A command without `show` prints its own output while it runs. A
+    result with a `failure` is written and shown, and then the command ends with that error.
     """
 
     summary: str
@@ -56,6 +57,12 @@ COMMANDS = {
         "fastprune.inspect.perplexity:EvalConfig",
         "fastprune.inspect.perplexity:run_eval",
         "fastprune.report.tables:show_eval",
+    ),
+    "diagnose": Command(
+        "look for broken weights, wrong sizes, and for what pruning cost",
+        "fastprune.inspect.diagnose:DiagnoseConfig",
+        "fastprune.inspect.diagnose:run_diagnose",
+        "fastprune.report.tables:show_diagnose",
     ),
     "generate": Command(
         "continue a prompt",
@@ -124,6 +131,7 @@ def _call(command: Command, config: CommonConfig) -> None:
         _check_writable(config.json)
     apply(config)
     result = _load(command.run)(config)
+    failure: FastpruneError | None = getattr(result, "failure", None)
     if hasattr(result, "to_dict"):
         result = result.to_dict()
     elif is_dataclass(result) and not isinstance(result, type):
@@ -134,6 +142,8 @@ def _call(command: Command, config: CommonConfig) -> None:
         write_json(config.json, result)
     if command.show is not None and not config.quiet:
         _load(command.show)(result)
+    if failure is not None:
+        raise failure
 
 
 def _command(name: str) -> Command:

@@ -22,6 +22,11 @@ PRUNED_PREFIX = "fastprune_"
 """Per-layer checkpoints carry ``fastprune_<family>`` as their ``model_type``."""
 
 
+QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{n}_proj" for n in "qkvo")
+GATE, UP, DOWN = (f"mlp.{n}_proj" for n in ("gate", "up", "down"))
+"""The projections of a decoder layer by name, for weights that lie in a file without a model."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of one decoder layer; a removed sublayer has zero units."""

@@ -69,21 +69,33 @@ class ShardReader:
 
     def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor ``name`` as ``dtype`` on ``device``. Raises InputError if it is not there."""
+        entry = self._entry(name)
+        return _read(entry, 0, entry.stop - entry.start).view(entry.shape).to(device, dtype)
+
+    def pieces(self, name: str, max_bytes: int) -> Iterator[Tensor]:
+        """The tensor ``name`` in runs of rows of at most ``max_bytes`` each, at least a row.
+
+        Each piece has memory of its own, on the CPU, in the dtype of the file. Raises InputError
+        if the tensor is not there.
+        """
+        entry = self._entry(name)
+        size = entry.stop - entry.start
+        if size <= max_bytes or not entry.shape:
+            yield _read(entry, 0, size).view(entry.shape)
+            return
+        row = size // entry.shape[0]
+        rows = max(1, max_bytes // row)
+        for first in range(0, entry.shape[0], rows):
+            stop = min(first + rows, entry.shape[0])
+            yield _read(entry, first * row, stop * row).view(stop - first, *entry.shape[1:])
+
+    def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
         if entry is None:
             raise InputError(f"{self.folder}: the weight {name} is missing")
         if entry.dtype not in DTYPES:
             raise InputError(f"{entry.file}: {name} is stored as {entry.dtype}, which is not read")
-        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-        view, done = memoryview(data.numpy()), 0
-        with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            while done < len(view):
-                got = file.readinto(view[done:])
-                if not got:
-                    raise InputError(f"{entry.file}: became shorter while it was read")
-                done += got
-        return data.view(DTYPES[entry.dtype]).view(entry.shape).to(device, dtype)
+        return entry
 
 
 class ShardWriter:
@@ -132,6 +144,20 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._missing:
             raise ValueError(f"{len(self._missing)} tensors were not written: {min(self._missing)}")
+
+
+def _read(entry: Entry, start: int, stop: int) -> Tensor:
+    """The values in the bytes ``start`` to ``stop`` of the tensor at ``entry``, in a row."""
+    data = torch.empty(stop - start, dtype=torch.uint8)
+    view, done = memoryview(data.numpy()), 0
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.start + start)
+        while done < len(view):
+            got = file.readinto(view[done:])
+            if not got:
+                raise InputError(f"{entry.file}: became shorter while it was read")
+            done += got
+    return data.view(DTYPES[entry.dtype])
 
 
 def _files(folder: Path) -> list[Path]:

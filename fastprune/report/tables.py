@@ -74,6 +74,57 @@ def show_merge(result: dict[str, Any]) -> None:
     out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
 
 
+def show_diagnose(result: dict[str, Any]) -> None:
+    """Sizes, what was found, the layers that lost most, the verdict, and what to do next."""
+    out = Console()
+    table = _table("", "")
+    params, values = result["params"], result["values"]
+    table.add_row("parameters", format.count(params["total"]))
+    table.add_row("in the blocks", format.count(params["block"]))
+    table.add_row("dtype", ", ".join(result["dtypes"]))
+    for name, key in (("NaN", "nan"), ("Inf", "inf")):
+        table.add_row(name, f"{values[key]:,}")
+    for name, key in (("zeros", "zeros"), ("beyond 6 sigma", "outliers")):
+        table.add_row(name, f"{100 * values[key] / max(1, params['total']):.2g} %")
+    out.print(_anatomy(result["layers"]), table, sep="\n")
+    if result["dense"] is not None:
+        out.print(_losses(result["dense"]))
+    marks = {"broken": "✗", "warning": "!", "note": "·"}
+    for finding in result["findings"]:
+        out.print(Text(f"{marks[finding['severity']]} {finding['what']}"), soft_wrap=True)
+    out.print(Text(f"{result['verdict']}"), style="bold")
+    for advice in result["advice"]:
+        out.print(Text(f"→ {advice['text']}"), soft_wrap=True)
+        if advice["command"]:
+            out.print(Text(f"  {advice['command']}"), soft_wrap=True)
+
+
+def _anatomy(layers: list[dict[str, Any]]) -> Table:
+    """One row per run of layers that look the same."""
+    table = _table("layers", "query : KV heads", "ratio", "channels", "dead heads, channels")
+    keys = ("query_heads", "kv_heads", "ratio", "channels", "dead_heads", "dead_channels")
+    looks = [tuple(str(layer[key]) for key in keys) for layer in layers]
+    first = 0
+    for i, layer in enumerate(layers):
+        if i + 1 < len(layers) and looks[i + 1] == looks[i]:
+            continue
+        q, k, ratio, channels = ("—" if layer[key] is None else f"{layer[key]}" for key in keys[:4])
+        dead = f"{len(layer['dead_heads'])}, {layer['dead_channels']}"
+        name = str(first) if first == i else f"{first}–{i}"
+        table.add_row(name, f"{q} : {k}", f"{ratio} : 1" if layer["ratio"] else "—", channels, dead)
+        first = i + 1
+    return table
+
+
+def _losses(dense: dict[str, Any], shown: int = 5) -> Table:
+    """The layers that cost most; all of them are in the JSON."""
+    table = _table("layer", "cosine", "own error", "KL when it alone is exchanged")
+    for loss in sorted(dense["layers"], key=lambda layer: -layer["kl"])[:shown]:
+        row = (f"{loss['cosine']:.4f}", f"{loss['error']:.3f}", f"{loss['kl']:.3g}")
+        table.add_row(str(loss["layer"]), *row)
+    return table
+
+
 def show_compare(result: dict[str, Any]) -> None:
     """One line a run, a perplexity column for each text it was measured on."""
     texts = [(m["text"], m["seq_len"], m["windows"]) for m in result["measurements"]]

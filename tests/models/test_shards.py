@@ -114,3 +114,19 @@ def test_missing_files(tmp_path):
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(InputError, match="broken index"):
         ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 16, 33, 47, 48, 1000])
+def test_pieces_are_the_tensor(tmp_path, max_bytes):
+    save_file(TENSORS, tmp_path / FILE)
+    reader = ShardReader(tmp_path)
+    for name, tensor in TENSORS.items():
+        pieces = list(reader.pieces(name, max_bytes))
+        if tensor.ndim and tensor.numel():
+            row = tensor[0].numel() * tensor.element_size()
+            size = max(max_bytes, row)
+            assert all(p.numel() * p.element_size() <= size for p in pieces)
+            assert len(pieces) == -(-len(tensor) // (size // row))
+            assert torch.equal(torch.cat(pieces), tensor)
+        else:
+            assert torch.equal(*pieces, tensor)

@@ -1,0 +1,196 @@
+"""A pruned model against the dense one it came from: where it lost what.
+
+Layer by layer, three views of the same loss. How far the hidden states are from the dense ones
+behind the layer (everything before it included); how far the layer alone is, given what the dense
+layer is given; and what that costs at the end: the KL divergence of the dense model's next-token
+distribution when this layer alone is exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from fastprune.errors import InputError
+from fastprune.inspect.perplexity import CHUNK_LOGITS
+from fastprune.models.blocks import Blocks
+from fastprune.models.families import block_parameters, geometries
+from fastprune.progress import track
+
+WINDOWS, TOKENS = 4, 128
+"""Hidden states are compared on so many windows of so many tokens. The divergences cost half as
+many forward passes over them as the model has layers."""
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """What one layer lost; ``layer`` is its number in the dense model.
+
+    ``cosine`` is the mean over tokens between the hidden states of both models behind the layer;
+    ``error`` the norm of the difference that the layer alone makes, relative to what the dense
+    layer adds; ``kl`` the divergence in nats a token when this layer alone is exchanged.
+    """
+
+    layer: int
+    cosine: float
+    error: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against the dense one. ``kl`` is in nats a token, ``removed`` a share of the dense
+    model's block parameters. ``layers`` is empty where it is not known which layers correspond."""
+
+    dense: str
+    tokens: int
+    kl: float
+    removed: float
+    perplexity: float
+    dense_perplexity: float
+    layers: tuple[LayerLoss, ...]
+    queries_per_kv: int
+
+    @property
+    def factor(self) -> float:
+        """How many times the dense perplexity the model's is."""
+        return self.perplexity / self.dense_perplexity
+
+    def worst(self, count: int = 3) -> list[LayerLoss]:
+        """The layers that cost most, the costliest first; those that cost nothing left out."""
+        ranked = sorted(self.layers, key=lambda layer: -layer.kl)
+        return [layer for layer in ranked[:count] if layer.kl > 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, the factor and the costliest layers as JSON-ready data."""
+        worst = [layer.layer for layer in self.worst()]
+        layers = [asdict(layer) for layer in self.layers]
+        return {**asdict(self), "layers": layers, "factor": self.factor, "worst": worst}
+
+
+def check_comparable(model: nn.Module, dense: nn.Module) -> None:
+    """InputError unless the two models can be compared: same families, vocabulary and width."""
+    geometries(model), geometries(dense)
+    for name in ("vocab_size", "hidden_size"):
+        ours, theirs = (getattr(m.config, name) for m in (model, dense))
+        if ours != theirs:
+            raise InputError(
+                f"--dense: it has {name} {theirs}, the model {ours}; name the model it was made of"
+            )
+
+
+def compare(
+    model: nn.Module,
+    dense: nn.Module,
+    windows: Tensor,
+    *,
+    name: str,
+    perplexities: tuple[float, float],
+    kept: Sequence[int] | None = None,
+) -> Comparison:
+    """Compare ``model`` with ``dense`` on the token ids ``windows`` (n, s).
+
+    ``perplexities`` are the model's and the dense model's, measured by the caller; ``kept`` says
+    which dense layers the model's layers are, where their numbers differ. Raises InputError for
+    models that cannot be compared.
+    """
+    check_comparable(model, dense)
+    ids = windows[:WINDOWS, :TOKENS].to(next(model.parameters()).device)
+    ours, theirs = Blocks(model), Blocks(dense)
+    if kept is None and len(ours) == len(theirs):
+        kept = range(len(theirs))
+    layers: list[LayerLoss] = []
+    with torch.no_grad():
+        if kept is None:
+            kl = _divergence(theirs, ours, _final(theirs, ids), _final(ours, ids))
+        else:
+            layers, kl = _walk(ours, theirs, ids, {old: new for new, old in enumerate(kept)})
+    return Comparison(
+        dense=name,
+        tokens=ids.numel(),
+        kl=kl,
+        removed=1 - block_parameters(model) / block_parameters(dense),
+        perplexity=perplexities[0],
+        dense_perplexity=perplexities[1],
+        layers=tuple(layers),
+        queries_per_kv=max(size.queries_per_kv for size in geometries(dense)),
+    )
+
+
+def kept_layers(source: str | Path) -> list[int] | None:
+    """The dense layers of which a checkpoint kept anything, by the plan it carries; None without
+    one."""
+    file = Path(source) / "fastprune" / "plan.json"
+    try:
+        layers = json.loads(file.read_text(encoding="utf-8"))["layers"]
+        return [layer["index"] for layer in layers if layer["kv_groups"] or layer["channels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _walk(
+    ours: Blocks, theirs: Blocks, ids: Tensor, numbers: dict[int, int]
+) -> tuple[list[LayerLoss], float]:
+    """Every layer's loss, and the divergence of the whole model."""
+    hidden, dense = ours.embed(ids), theirs.embed(ids)
+    inputs, facts = [], []
+    alone: list[Tensor | None] = []
+    for index in range(len(theirs)):
+        after = theirs.run(index, dense)
+        number = numbers.get(index)
+        own = dense if number is None else _run(ours, number, dense)
+        if number is not None:
+            hidden = ours.run(number, hidden)
+        added = (after - dense).float().norm().item()
+        error = (own - after).float().norm().item()
+        cosine = cosine_similarity(hidden.float(), after.float(), dim=-1).mean().item()
+        facts.append((min(cosine, 1.0), error / added if added else error))
+        alone.append(None if torch.equal(own, after) else own)
+        inputs.append(dense)
+        dense = after
+    layers = []
+    for index, own in enumerate(track(alone, "exchanging layers")):
+        kl = 0.0
+        if own is not None:
+            for later in range(index + 1, len(theirs)):
+                own = theirs.run(later, own)
+            kl = _divergence(theirs, theirs, dense, own)
+        layers.append(LayerLoss(index, *facts[index], kl))
+    return layers, _divergence(theirs, ours, dense, hidden)
+
+
+def _run(blocks: Blocks, index: int, hidden: Tensor) -> Tensor:
+    """A layer on another model's hidden states, in its own dtype and back."""
+    return blocks.run(index, hidden.to(blocks.model.dtype)).to(hidden.dtype)
+
+
+def _final(blocks: Blocks, ids: Tensor) -> Tensor:
+    hidden = blocks.embed(ids)
+    for index in range(len(blocks)):
+        hidden = blocks.run(index, hidden)
+    return hidden
+
+
+def _divergence(reference: Blocks, other: Blocks, expected: Tensor, hidden: Tensor) -> float:
+    """Mean KL(reference ‖ other) in nats a token, from hidden states (n, s, h) before the norm."""
+    size = max(1, CHUNK_LOGITS // reference.model.config.vocab_size)
+    total, count = 0.0, expected.shape[0] * expected.shape[1]
+    pairs: Iterator[tuple[Tensor, Tensor]] = zip(
+        expected.flatten(0, 1).split(size), hidden.flatten(0, 1).split(size)
+    )
+    for states, changed in pairs:
+        true, guess = _log_probabilities(reference, states), _log_probabilities(other, changed)
+        total += (true.exp() * (true - guess)).sum().double().item()
+    return max(0.0, total / count)
+
+
+def _log_probabilities(blocks: Blocks, hidden: Tensor) -> Tensor:
+    head: Callable[[Tensor], Tensor] = blocks.model.get_output_embeddings()
+    return head(blocks.norm(hidden)).float().log_softmax(-1)

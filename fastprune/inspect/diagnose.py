@@ -1,0 +1,312 @@
+"""Is this model sound, what did pruning cost it, and what should be done next?
+
+Weights are scanned in their files, without building the model. A forward pass, a perplexity and a
+comparison with the dense model follow where they are wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tyro.conf import Positional
+
+from fastprune.config import CommonConfig
+from fastprune.data.text import BUILTIN, load_documents, token_stream
+from fastprune.errors import FastpruneError, InputError, NumericalError
+from fastprune.inspect import findings as say
+from fastprune.inspect.against import Comparison, check_comparable, compare, kept_layers
+from fastprune.inspect.anatomy import Heads, LayerHealth, layer_health, wants_lines
+from fastprune.inspect.forward import ForwardTest, try_forward
+from fastprune.inspect.health import TensorHealth, model_weights, scan_weights, stored_weights
+from fastprune.inspect.perplexity import (
+    Perplexity,
+    check_positions,
+    evaluate,
+    peak_memory_bytes,
+    text_windows,
+)
+from fastprune.inspect.record import PruningRecord
+from fastprune.inspect.verdict import (
+    Advice,
+    Case,
+    Finding,
+    Judgement,
+    advise,
+    band_finding,
+    judge_absolute,
+    judge_ratio,
+    verdict,
+)
+from fastprune.models.load import STATE_SUFFIXES, load_model, resolve_source
+from fastprune.models.shards import ShardReader
+from fastprune.report.run import Clock, command_line, settings, versions
+
+FORWARD_TOKENS = 32
+log = logging.getLogger("fastprune")
+
+
+@dataclass(kw_only=True)
+class DiagnoseConfig(CommonConfig):
+    """Look for broken weights and wrong sizes, and for what pruning cost.
+
+    The exit status is 4 when the model is not healthy.
+    """
+
+    model: Positional[str]
+    """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
+    forward: bool = True
+    """run the model once; without it the model is never built, whatever its size"""
+    text: str | None = None
+    """measure the perplexity on this text: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or
+    builtin:pydocs; several, joined by commas, are read one after the other"""
+    dense: str | None = None
+    """the model before pruning, to compare with layer by layer; on builtin:pydocs where no --text
+    is given"""
+    seq_len: int = 1024
+    """tokens per window of the text, at most the model's maximum positions"""
+    windows: int = 16
+    """number of windows, from the start of the text; fewer where the text is shorter"""
+    allow_pickle: bool = False
+    """read a pickled .bin file; it can run any code it contains"""
+
+    def check(self) -> None:
+        """InputError when two settings contradict each other."""
+        for flag, value in (("--text", self.text), ("--dense", self.dense)):
+            if value is not None and not self.forward:
+                raise InputError(f"{flag} runs the model, --no-forward forbids it; drop one")
+
+
+@dataclass
+class Diagnosis:
+    """Everything that was seen, and what it means. ``verdict`` is healthy, careful or unhealthy."""
+
+    model: str
+    tensors: list[TensorHealth]
+    layers: list[LayerHealth]
+    heads: Heads
+    findings: list[Finding]
+    text: str | None = None
+    """what the perplexity was measured on"""
+    forward: ForwardTest | None = None
+    perplexity: Perplexity | None = None
+    judgement: Judgement | None = None
+    comparison: Comparison | None = None
+    advice: list[Advice] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.findings)
+
+    @property
+    def failure(self) -> FastpruneError | None:
+        """The error that the command ends with; None unless the model is unhealthy."""
+        broken = [finding.what for finding in self.findings if finding.severity == "broken"]
+        return NumericalError(f"{self.model} is not healthy: {broken[0]}") if broken else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; None where there is no finite figure."""
+        scans = [t.scan for t in self.tensors if t.scan is not None]
+        whole = {kind: sum(getattr(scan, kind) for scan in scans)
+                 for kind in ("nan", "inf", "zeros", "outliers")}  # fmt: skip
+        measured = self.perplexity
+        plain = {
+            "model": self.model,
+            "verdict": self.verdict,
+            "findings": [vars(finding) for finding in self.findings],
+            "advice": [vars(advice) for advice in self.advice],
+            "params": {
+                "total": sum(t.numel for t in self.tensors),
+                "block": sum(layer.params for layer in self.layers),
+            },
+            "dtypes": sorted({t.dtype for t in self.tensors}),
+            "values": whole,
+            "queries_per_kv": self.heads.ratio,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "forward": self.forward and self.forward.to_dict(),
+            "perplexity": measured
+            and {"text": self.text, **measured.to_dict(), **vars(self.judgement)},
+            "dense": self.comparison and self.comparison.to_dict(),
+            "tensors": [tensor.to_dict() for tensor in self.tensors],
+        }
+        return _finite_or_none({**plain, **self.facts})
+
+
+def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
+    """Examine the model that ``config`` names: the `diagnose` command.
+
+    Raises InputError when the model or a text cannot be read. An unhealthy model is a result, whose
+    ``failure`` the command line ends with.
+    """
+    config.check()
+    clock = Clock()
+    text = config.text or (BUILTIN if config.dense else None)
+    documents = load_documents(text) if text else None
+    model: nn.Module | None = None
+    tokenizer: Any = None
+    source = Path(config.model).expanduser()
+    reader = None
+    if not (source.is_file() and source.suffix in STATE_SUFFIXES):
+        folder = resolve_source(config.model)
+        reader = _reader(folder)
+    if reader is None:
+        with clock("load"):
+            model, tokenizer = _load(config, config.model)
+        weights, described = model_weights(model), model.config.to_dict()
+    else:
+        weights, described = stored_weights(reader), _settings(folder)
+    with clock("scan"):
+        tensors = scan_weights(weights, wants_lines)
+    heads = Heads.of(described)
+    layers = layer_health(tensors, heads)
+    found = Diagnosis(config.model, tensors, layers, heads, [], text)
+    found.findings += [*say.of_weights(tensors), *say.of_layers(layers, heads)]
+    record = PruningRecord.of(source)
+    if config.forward and model is None:
+        with clock("load"):
+            try:
+                if _fits(found, reader, config):
+                    model, tokenizer = _load(config, config.model)
+            except InputError as error:
+                found.findings.append(Finding("broken", f"it does not load: {error}"))
+    if config.forward and model is not None:
+        with clock("forward"):
+            ids = _first_tokens(tokenizer, documents)
+            found.forward = try_forward(model, ids)
+        found.findings += say.of_forward(found.forward)
+        if documents is not None and found.forward.sound:
+            _measure(found, config, model, tokenizer, documents, record, clock)
+    found.advice = advise(_case(found, config, record))
+    found.facts = {
+        "seconds": clock.totals(),
+        "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
+        "versions": versions(),
+        "command": command_line(),
+        "settings": settings(config),
+    }
+    return found
+
+
+def _measure(
+    found: Diagnosis,
+    config: DiagnoseConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    documents: list[str],
+    record: PruningRecord | None,
+    clock: Clock,
+) -> None:
+    """Perplexity, and the comparison with the dense model; fills in ``found``."""
+    check_positions(model, "--seq-len", config.seq_len)
+    windows = text_windows(tokenizer, documents, config.seq_len, config.windows)
+    dense = None
+    if config.dense is not None:
+        with clock("load"):
+            dense, _ = _load(config, config.dense)
+            check_comparable(model, dense)
+    with clock("perplexity"):
+        measured = found.perplexity = evaluate(model, windows)
+        known = evaluate(dense, windows).perplexity if dense is not None else None
+    removed = record.removed if record else 0.0
+    if dense is not None and known is not None:
+        with clock("compare"):
+            found.comparison = compare(
+                model,
+                dense,
+                windows,
+                name=str(config.dense),
+                perplexities=(measured.perplexity, known),
+                kept=kept_layers(config.model),
+            )
+        removed = found.comparison.removed
+        found.findings += say.of_comparison(found.comparison, found.heads)
+    elif record is not None:
+        known = record.dense_perplexity(str(found.text), measured.seq_len, measured.windows)
+    judgement = judge_absolute(measured.perplexity)
+    if known is not None:
+        judgement = judge_ratio(measured.perplexity / known, removed)
+    found.judgement = judgement
+    found.findings.append(band_finding(measured.perplexity, judgement))
+
+
+def _case(found: Diagnosis, config: DiagnoseConfig, record: PruningRecord | None) -> Case:
+    dense = config.dense or (record.dense if record else None)
+    removed = record.removed if record else None
+    if found.comparison is not None:
+        removed = found.comparison.removed
+    # A judgement may be the only thing that is wrong: the model is whole all the same.
+    judged = [] if found.judgement is None else [found.findings[-1]]
+    others = [finding for finding in found.findings if finding not in judged]
+    return Case(
+        model=config.model,
+        finite=all(tensor.finite for tensor in found.tensors),
+        whole=verdict(others) != "unhealthy",
+        band=found.judgement.band if found.judgement else None,
+        measured=found.judgement is not None,
+        dense=dense,
+        made_by=record.command if record else None,
+        removed=removed,
+        masked=any(layer.dead_heads or layer.dead_channels for layer in found.layers),
+    )
+
+
+def _load(config: DiagnoseConfig, name: str) -> tuple[nn.Module, Any]:
+    return load_model(
+        name, dtype=config.dtype, device=config.device, allow_pickle=config.allow_pickle
+    )
+
+
+def _first_tokens(tokenizer: Any, documents: list[str] | None) -> Tensor:
+    """Token ids (1, s) of the text's beginning, for the forward pass."""
+    if documents is None:
+        documents = load_documents(BUILTIN)
+    return token_stream(tokenizer, documents, limit=FORWARD_TOKENS)[None]
+
+
+def _reader(folder: Path) -> ShardReader | None:
+    """The safetensors in ``folder``; None where its weights are of another kind."""
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
+        return ShardReader(folder)
+    return None
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    file = folder / "config.json"
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{folder}: not a model folder (it has no config.json)") from error
+    except ValueError as error:
+        raise InputError(f"{file}: broken config: {error}") from error
+    if not isinstance(described, dict):
+        raise InputError(f"{file}: broken config: it is not an object")
+    return described
+
+
+def _fits(found: Diagnosis, reader: ShardReader | None, config: DiagnoseConfig) -> bool:
+    """Whether the model may be loaded into memory; says so where it is too large."""
+    size = sum(entry.stop - entry.start for entry in reader.entries.values()) if reader else 0
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size < available or config.text or config.dense:
+        return True
+    log.warning("%s is larger than this machine's memory: not run", config.model)
+    found.findings.append(Finding("note", "larger than this machine's memory, so it was not run"))
+    return False
+
+
+def _finite_or_none(value: Any) -> Any:
+    """``value`` with None for every float that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,185 @@
+"""From what was found to a verdict, and from a verdict to the next command.
+
+Perplexity is judged by its ratio to the dense model's where that is known. What may be expected
+depends on how much was removed; the bands below are those of dense 8-billion-parameter models at
+128 tokens, whose own perplexity is about 10, divided by that 10 (docs/numerics.md). Only where no
+dense figure is known do the absolute bands stand in, which say little of a small model.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite, sqrt
+from typing import Literal
+
+from fastprune.report import format
+
+Severity = Literal["broken", "warning", "note"]
+Band = Literal["good", "careful", "too high", "broken"]
+
+REMOVED = ((0.0, 1.0, 3.0), (0.15, 1.1, 3.0), (0.20, 1.3, 4.0), (0.25, 1.5, 5.0), (0.30, 1.8, 7.0))
+"""Share of the block parameters removed; perplexity, in multiples of the dense one, up to which the
+result is normal; and beyond which it is broken. Straight lines between, and on beyond the last."""
+ABSOLUTE: tuple[tuple[float, Band], ...] = ((15.0, "good"), (25.0, "careful"), (50.0, "too high"))
+SAME = 1.02
+"""A ratio to the dense perplexity that is good whatever was removed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was seen. ``broken`` makes the model unhealthy."""
+
+    severity: Severity
+    what: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do next and, where one command does it, that command."""
+
+    text: str
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The band a perplexity lies in, and by what it was judged."""
+
+    band: Band
+    by: str
+
+
+def judge_ratio(factor: float, removed: float) -> Judgement:
+    """``factor``: perplexity over the dense one; ``removed``: share of block parameters."""
+    normal, broken = expected(max(0.0, removed))
+    between = sqrt(normal * broken)  # halfway, for a quantity that multiplies
+    steps: tuple[tuple[float, Band], ...] = (
+        (max(normal, SAME), "good"),
+        (between, "careful"),
+        (broken, "too high"),
+    )
+    band: Band = next((band for limit, band in steps if factor <= limit), "broken")
+    return Judgement(
+        band,
+        f"×{factor:.3g} of the dense one; with {format.percent(removed)} of the blocks removed "
+        f"×{normal:.2g} is normal, beyond ×{broken:.2g} something is broken",
+    )
+
+
+def judge_absolute(perplexity: float) -> Judgement:
+    """By the bands of 8-billion-parameter models, for want of a dense figure."""
+    band: Band = next((band for limit, band in ABSOLUTE if perplexity < limit), "broken")
+    return Judgement(
+        band, "by the absolute bands of large models; --dense MODEL judges by the ratio instead"
+    )
+
+
+def expected(removed: float) -> tuple[float, float]:
+    """Normal and broken multiples of the dense perplexity when a share ``removed`` is gone."""
+    steps = list(pairwise(REMOVED))
+    (x0, *low), (x1, *high) = next((pair for pair in steps if removed <= pair[1][0]), steps[-1])
+    share = (removed - x0) / (x1 - x0)
+    normal, broken = (a + (b - a) * share for a, b in zip(low, high))
+    return normal, broken
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """healthy, careful, or unhealthy: as bad as the worst finding."""
+    severities = {finding.severity for finding in findings}
+    if "broken" in severities:
+        return "unhealthy"
+    return "careful" if "warning" in severities else "healthy"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What advice depends on. ``dense`` is the dense model's name where known; ``made_by`` the
+    command that made the model, by its own record."""
+
+    model: str
+    finite: bool
+    whole: bool
+    """sizes fit together, the model loads, its output is finite"""
+    band: Band | None
+    measured: bool
+    dense: str | None
+    made_by: str | None
+    removed: float | None
+    masked: bool
+    """there are heads or channels that add nothing"""
+
+
+def advise(case: Case) -> list[Advice]:
+    """What to do next, the most urgent first; commands can be run as they stand."""
+    if not case.finite:
+        return [_remake(case, "Values that are NaN or Inf cannot be trained away")]
+    if not case.whole:
+        return [_remake(case, "The checkpoint is damaged or was cut wrongly")]
+    advice = [_by_band(case) if case.measured else _measure(case)]
+    if case.masked:
+        text = "Dead heads and channels cost time and add nothing: prune them away"
+        advice.append(Advice(text, None))
+    return advice
+
+
+def _measure(case: Case) -> Advice:
+    against = ["--dense", case.dense] if case.dense else []
+    return Advice(
+        "Sound weights say little about quality: measure it",
+        _command("diagnose", case.model, "--text", "wikitext2", *against),
+    )
+
+
+def _by_band(case: Case) -> Advice:
+    out = f"{case.model.rstrip('/')}-recovered"
+    recover = ("finetune", case.model, "--data", "alpaca-cleaned", "--out", out)
+    if case.band == "careful":
+        return Advice("Usable, but it lost quality: finetune it", _command(*recover))
+    if case.band == "too high":
+        if case.dense is None:
+            return Advice("Finetune it in stages, with a gate after each",
+                          _command(*recover, "--recipe", "staged"))  # fmt: skip
+        return Advice(
+            "It lost much: finetune it with the dense model as the teacher",
+            _command(*recover, "--recipe", "distill", "--teacher", case.dense),
+        )
+    if case.band == "broken":
+        text = "Too much was lost for finetuning to be the first remedy"
+        if case.dense is None or case.removed is None:
+            return _remake(case, text)
+        return Advice(
+            f"{text}: prune again, with search and compensation",
+            _command("prune", case.dense, "--out", f"{case.model.rstrip('/')}-again", "--ratio",
+                     f"{max(0.05, round(case.removed, 2)):g}", "--allocation", "search",
+                     "--compensate", "least-squares"),
+        )  # fmt: skip
+    return Advice("Nothing needs to be done; try it",
+                  _command("generate", case.model, "--prompt", "The river"))  # fmt: skip
+
+
+def _remake(case: Case, why: str) -> Advice:
+    if case.made_by:
+        return Advice(f"{why}: check the dense model, then make it again", case.made_by)
+    if case.dense and case.dense != case.model:
+        return Advice(f"{why}: check what it was made of", _command("diagnose", case.dense))
+    return Advice(f"{why}: go back to the last good checkpoint, or fetch the model again", None)
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["fastprune", *words])
+
+
+def band_finding(perplexity: float, judgement: Judgement) -> Finding:
+    """A perplexity and its judgement as a finding."""
+    severity: Severity = "note"
+    if judgement.band == "broken" or not isfinite(perplexity):
+        severity = "broken"
+    elif judgement.band != "good":
+        severity = "warning"
+    return Finding(
+        severity,
+        f"perplexity {format.perplexity(perplexity)} is {judgement.band}: {judgement.by}",
+    )

@@ -1,0 +1,100 @@
+"""From figures to a band, and from a band to a command that exists."""
+
+import shlex
+
+import pytest
+
+from fastprune import cli
+from fastprune.flags import parse
+from fastprune.inspect.verdict import (
+    Case,
+    Finding,
+    advise,
+    expected,
+    judge_absolute,
+    judge_ratio,
+    verdict,
+)
+
+
+@pytest.mark.parametrize(
+    ("removed", "normal", "broken"),
+    [(0.15, 1.1, 3), (0.2, 1.3, 4), (0.25, 1.5, 5), (0.3, 1.8, 7), (0.225, 1.4, 4.5), (0.5, 3, 15)],
+)
+def test_bands_by_what_was_removed(removed, normal, broken):
+    # decimal fractions in binary: a few units in the last place
+    assert expected(removed) == pytest.approx((normal, broken), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("factor", "removed", "band"),
+    [
+        (1.0, 0.0, "good"),
+        (1.02, 0.0, "good"),
+        (1.3, 0.0, "careful"),
+        (1.73, 0.2, "careful"),
+        (2.5, 0.2, "too high"),
+        (4.1, 0.2, "broken"),
+        (4.1, 0.3, "too high"),
+        (float("nan"), 0.2, "broken"),
+        (float("inf"), 0.2, "broken"),
+    ],
+)
+def test_judged_by_the_ratio(factor, removed, band):
+    assert judge_ratio(factor, removed).band == band
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "band"),
+    [(14.9, "good"), (15, "careful"), (25, "too high"), (50, "broken"), (float("nan"), "broken")],
+)
+def test_judged_absolutely(perplexity, band):
+    assert judge_absolute(perplexity).band == band
+
+
+def test_as_bad_as_the_worst_finding():
+    assert verdict([]) == verdict([Finding("note", "x")]) == "healthy"
+    assert verdict([Finding("note", "x"), Finding("warning", "y")]) == "careful"
+    assert verdict([Finding("broken", "x"), Finding("warning", "y")]) == "unhealthy"
+
+
+def case(**changes):
+    usual = {
+        "model": "runs/my model",
+        "finite": True,
+        "whole": True,
+        "band": "good",
+        "measured": True,
+        "dense": "smollm2-135m",
+        "made_by": "fastprune prune smollm2-135m --out x --ratio 0.2",
+        "removed": 0.2,
+        "masked": False,
+    }
+    return Case(**usual | changes)
+
+
+@pytest.mark.parametrize("dense", [None, "smollm2-135m"])
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({}, "generate"),
+        ({"band": "careful"}, "finetune"),
+        ({"band": "too high"}, "finetune"),
+        ({"band": "broken"}, "prune"),
+        ({"band": None, "measured": False}, "diagnose"),
+        ({"finite": False}, "prune"),
+        ({"whole": False}, "prune"),
+    ],
+)
+def test_advice_names_a_command_that_can_be_run(changes, command, dense):
+    advice = advise(case(**changes, dense=dense))[0]
+    program, name, *args = shlex.split(advice.command)
+    assert (program, name) == ("fastprune", command)
+    if name in cli.COMMANDS:
+        parse(cli._load(cli.COMMANDS[name].config), args, "fastprune")
+
+
+def test_advice_without_any_record():
+    assert advise(case(finite=False, dense=None, made_by=None))[0].command is None
+    known = advise(case(finite=False, made_by=None))[0]
+    assert known.command == "fastprune diagnose smollm2-135m"
