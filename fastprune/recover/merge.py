@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig, resolve_device
-from fastprune.data.text import BUILTIN, load_documents
+from fastprune.data.records import BUILTIN
+from fastprune.data.text import load_documents
 from fastprune.errors import NumericalError
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.models.adapter import load_adapter, read_fingerprint

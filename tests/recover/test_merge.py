@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
-from adapters import logits, per_layer_model, saved, trained
+from adapters import logits, per_layer_model, saved, settings, trained
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model, token_ids
+from tiny import saved as saved_model
+from tiny import tiny_gpt2, tiny_model, tiny_t5, token_ids
 
 from fastprune.errors import InputError, NumericalError
 from fastprune.models.adapter import BASE_FILE
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
+from fastprune.recover.lora import attach, save_adapter
 from fastprune.recover.merge import TOLERANCES, MergeConfig, merge_adapter, run_merge
 
 
@@ -107,6 +109,29 @@ def test_a_model_in_memory():
     assert agreement.relative_error < TOLERANCES[torch.float32]
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(merged), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_t5])
+def test_other_families(tmp_path, make):
+    """GPT-2 keeps its weights transposed, T5 has an encoder; every linear layer is adapted."""
+    base = saved_model(tmp_path / "base", make())
+    adapted = attach(load_model(base)[0], settings()).train()
+    ids = token_ids()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    adapted.eval()
+    save_adapter(adapted, tmp_path / "adapter", str(base))
+    metrics = run_merge(config(base, tmp_path / "adapter", tmp_path / "out"))
+    assert metrics["base_proven"]
+    merged, _ = load_model(tmp_path / "out")
+    with torch.no_grad():
+        ours, expected = (m(input_ids=ids, labels=ids).logits for m in (merged, adapted))
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="was trained on"):
+        load_model(saved_model(tmp_path / "other", make(seed=1)), adapter=tmp_path / "adapter")
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
