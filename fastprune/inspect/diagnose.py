@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
-from fastprune.data.text import BUILTIN, load_documents, token_stream
+from fastprune.data.records import BUILTIN
+from fastprune.data.text import load_documents, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
 from fastprune.inspect import findings as say
 from fastprune.inspect.against import Comparison, check_comparable, compare, kept_layers
