@@ -14,7 +14,7 @@ from typing import Any
 from fastprune.data.checks import Unusable
 from fastprune.data.examples import Example, Message
 
-CJK = re.compile("[\u3400-\u9fff]")
+CJK = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 LETTER = re.compile(r"[^\W\d_]")
 CJK_SHARE = 0.2  # of the letters: a Chinese instruction may quote an English text
 MARKED = re.compile(r"\{%-?\s*generation\b")

@@ -27,9 +27,8 @@ from fastprune.data.checks import Finding, Findings, LengthStatistics
 from fastprune.data.examples import KINDS
 from fastprune.data.tokenise import Corpus, tokenised
 from fastprune.errors import InputError
+from fastprune.kernels.reference import IGNORED
 
-IGNORED = -100
-"""The label of a token that is not learnt, in every loss of torch and transformers."""
 PROMPT_SHARE = 0.75  # of an over-long example, at most: what is learnt keeps the rest
 
 log = logging.getLogger("fastprune")

@@ -1,5 +1,6 @@
 """DATA to items, masks and batches."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,9 +9,13 @@ import pytest
 import torch
 from pyarrow import parquet
 from tiny import TEXT, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer
 
-from fastprune.data.training import IGNORED, Collator, training_data
+from fastprune.data.instruct import prompt_text
+from fastprune.data.training import Collator, training_data
 from fastprune.errors import InputError
+from fastprune.kernels.reference import IGNORED
 
 END = "<|end|>"
 ENGLISH = {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3, of course."}
@@ -37,8 +42,6 @@ CHAT = [
 
 @pytest.fixture
 def tokenizer():
-    import copy
-
     return copy.deepcopy(tiny_tokenizer())
 
 
@@ -184,6 +187,57 @@ def test_a_conversation_without_a_template(tmp_path, tokenizer):
     item = training_data(path, tokenizer, seq_len=512).train[0]
     assert whole(tokenizer, item).startswith("Be brief.\n\n### Instruction:\nWho built the dam?")
     assert learnt(tokenizer, item) == [f"Nobody remembers.{END}", f"The miller.{END}"]
+
+
+def test_a_tokenizer_that_begins_every_text_does_so_once(tmp_path, tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+    )
+    path = write(tmp_path / "a.jsonl", [ENGLISH])
+    item = training_data(path, tokenizer, seq_len=512).train[0]
+    assert item["input_ids"].tolist().count(begin) == 1
+    assert item["input_ids"][0] == begin and item["labels"][0] == IGNORED
+    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    item = training_data(path, tokenizer, seq_len=512).train[0]
+    assert whole(tokenizer, item).startswith("<|begin|><|user|>\nAdd")
+    assert learnt(tokenizer, item) == [f"3, of course.{END}"]
+    text = write(tmp_path / "b.jsonl", [{"text": "one"}, {"text": "two"}])
+    item = training_data(text, tokenizer, seq_len=512).train[0]
+    assert whole(tokenizer, item) == f"<|begin|>one{END}<|begin|>two{END}"
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, MARKED])
+def test_a_tokenizer_without_offsets_masks_the_same(tmp_path, template):
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    assert not tokenizer.is_fast
+    tokenizer.chat_template = template and template.replace(END, "</s>")
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    item = training_data(path, tokenizer, seq_len=1024).train[0]
+    assert learnt(tokenizer, item) == ["Nobody remembers.</s>", "The miller.</s>"]
+
+
+def test_a_template_that_refuses_a_conversation_is_a_finding(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + TEMPLATE
+    )
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT[1:]}, {"messages": CHAT}])
+    data = training_data(path, tokenizer, seq_len=512)
+    assert problems(data) == {"template": (1, f"{path}: line 2")}
+    assert len(data.train) == 1
+
+
+def test_prompts_are_put_as_in_training(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [ENGLISH])
+    asked = [{"role": "user", "content": ENGLISH["instruction"]}]
+    for template in (None, TEMPLATE):
+        tokenizer.chat_template = template
+        item = training_data(path, tokenizer, seq_len=512).train[0]
+        prompt = prompt_text(tokenizer, asked, ENGLISH["input"])
+        assert tokenizer.decode(item["input_ids"][item["labels"] == IGNORED]).startswith(prompt)
+        assert prompt.endswith("Response:\n" if template is None else "<|assistant|>\n")
 
 
 def test_long_examples_keep_the_start_of_the_response(tmp_path, tokenizer):
