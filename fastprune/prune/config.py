@@ -45,7 +45,8 @@ class PruneConfig(CommonConfig):
     allocation: Literal["uniform", "inverse", "proportional", "global", "search"] = "uniform"
     """how the ratio is spread over the layers"""
     layer_importance: str = "removal"
-    """sensitivity for inverse and proportional: removal, or a layer_importance.json"""
+    """sensitivity for inverse and proportional: removal, activation (how much a layer changes its
+    input), or a layer_importance.json"""
     alpha: float = 1.0
     """exponent of the sensitivity"""
     min_layer_ratio: float = 0.0

@@ -36,6 +36,7 @@ from fastprune.prune.sensitivity import save_layer_importance
 from fastprune.prune.surgery import apply_plan
 from fastprune.report.html import write_prune_report
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
+from fastprune.report.summary import prune_lines
 
 log = logging.getLogger("fastprune")
 
@@ -197,6 +198,8 @@ def prune(
         "command": command_line(),
         "settings": settings(config),
     }
+    for line in prune_lines(metrics):
+        log.info("%s", line)
     return PruneResult(model, tokenizer, plan, metrics, importance)
 
 

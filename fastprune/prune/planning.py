@@ -37,7 +37,7 @@ from fastprune.prune.curves import measure_curves
 from fastprune.prune.importance import Scores, score
 from fastprune.prune.plan import LayerPlan, Plan
 from fastprune.prune.search import choose
-from fastprune.prune.sensitivity import load_layer_importance, removal
+from fastprune.prune.sensitivity import activation, load_layer_importance, removal
 from fastprune.report.run import Clock
 
 log = logging.getLogger("fastprune")
@@ -180,9 +180,11 @@ def _allocate(
 def _sensitivity(
     model: nn.Module, windows: Tensor, config: PruneConfig, source: StreamedModel | None
 ) -> list[float]:
+    some = windows[: config.sensitivity_samples]
+    if config.layer_importance == "activation":
+        return activation(model, some) if source is None else stream.layer_activation(source, some)
     if config.layer_importance != "removal":
         return load_layer_importance(Path(config.layer_importance), len(decoder_layers(model)))
-    some = windows[: config.sensitivity_samples]
     importance, _ = removal(model, some) if source is None else stream.removal(source, some)
     return importance
 

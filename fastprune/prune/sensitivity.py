@@ -1,4 +1,4 @@
-"""How much the model suffers when a layer is removed: the guide of the allocation."""
+"""How much a layer matters, by its removal or by what it does: the guide of the allocation."""
 
 from __future__ import annotations
 
@@ -46,6 +46,39 @@ def removal(model: nn.Module, windows: Tensor) -> tuple[list[float], float]:
             hidden = blocks.run(skipped, hidden)
         totals[-1] += loss(hidden)
     return increases(totals, windows)
+
+
+@torch.no_grad()
+def activation(model: nn.Module, windows: Tensor) -> list[float]:
+    """How much each layer changes its input: mean over tokens of ‖f(x) − x‖ / ‖x‖.
+
+    ``windows`` are token ids (n, s). One forward pass where `removal` needs one for every layer.
+    Raises NumericalError when a state is not finite.
+    """
+    blocks = Blocks(model)
+    device = next(model.parameters()).device
+    totals = [0.0] * len(blocks)
+    for window in track(windows, "layer sensitivity"):
+        hidden = blocks.embed(window[None].to(device))
+        for index in range(len(blocks)):
+            after = blocks.run(index, hidden)
+            totals[index] += change(hidden, after)
+            hidden = after
+    return mean_changes(totals, windows)
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    """Sum over tokens of ‖after − before‖ / ‖before‖; hidden states (n, s, h)."""
+    x, y = before.float(), after.float()
+    norms = x.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((y - x).norm(dim=-1) / norms).double().sum().item()
+
+
+def mean_changes(totals: Sequence[float], windows: Tensor) -> list[float]:
+    """Sums of `change` over ``windows`` (n, s) per token. Raises NumericalError."""
+    if not all(map(math.isfinite, totals)):
+        raise NumericalError("the hidden states of the model are not finite")
+    return [total / windows.numel() for total in totals]
 
 
 def increases(totals: Sequence[float], windows: Tensor) -> tuple[list[float], float]:

@@ -47,7 +47,7 @@ from fastprune.prune.importance import (
 )
 from fastprune.prune.obs import obs
 from fastprune.prune.plan import LayerPlan, Plan
-from fastprune.prune.sensitivity import increases
+from fastprune.prune.sensitivity import change, increases, mean_changes
 from fastprune.prune.surgery import kept_entries
 
 
@@ -91,6 +91,18 @@ def removal(source: StreamedModel, windows: Tensor) -> tuple[list[float], float]
                 final = source.blocks.norm(hidden.to(source.device))
                 totals[number] += chunked_loss(final, head, ids.to(source.device))[0].item()
     return increases(totals, windows)
+
+
+@torch.no_grad()
+def layer_activation(source: StreamedModel, windows: Tensor) -> list[float]:
+    """What `sensitivity.activation` gives for the model in memory; windows are token ids (n, s)."""
+    hidden = source.embed(windows.split(1))
+    totals = []
+    for index, _ in source.layers("layer sensitivity"):
+        after = _run(source, index, hidden)
+        totals.append(sum(map(change, hidden, after)))
+        hidden = after
+    return mean_changes(totals, windows)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastprune.report import format
+from fastprune.report.summary import gqa_line
 
 
 def show_prune(result: dict[str, Any]) -> None:
@@ -24,6 +25,7 @@ def show_prune(result: dict[str, Any]) -> None:
         row = (format.perplexity(p["before"]), format.perplexity(p["after"]), change)
         table.add_row(Text(name), *row)
     out.print(_layers(result["layers"]), table, sep="\n")
+    out.print(Text(gqa_line(result["layers"])), soft_wrap=True)
     if "out" in result:
         out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
         out.print(Text(f"report      {result['out']}/fastprune/report.html"), soft_wrap=True)

@@ -74,6 +74,17 @@ def test_it_writes_a_checkpoint_and_its_records(prune, tmp_path):
         p.name for p in (out / "fastprune").iterdir()
     }
     assert (out / "tokenizer.json").is_file()
+    assert "GQA ratio: all layers kept 2:1" in stdout.splitlines()
+    run_log = (out / "fastprune" / "run.log").read_text()
+    perplexity = metrics["perplexity"][0]
+    params = metrics["params"]
+    for line in (
+        f"achieved ratio: {metrics['ratio']['achieved']:.2%} of the block parameters (requested 30",
+        f"parameters: {params['before']:,} -> {params['after']:,}",
+        "GQA ratio: all layers kept 2:1",
+        f"(2 windows of 32): {perplexity['before']:.2f} -> {perplexity['after']:.2f}",
+    ):
+        assert line in run_log
 
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert sum(p.numel() for p in loaded.parameters()) == metrics["params"]["after"]

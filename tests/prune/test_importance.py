@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastprune.errors import NumericalError
 from fastprune.models.families import geometries
 from fastprune.prune.importance import METHODS, score
-from fastprune.prune.sensitivity import removal
+from fastprune.prune.sensitivity import activation, removal
 
 WINDOWS = token_ids(3, 16)
 
@@ -175,6 +175,23 @@ def test_broken_weights_are_reported() -> None:
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
     with pytest.raises(NumericalError, match="not finite"):
         score(model, WINDOWS, "taylor-first")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_is_what_each_layer_changes(family: str) -> None:
+    model = tiny_model(family)
+    with torch.no_grad():
+        states = model(input_ids=WINDOWS, output_hidden_states=True).hidden_states
+        # the last state of these is normed; the last layer's own output is caught
+        outputs = []
+        hook = model.model.layers[-1].register_forward_hook(lambda *a: outputs.append(a[-1]))
+        model(input_ids=WINDOWS)
+        hook.remove()
+    states = [*states[:-1], outputs[0]]
+    changes = activation(model, WINDOWS)
+    for before, after, change in zip(states[:-1], states[1:], changes, strict=True):
+        expected = ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
+        assert change == pytest.approx(expected, rel=1e-5)  # fp32 norms, other batches
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -141,6 +141,7 @@ def test_scores_and_sensitivity(tmp_path, dtype):
         for a, b in zip(one.attention + one.mlp, other.attention + other.mlp, strict=True):
             assert torch.equal(a, b), method
     assert sensitivity.removal(model, WINDOWS) == stream.removal(source, WINDOWS)
+    assert sensitivity.activation(model, WINDOWS) == stream.layer_activation(source, WINDOWS)
     assert evaluate(model, WINDOWS).perplexity == stream.evaluate(source, WINDOWS).perplexity
 
 

@@ -30,6 +30,7 @@ def test_prune(capsys, monkeypatch):
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "0–1 9 : 3 → 6 : 2 3 : 1 1536 → 1400" in lines
     assert "2 9 : 3 → 0 : 0 — 1536 → 0" in lines
+    assert "GQA ratio: all layers kept 3:1" in lines
     assert "parameters 2,000 1,800 −10.0 %" in lines
     assert "in the blocks 1,000 800 −20.0 %" in lines
     assert "perplexity, [a].txt, 64 × 128 20.00 30.00 ×1.5" in lines

@@ -1,0 +1,38 @@
+"""A pruning run in a few lines of text: for its log, where they can be searched for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastprune.report import format
+
+
+def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Achieved ratio, parameters, query:KV ratio and perplexities of a run, one to a line."""
+    ratio, params = metrics["ratio"], metrics["params"]
+    requested = ratio["requested"]
+    asked = "" if requested is None else f" (requested {requested:.2%})"
+    return [
+        f"achieved ratio: {ratio['achieved']:.2%} of the block parameters{asked}",
+        f"parameters: {params['before']:,} -> {params['after']:,}",
+        gqa_line(metrics["layers"]),
+        *(
+            f"perplexity on {p['text']} ({p['windows']} windows of {p['seq_len']}): "
+            f"{format.perplexity(p['before'])} -> {format.perplexity(p['after'])}"
+            for p in metrics["perplexity"]
+        ),
+    ]
+
+
+def gqa_line(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Whether every layer kept its query:KV ratio, as it must; layers without attention aside."""
+    ratios = {
+        (la["query_heads_before"] // la["kv_heads_before"], la["query_heads"] // la["kv_heads"])
+        for la in layers
+        if la["kv_heads"]
+    }
+    if changed := sorted(f"{before}:1 -> {now}:1" for before, now in ratios if before != now):
+        return f"GQA ratio: changed in some layers ({', '.join(changed)})"
+    kept = ", ".join(f"{now}:1" for _, now in sorted(ratios)) or "nothing, no attention is left"
+    return f"GQA ratio: all layers kept {kept}"
