@@ -19,26 +19,34 @@ if TYPE_CHECKING:
     from fastprune.kernels.optim import AdamW
     from fastprune.prune.config import PruneConfig
     from fastprune.prune.pipeline import PruneResult
+    from fastprune.recover.config import FinetuneConfig
+    from fastprune.recover.pipeline import FinetuneResult, finetune
 
 _PUBLIC = {
     "AdamW": "fastprune.kernels.optim:AdamW",
+    "FinetuneConfig": "fastprune.recover.config:FinetuneConfig",
+    "FinetuneResult": "fastprune.recover.pipeline:FinetuneResult",
     "FastpruneError": "fastprune.errors:FastpruneError",
     "GateError": "fastprune.errors:GateError",
     "InputError": "fastprune.errors:InputError",
     "NumericalError": "fastprune.errors:NumericalError",
     "PruneConfig": "fastprune.prune.config:PruneConfig",
     "PruneResult": "fastprune.prune.pipeline:PruneResult",
+    "finetune": "fastprune.recover.pipeline:finetune",
     "taylor_scores": "fastprune.kernels.ops:taylor",
 }
 
 __all__ = [
     "AdamW",
     "FastpruneError",
+    "FinetuneConfig",
+    "FinetuneResult",
     "GateError",
     "InputError",
     "NumericalError",
     "PruneConfig",
     "PruneResult",
+    "finetune",
     "prune",
     "taylor_scores",
 ]

@@ -64,6 +64,12 @@ COMMANDS = {
         "fastprune.inspect.diagnose:run_diagnose",
         "fastprune.report.tables:show_diagnose",
     ),
+    "finetune": Command(
+        "recover a pruned model, or teach any model, by finetuning",
+        "fastprune.recover.config:FinetuneConfig",
+        "fastprune.recover.pipeline:run_finetune",
+        "fastprune.report.tables:show_finetune",
+    ),
     "generate": Command(
         "continue a prompt",
         "fastprune.inspect.generate:GenerateConfig",

@@ -156,10 +156,7 @@ def _take_config(args: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 def _read_config(config_class: type, file: Path, prog: str) -> dict[str, Any]:
-    """The options that the YAML `file` sets, by field name.
-
-    The values go through the same parser as flags, so they are checked and converted alike.
-    """
+    """The options that the YAML `file` sets, by field name."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -169,15 +166,26 @@ def _read_config(config_class: type, file: Path, prog: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"--config {file}: must hold `option: value` lines")
 
+    return typed_values(config_class, values, f"--config {file}", prog)
+
+
+def typed_values(
+    config_class: type, values: dict[Any, Any], where: str, prog: str
+) -> dict[str, Any]:
+    """`values` from a YAML file as the types of `config_class`'s fields, by field name.
+
+    They go through the same parser as flags, so they are checked and converted alike. `where` names
+    the file in an error, `prog` the command that lists the fields. Raises InputError.
+    """
     known = {field.name for field in dataclasses.fields(config_class)}
     args: list[str] = []
     names: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise InputError(f"--config {file}: unknown option {key!r}; see {prog} --help")
+            raise InputError(f"{where}: unknown option {key!r}; see {prog} --help")
         if isinstance(value, dict):
-            raise InputError(f"--config {file}: {key}: must be one value or a list")
+            raise InputError(f"{where}: {key}: must be one value or a list")
         if value is None:
             continue
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -189,7 +197,7 @@ def _read_config(config_class: type, file: Path, prog: str) -> dict[str, Any]:
     try:
         parsed = _tyro(flags_only, args, prog, None, markers=(FlagConversionOff,))
     except InputError as error:
-        raise InputError(f"--config {file}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
 
     return {name: getattr(parsed, name) for name in names}
 

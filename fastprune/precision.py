@@ -17,9 +17,12 @@ def fast_forward(
     For passes that gather statistics over thousands of tokens: weights, sums and results stay in
     their own precision, only the matrix products are rounded to bf16 on the way in.
     """
-    fast = dtype == torch.float32 and (
-        torch.cuda.is_bf16_supported()
-        if device.type == "cuda"
-        else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    )
+    fast = dtype == torch.float32 and bf16_is_fast(device)
     return torch.autocast(device.type, dtype=torch.bfloat16) if fast else nullcontext()
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether `device` has bf16 matrix units; without them bf16 can be far slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()

@@ -127,6 +127,34 @@ def _losses(dense: dict[str, Any], shown: int = 5) -> Table:
     return table
 
 
+def show_finetune(result: dict[str, Any]) -> None:
+    """One line a stage, and where the checkpoint lies."""
+    out = Console()
+    table = _table("stage", "lr", "steps", "loss", "perplexity before", "after", "")
+    for stage in result["stages"]:
+        rates = stage["lr"] if isinstance(stage["lr"], list) else [stage["lr"]]
+        table.add_row(
+            Text(stage["name"]),
+            ", ".join(f"{rate:.3g}" for rate in rates),
+            str(stage["steps"]),
+            "—" if stage["loss"] is None else f"{stage['loss']:.3f}",
+            format.perplexity(stage["perplexity"]["before"]),
+            format.perplexity(stage["perplexity"]["after"]),
+            "kept" if stage["kept"] else "rolled back",
+        )
+    out.print(table)
+    for p in result["perplexity"]:
+        figures = f"{format.perplexity(p['before'])} → {format.perplexity(p['after'])}"
+        windows = f"{p['windows']} × {p['seq_len']}"
+        out.print(Text(f"perplexity  {p['text']}, {windows}: {figures}"), soft_wrap=True)
+    for sample in result["samples"]:
+        if sample["step"] is None:
+            out.print(Text(f"{sample['prompt']} → {sample['text']}"), soft_wrap=True)
+    if "out" in result:
+        out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
+        out.print(Text(f"report      {result['out']}/fastprune/report.html"), soft_wrap=True)
+
+
 def show_compare(result: dict[str, Any]) -> None:
     """One line a run, a perplexity column for each text it was measured on."""
     texts = [(m["text"], m["seq_len"], m["windows"]) for m in result["measurements"]]

@@ -1,0 +1,150 @@
+"""Between two steps: the guard looks, progress shows, evaluations and prompts fall due."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from fastprune.errors import NumericalError
+from fastprune.progress import console, track
+from fastprune.progress import log as progress_log
+from fastprune.recover.guard import Guard
+
+if TYPE_CHECKING:
+    from fastprune.recover.trainer import FinetuneTrainer
+
+log = logging.getLogger("fastprune")
+
+TENTHS = 10  # progress lines of a stage
+
+
+class Watch(TrainerCallback):
+    """The one callback of a FinetuneTrainer; it comes after the library's own."""
+
+    def __init__(self, trainer: FinetuneTrainer) -> None:
+        self.trainer = trainer
+        self._bar: Iterator[int] | None = None
+        self._asked_to_stop = False
+        self._handlers: dict[int, Any] = {}
+        self._save_later = False
+        self._tenth = 0
+        self._since: list[float] = []
+
+    # ------------------------------------------------------------------------ begin and end
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        # A look waits for the device; on the CPU it costs nothing.
+        interval = 1 if args.device.type == "cpu" else config.guard_steps
+        trainer.guard = Guard(
+            trainer.model,
+            trainer.adamw,
+            trainer.lr_scheduler,
+            patience=config.guard_steps,
+            rollbacks=config.guard_rollbacks,
+            interval=interval,
+            state=trainer.guard_state,
+        )
+        trainer.guard.keep(state.global_step)
+        self._tenth = TENTHS * state.global_step // max(1, state.max_steps)
+        if console.is_terminal and not console.quiet:
+            self._bar = iter(track(range(state.max_steps), trainer.stage.name))
+            for _step in range(state.global_step + 1):
+                next(self._bar, None)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the signals back and take the bar away; also after an error."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        if self._bar is not None:
+            self._bar.close()  # type: ignore[attr-defined]
+            self._bar = None
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+        log.warning("stopping after this step; the state will be saved (again: at once)")
+
+    # ------------------------------------------------------------------------ a step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        guard = trainer.guard
+        assert guard is not None  # on_train_begin has made it
+        try:
+            returned = guard.look(step)
+        except NumericalError as error:
+            raise trainer.give_up(error) from None
+        calm = not returned and guard.state.in_a_row == 0 and trainer.monitor.sound()
+        every = trainer.config.guard_snapshot_steps
+        if calm and every and step % every == 0 and not control.should_save:
+            guard.keep(step)
+        last = step >= state.max_steps
+        if not calm and control.should_save and not last:
+            control.should_save, self._save_later = False, True
+        elif calm and self._save_later:
+            control.should_save, self._save_later = True, False
+        stage = trainer.stage
+        if stage.eval_steps is not None and step % stage.eval_steps == 0 and self._measurable():
+            control.should_evaluate = True
+        if stage.generate_steps is not None and step % stage.generate_steps == 0:
+            trainer.on_sample(step)
+        if self._bar is not None:
+            next(self._bar, None)
+        if self._stop_agreed(args, step):
+            trainer.interrupted = True
+            control.should_save = control.should_training_stop = True
+
+    def _measurable(self) -> bool:
+        return self.trainer.eval_dataset is not None or self.trainer.windows is not None
+
+    def _stop_agreed(self, args: Any, step: int) -> bool:
+        """Whether to stop now. Several processes ask each other, to stop at the same step."""
+        if args.world_size == 1:
+            return self._asked_to_stop
+        if step % self.trainer.config.guard_steps:
+            return False
+        asked = torch.tensor(int(self._asked_to_stop), device=args.device)
+        return bool(self.trainer.accelerator.reduce(asked, "sum") > 0)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        guard = self.trainer.guard
+        if guard is not None and guard.state.in_a_row == 0 and self.trainer.monitor.sound():
+            guard.keep(state.global_step)  # what a resumed run begins with, too
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """A line for people each tenth of the way, with the mean loss since the last one."""
+        if not logs or "learning_rate" not in logs:
+            return
+        loss = logs["loss"]
+        if loss == loss:
+            self._since.append(loss)
+        tenth = TENTHS * state.global_step // max(1, state.max_steps)
+        if tenth > self._tenth:
+            self._tenth = tenth
+            mean = sum(self._since) / len(self._since) if self._since else float("nan")
+            progress_log.info(
+                "%s: %d %%, step %d of %d, mean loss %.4f, lr %.3g",
+                self.trainer.stage.name,
+                round(100 * state.global_step / max(1, state.max_steps)),
+                state.global_step,
+                state.max_steps,
+                mean,
+                logs["learning_rate"],
+            )
+            self._since = []

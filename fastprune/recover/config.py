@@ -1,0 +1,173 @@
+"""The settings of the `finetune` command: flags, YAML keys and Python API at once.
+
+A setting that a recipe may choose is left out (None, or empty) by default: what the user gives
+applies to every stage, what is left out is the recipe's, and what neither says is in `Stage`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from fastprune.config import CommonConfig
+from fastprune.errors import InputError
+
+Method = Literal["full", "lora"]
+Freeze = Literal["none", "most", "half", "ends", "attention", "mlp"]
+Schedule = Literal["constant", "linear", "cosine", "one-cycle"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(CommonConfig):
+    """Recover the quality of a pruned model, or teach any model, by finetuning."""
+
+    model: Positional[str] = ""
+    """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
+    data: str = ""
+    """training text or instructions: a path, hf:NAME[:CONFIG[:SPLIT]], a short name; several joined
+    by commas"""
+    out: Path | None = None
+    """directory of the finetuned checkpoint (of the adapter with --method lora)"""
+    overwrite: bool = False
+    """replace what --out holds"""
+    recipe: str = "plain"
+    """plain, ultra-low, staged, frozen, segmented, layer-lr, lora, instruct, sft-onecycle, distill,
+    auto, or a recipe file; flags given beside it apply to all its stages"""
+
+    method: Method | None = None
+    """full trains the weights themselves (default), lora small matrices beside them"""
+    freeze: Freeze | None = None
+    """what stays as it is: most (all but the last 5 layers), half (the first half), ends (the outer
+    quarters), attention, mlp; each freezes the embeddings and the head too (default: none)"""
+    lr: float | None = None
+    """learning rate (default: 2e-5)"""
+    find_lr: bool = False
+    """choose the learning rate by a short range test on the model itself"""
+    layer_lr_decay: float | None = None
+    """each layer learns at this fraction of the rate of the one after it (default: 1)"""
+    layer_lrs: tuple[float, ...] = ()
+    """learning rates of equal parts of the depth, first layers first; instead of --lr"""
+    schedule: Schedule | None = None
+    """how the learning rate goes down after the warm-up (default: cosine)"""
+    warmup_steps: int | None = None
+    """steps until the learning rate is reached"""
+    warmup_ratio: float | None = None
+    """the same as a share of all steps (default: 0.05)"""
+    div_factor: float | None = None
+    """one-cycle starts at the learning rate divided by this (default: 25)"""
+    weight_decay: float | None = None
+    """decoupled weight decay; never on norms and biases (default: 0)"""
+    max_grad_norm: float | None = None
+    """clip the norm of the gradients; 0 does not (default: 1)"""
+    epochs: float | None = None
+    """passes over the data (default: 1)"""
+    max_steps: int | None = None
+    """stop after so many optimizer steps, whatever --epochs says"""
+    samples: int | None = None
+    """use at most so many training samples (windows of text, or records)"""
+    seq_len: int | None = None
+    """tokens of a training window, at most the model's maximum positions (default: 512)"""
+    batch_size: int | None = None
+    """samples per forward pass and device (default: 4)"""
+    grad_accum: int | None = None
+    """forward passes per optimizer step (default: 4)"""
+    precision: Precision | None = None
+    """fp32: everything in fp32, half-precision weights are brought to fp32 and rounded when they
+    are saved. bf16, fp16: matrix products in half precision; fp32 weights stay fp32, half-precision
+    weights keep what --optimizer-master says; fp16 with a dynamic loss scale. auto: bf16 where the
+    device multiplies bf16 much faster, else fp32 (default: auto)"""
+    stop_loss: float | None = None
+    """stop a stage when the mean training loss falls below this"""
+
+    lora_r: int | None = None
+    """rank of the LoRA matrices (default: 8)"""
+    lora_alpha: float | None = None
+    """LoRA scale, divided by the rank (default: 16)"""
+    lora_dropout: float | None = None
+    """dropout before the LoRA matrices (default: 0.05)"""
+    lora_target_modules: tuple[str, ...] = ()
+    """projections that get LoRA matrices (default: q, k, v, o, gate, up and down)"""
+
+    teacher: str | None = None
+    """learn from this model's output (the dense model) besides the text"""
+    distill_weight: float | None = None
+    """share of the teacher's loss, 0 to 1; the text's own loss has the rest (default: 0.5)"""
+    distill_temperature: float | None = None
+    """both distributions are softened by this (default: 1)"""
+    distill_hidden_weight: float | None = None
+    """weight of the distance between the hidden states (default: 0, none)"""
+
+    kind: Literal["auto", "text", "instructions", "chat"] = "auto"
+    """what the data is; auto tells by its fields"""
+    val_size: float | None = None
+    """samples held out for validation: a number, or a share below 1 (default: 0)"""
+    eval: str = "builtin:pydocs"
+    """text whose perplexity is measured before, between the stages and after"""
+    eval_seq_len: int = 1024
+    """tokens of an evaluation window, at most the model's maximum positions"""
+    eval_windows: int = 16
+    """evaluation windows, from the start of the text; 0 measures nothing"""
+    eval_steps: int | None = None
+    """every so many steps measure the validation loss, or the perplexity where nothing is held
+    out, and keep the best weights (default: only at the end of a stage)"""
+    early_stop: int | None = None
+    """stop a stage after so many evaluations without improvement"""
+    gate_ppl_ratio: float | None = None
+    """exit 3 without writing a checkpoint when perplexity after is more than this times before"""
+    prompt: str | None = None
+    """continue this prompt during training, to look at; a .txt file holds one prompt a line"""
+    generate_steps: int | None = None
+    """continue --prompt every so many steps (default: only at the end)"""
+
+    save_steps: int | None = None
+    """write a checkpoint to resume from every so many steps (default: 500)"""
+    keep_last: int | None = None
+    """resume checkpoints to keep (default: 2)"""
+    resume: str = "auto"
+    """auto: continue what --out began, else start from MODEL (from random weights where it is only
+    a config); never: start anew; or the checkpoint folder to continue from"""
+    log_steps: int | None = None
+    """steps per line of train_log.jsonl (default: at most 200 lines a stage)"""
+    log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """also send the log to this logger"""
+
+    optimizer_master: Literal["fp32", "stochastic", "none"] = "fp32"
+    """half-precision weights: an fp32 copy in the optimizer, stochastic rounding, or neither"""
+    gradient_checkpointing: bool = False
+    """compute activations twice instead of keeping them: less memory, a third more time"""
+    guard_steps: int = 5
+    """so many steps in a row with a non-finite loss or gradient bring back the last good state and
+    halve the learning rate"""
+    guard_rollbacks: int = 3
+    """give up (exit 4) after bringing it back so many times"""
+    guard_snapshot_steps: int = 50
+    """remember a good state every so many steps, in memory of the host; 0 only when saving"""
+    allow_pickle: bool = False
+    """read a foreign .bin that holds pickled objects (it can run any code)"""
+
+    def check(self) -> None:
+        """InputError when a value is out of range; what a recipe may say too, `Stage` checks."""
+        for name, least in (
+            ("eval_seq_len", 2),
+            ("eval_windows", 0),
+            ("log_steps", 1),
+            ("guard_steps", 1),
+            ("guard_rollbacks", 0),
+            ("guard_snapshot_steps", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(
+                    f"--{name.replace('_', '-')} must be at least {least}, not {value}"
+                )
+        if self.gate_ppl_ratio is not None:
+            if not self.gate_ppl_ratio > 0:
+                raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
+            if not self.eval_windows:
+                raise InputError("--gate-ppl-ratio needs a perplexity: leave out --eval-windows 0")
+        if self.resume not in ("auto", "never") and self.overwrite:
+            raise InputError("--resume PATH continues, --overwrite starts anew: give one of them")

@@ -1,0 +1,138 @@
+"""Which parameters learn, and how fast: frozen parts, learning rates by depth, schedules.
+
+Everything goes by the parameter's name, so it holds for the plain model and for LoRA matrices
+beside it, and for the families of transformers whose layers are called `layers`, `h` or `block`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprune.errors import InputError
+from fastprune.recover.recipes import Stage
+
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
+ATTENTION = re.compile(r"\.(self_attn|attn|attention|SelfAttention|EncDecAttention)\.")
+MLP = re.compile(r"\.(mlp|feed_forward|DenseReluDense)\.")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|wpe|shared|embeddings?)\.")
+TRAINED_BY_MOST = 5
+"""Layers that `--freeze most` leaves to learn."""
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that the parameter `name` lies in; None outside the layers."""
+    match = LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def depth_of(model: nn.Module) -> int:
+    """The number of decoder layers of `model`. Raises InputError where none is found."""
+    layers = [
+        layer for name, _ in model.named_parameters() if (layer := layer_of(name)) is not None
+    ]
+    if not layers:
+        raise InputError(f"{type(model).__name__}: no decoder layers found in it")
+    return max(layers) + 1
+
+
+def freeze(model: nn.Module, strategy: str) -> int:
+    """Set `requires_grad` of what learns now as `strategy` says; the parameters left to learn.
+
+    most: all but the last 5 layers are frozen; half: the first half; ends: the outer quarters;
+    attention, mlp: these in every layer. Each freezes the embeddings and the head too; the final
+    norm learns. none leaves everything as it is. Raises InputError when nothing would learn.
+    """
+    if strategy != "none":
+        depth = depth_of(model)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and _frozen(name, strategy, depth):
+                parameter.requires_grad_(False)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not count:
+        raise InputError(f"--freeze {strategy} leaves nothing of this model to learn")
+    return count
+
+
+def _frozen(name: str, strategy: str, depth: int) -> bool:
+    layer = layer_of(name)
+    if layer is None:
+        return "norm" not in name and "ln_f" not in name
+    if strategy == "most":
+        return layer < depth - TRAINED_BY_MOST
+    if strategy == "half":
+        return layer < depth // 2
+    if strategy == "ends":
+        outer = max(1, depth // 4)
+        return layer < outer or layer >= depth - outer
+    return bool((ATTENTION if strategy == "attention" else MLP).search(name))
+
+
+def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
+    """What learns in `model` as groups for an optimizer, with (name, parameter) pairs.
+
+    One group for each learning rate, with and without weight decay: vectors (norms, biases) never
+    decay. With `layer_lr_decay` d, layer l of L learns at lr · d^(L-1-l), the embeddings at d^L.
+    With `layer_lrs` the depth is cut into as many equal parts, the embeddings go with the first
+    and what follows the layers with the last.
+    """
+    depth = depth_of(model)
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = stage.weight_decay if parameter.dim() > 1 else 0.0
+            key = (_rate(name, stage, depth), decay)
+            groups.setdefault(key, []).append((name, parameter))
+    return [
+        {"params": params, "lr": lr, "weight_decay": decay}
+        for (lr, decay), params in groups.items()
+    ]
+
+
+def _rate(name: str, stage: Stage, depth: int) -> float:
+    layer = layer_of(name)
+    if layer is None:
+        layer = -1 if EMBEDDING.search(name) else depth - 1
+    if stage.layer_lrs:
+        parts = len(stage.layer_lrs)
+        return stage.layer_lrs[max(0, layer) * parts // depth]
+    return stage.lr * stage.layer_lr_decay ** (depth - 1 - layer)
+
+
+def warmup_steps(stage: Stage, steps: int) -> int:
+    """Steps of `steps` until the learning rate of `stage` is reached."""
+    if stage.warmup_steps is not None:
+        return min(stage.warmup_steps, steps)
+    return round(stage.warmup_ratio * steps)
+
+
+def make_schedule(stage: Stage, optimizer: Any, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of each of `steps` optimizer steps. Raises InputError."""
+    from transformers import get_scheduler
+
+    warmup = warmup_steps(stage, steps)
+    if stage.schedule == "one-cycle":
+        if steps < 4:
+            raise InputError(f"--schedule one-cycle needs at least 4 steps, this run has {steps}")
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=steps,
+            pct_start=min(max(warmup, 2), steps - 2) / steps,
+            div_factor=stage.div_factor,
+            cycle_momentum=False,
+        )
+    name = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def halve_rates(optimizer: Any, schedule: Any) -> None:
+    """Halve every learning rate of `optimizer`, now and in all that `schedule` will set."""
+    for group in optimizer.param_groups:
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if key in group:
+                group[key] *= 0.5
+    schedule.base_lrs = [rate * 0.5 for rate in schedule.base_lrs]

@@ -1,0 +1,167 @@
+"""Keeps non-finite numbers out of the weights, and brings a run back that cannot go on.
+
+A single bad step needs nothing: the optimizer sees a non-finite gradient and leaves the weights
+alone. The guard counts them. After several in a row the weights themselves are suspect (an
+activation overflows every time): it brings back the last good state and halves the learning rate.
+After several such returns it gives up.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.errors import NumericalError
+from fastprune.recover.freeze import halve_rates
+
+LOSS_LIMIT = 1e6
+"""A loss beyond this counts as non-finite: no language model is worse than its vocabulary's log."""
+
+log = logging.getLogger("fastprune")
+
+
+def poison(loss: Tensor) -> Tensor:
+    """`loss`, but NaN in its gradient where it is NaN, infinite, or beyond LOSS_LIMIT.
+
+    The optimizer then skips the step, on the device, without anyone waiting for the value.
+    """
+    value = loss.detach()
+    return loss * torch.where(value <= LOSS_LIMIT, 1.0, math.nan).to(loss.dtype)
+
+
+@dataclass
+class GuardState:
+    """What the guard has seen; saved with every checkpoint."""
+
+    skipped: int = 0
+    """steps skipped, at the last look"""
+    in_a_row: int = 0
+    rollbacks: int = 0
+    rate_factor: float = 1.0
+
+
+class Guard:
+    """Watches one training.
+
+    Args:
+        model, optimizer, schedule: what is trained; the optimizer is a fastprune.AdamW.
+        patience: bad steps in a row that bring back the last good state.
+        rollbacks: give up after so many.
+        interval: steps between two looks at the device's counter. With one look in `interval`
+            steps, only an interval in which every step was bad counts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Any,
+        *,
+        patience: int,
+        rollbacks: int,
+        interval: int = 1,
+        state: GuardState | None = None,
+    ) -> None:
+        self.optimizer, self.schedule = optimizer, schedule
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.patience, self.limit, self.interval = patience, rollbacks, interval
+        self.state = state or GuardState()
+        self._kept: tuple[int, dict[str, Tensor], dict[str, Any]] | None = None
+
+    def look(self, step: int) -> bool:
+        """Look after optimizer step `step`; whether the last good state was brought back.
+
+        Raises NumericalError when that has happened too often. The weights are then those of the
+        last good state.
+        """
+        if step % self.interval:
+            return False
+        state = self.state
+        now = int(self.optimizer.skipped_steps)
+        bad, state.skipped = now - state.skipped, now
+        if bad < self.interval or self._searching():
+            state.in_a_row = 0
+            return False
+        state.in_a_row += bad
+        if state.in_a_row < self.patience:
+            return False
+        culprits = self.optimizer.culprits()
+        log.warning(
+            "%d steps in a row had a non-finite loss or gradient (%s)",
+            state.in_a_row,
+            _names(culprits) or "every gradient was finite by itself, their norm was not",
+        )
+        returned_to = self._restore()
+        if state.rollbacks >= self.limit:
+            raise NumericalError(
+                f"step {step}: {state.in_a_row} steps in a row had a non-finite loss or gradient, "
+                f"after {state.rollbacks} returns to a good state with the learning rate halved "
+                "each time; the last good state is kept. Lower --lr, use --precision fp32, or look "
+                "at the data and at the model: fastprune diagnose MODEL"
+            )
+        state.rollbacks += 1
+        state.rate_factor *= 0.5
+        state.in_a_row = 0
+        halve_rates(self.optimizer, self.schedule)
+        log.warning(
+            "back to the state of step %d, learning rate halved to %.3g (return %d of %d)",
+            returned_to,
+            max(group["lr"] for group in self.optimizer.param_groups),
+            state.rollbacks,
+            self.limit,
+        )
+        return True
+
+    def _searching(self) -> bool:
+        """fp16: a skipped step lowers the loss scale until it fits, which is no trouble yet."""
+        return float(self.optimizer.loss_scale) > 1.0
+
+    def keep(self, step: int) -> None:
+        """Remember the weights and the optimizer's state, on the host, as those of `step`."""
+        weights = {n: _host(p) for n, p in self.params.items()}
+        self._kept = step, weights, _host(self.optimizer.state_dict())
+
+    @torch.no_grad()
+    def _restore(self) -> int:
+        """Bring back what was kept; the loss scale, its counters and the rates stay today's."""
+        if self._kept is None:
+            return 0
+        step, weights, optimizer = self._kept
+        today = self.optimizer.state_dict()
+        for name, parameter in self.params.items():
+            _local(parameter).copy_(weights[name])
+        self.optimizer.load_state_dict(
+            {
+                **optimizer,
+                "param_groups": today["param_groups"],
+                "fastprune": today["fastprune"],
+            }
+        )
+        return step
+
+
+def _names(culprits: dict[str, int], shown: int = 3) -> str:
+    names = list(culprits)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _local(t: Tensor) -> Tensor:
+    """This process's shard of a DTensor; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def _host(value: Any) -> Any:
+    """A copy of nested `value` with every tensor on the host."""
+    if isinstance(value, Tensor):
+        return _local(value).detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_host(item) for item in value)
+    return value

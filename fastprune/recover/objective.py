@@ -1,0 +1,99 @@
+"""The loss of a batch, computed inside the model's own forward call.
+
+The logits of a batch never stand whole (recover/loss.py), so the loss must be taken between the
+decoder and the head. Wrappers that synchronise gradients or gather weights (DDP, FSDP) act when the
+model is called, so it must happen inside that call: while training, the model's `forward` also
+knows `items`, and then returns the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.inspect.perplexity import decoder_and_head
+from fastprune.precision import bf16_is_fast
+from fastprune.recover.loss import next_token_loss
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products under `--precision`; None for fp32 throughout."""
+    if precision == "auto":
+        precision = "bf16" if bf16_is_fast(device) else "fp32"
+    return DTYPES[precision]
+
+
+class Objective:
+    """Computes the training loss of `model`.
+
+    Args:
+        model: a causal language model, with or without LoRA matrices.
+        dtype: of the matrix products, by autocast; None leaves them in the weights' dtype.
+        distiller: a `recover.distill.Distiller`, where a teacher takes part.
+    """
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None = None, distiller: Any = None
+    ) -> None:
+        self.model, self.dtype, self.distiller = model, dtype, distiller
+        self.decoder, self.head = decoder_and_head(model)
+
+    def __call__(self, inputs: Mapping[str, Any], items: int | Tensor | None = None) -> Tensor:
+        """fp32 scalar: the summed loss of the batch over `items`, or over its scored tokens.
+
+        `inputs` holds input_ids and labels (n, s), -100 where not scored, and attention_mask where
+        there is padding.
+        """
+        labels = inputs["labels"]
+        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        device = labels.device.type
+        with torch.autocast(device, dtype=self.dtype) if self.dtype else nullcontext():
+            if self.distiller is None:
+                hidden = self.decoder(**rest, use_cache=False).last_hidden_state
+                return next_token_loss(hidden, self.head, labels, items)
+            output = self.decoder(
+                **rest, use_cache=False, output_hidden_states=self.distiller.wants_hidden_states
+            )
+            return self.distiller.loss(
+                output.last_hidden_state,
+                self.head,
+                inputs,
+                hidden_states=output.hidden_states,
+                items=items,
+            )
+
+    def plain(self, inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
+        """The summed loss against the labels alone, and the tokens it sums over; no gradient."""
+        labels = inputs["labels"]
+        count = int((labels[:, 1:] != -100).sum())
+        distiller, self.distiller = self.distiller, None
+        try:
+            with torch.no_grad():
+                return self(inputs, 1), count
+        finally:
+            self.distiller = distiller
+
+
+@contextmanager
+def loss_inside(objective: Objective) -> Iterator[None]:
+    """While the block runs, the model called with `items` returns the loss; otherwise as ever."""
+    model = objective.model
+    usual = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if "items" not in kwargs:
+            return usual(*args, **kwargs)
+        items = kwargs.pop("items")
+        return {"loss": objective(kwargs, items)}
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward  # the class's own shows again

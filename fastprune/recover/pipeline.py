@@ -1,0 +1,339 @@
+"""The `finetune` command, start to end: load → check → stages with gates → measure → save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprune.config import resolve_device
+from fastprune.data.text import load_documents
+from fastprune.errors import GateError, InputError, NumericalError
+from fastprune.inspect.generate import generate
+from fastprune.inspect.health import check_weights
+from fastprune.inspect.perplexity import (
+    check_positions,
+    evaluate,
+    peak_memory_bytes,
+    text_windows,
+)
+from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.load import load_model
+from fastprune.recover.arguments import is_first_process, world_size
+from fastprune.recover.config import FinetuneConfig
+from fastprune.recover.distill import load_teacher
+from fastprune.recover.folder import RunFolder
+from fastprune.recover.lora import save_adapter
+from fastprune.recover.objective import autocast_dtype
+from fastprune.recover.recipes import Recipe, load_recipe
+from fastprune.recover.stage import Course, gate_passed, put_back, run_stage, snapshot
+from fastprune.recover.trainer import GradientHook
+from fastprune.report.finetune import write_finetune_report
+from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
+
+log = logging.getLogger("fastprune")
+
+STAGES = ("load", "data", "evaluate", "train", "save")
+SAMPLE_TOKENS = 64  # of a continued prompt
+
+
+@dataclass
+class FinetuneResult:
+    """What `finetune` made. ``model`` was trained in place; after a LoRA stage at the end it is a
+    PeftModel around what was given, and `adapter` is true."""
+
+    model: nn.Module
+    tokenizer: Any
+    metrics: dict[str, Any]
+    adapter: bool = False
+    out: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metrics, and where the checkpoint and the report lie."""
+        where = {} if self.out is None else {"out": str(self.out)}
+        return {**self.metrics, **where}
+
+
+def run_finetune(config: FinetuneConfig) -> FinetuneResult:
+    """Load, finetune, evaluate and save: the `finetune` command.
+
+    Raises InputError, GateError or NumericalError; KeyboardInterrupt after an interrupt, with the
+    state saved. The model's files in ``config.out`` are complete or not there.
+    """
+    if not config.model:
+        raise InputError("no MODEL given: name a directory, a hub id, a .gguf file or smollm2-135m")
+    if config.out is None:
+        raise InputError("--out DIR is needed")
+    recipe = _checked(config)
+    folder = RunFolder.open(config)
+    _meet(config)
+    clock = Clock()
+    with RunLog() as run_log:
+        with clock("load"):
+            device = resolve_device(config.device)
+            model, tokenizer = load_model(
+                config.model,
+                dtype=config.dtype,
+                # several processes: each gets its own device from the Trainer
+                device="cpu" if world_size() > 1 else str(device),
+                allow_pickle=config.allow_pickle,
+            )
+        result = _finetune(model, tokenizer, config, recipe, folder, clock)
+        result.out = config.out
+        if is_first_process():
+            with clock("save"):
+                base = config.model
+
+                def write(directory: Path) -> None:
+                    _write(directory, result, base)
+                    result.metrics["seconds"] = clock.totals(STAGES)
+                    _record(directory / "fastprune", result, folder)
+                    run_log.save(directory / "fastprune" / "run.log")
+
+                folder.finish(write)
+    return result
+
+
+def finetune(
+    model: nn.Module,
+    tokenizer: Any,
+    config: FinetuneConfig,
+    *,
+    gradient_hook: GradientHook | None = None,
+) -> FinetuneResult:
+    """Finetune ``model`` in place on ``config.data`` and measure it before and after.
+
+    Nothing is written: the state lives in a temporary folder, ``config.out`` is not used.
+    ``gradient_hook`` is called with (step, model) when the gradients of a step are complete. Raises
+    as `run_finetune`.
+    """
+    recipe = _checked(config)
+    with tempfile.TemporaryDirectory(prefix="fastprune-") as records:
+        folder = RunFolder(Path(records), config)
+        return _finetune(model, tokenizer, config, recipe, folder, Clock(), gradient_hook)
+
+
+def _checked(config: FinetuneConfig) -> Recipe:
+    config.check()
+    if not config.data:
+        raise InputError("--data DATA is needed: a file, a folder, hf:NAME or a short name")
+    return load_recipe(config)
+
+
+def _finetune(
+    model: nn.Module,
+    tokenizer: Any,
+    config: FinetuneConfig,
+    recipe: Recipe,
+    folder: RunFolder,
+    clock: Clock,
+    gradient_hook: GradientHook | None = None,
+) -> FinetuneResult:
+    device = resolve_device(config.device) if world_size() == 1 else next(model.parameters()).device
+    saved_dtype = model.dtype
+    if all(autocast_dtype(s.precision, device) is None for s in recipe.stages):
+        model.float()  # fp32 throughout; what is saved is rounded back
+    if (start := folder.start_weights()) is not None:
+        put_back(model, start)
+    else:
+        check_weights(model)
+    with clock("evaluate"):
+        windows = _windows(config, model, tokenizer)
+    teacher = None
+    if config.teacher is not None:
+        with clock("load"):
+            teacher = load_teacher(
+                config.teacher, tokenizer, device=device, allow_pickle=config.allow_pickle
+            )
+    samples: list[dict[str, Any]] = []
+    course = Course(
+        config,
+        tokenizer,
+        folder,
+        device,
+        windows=windows,
+        teacher=teacher,
+        sample=lambda m, step: samples.extend(_continue(m, tokenizer, config, step)),
+        gradient_hook=gradient_hook,
+    )
+    with clock("data"):
+        for stage in recipe.stages[folder.record["stage"] :]:
+            check_positions(model, "--seq-len", stage.seq_len)
+            course.data_of(stage)
+    record = folder.record
+    if is_first_process():
+        folder.begin()
+    if windows is not None and "before" not in record:
+        with clock("evaluate"):
+            record["before"] = _sound(evaluate(model, windows).perplexity)
+            record["best"] = record["before"]
+    total = sum(p.numel() for p in model.parameters())
+    model = _stages(model, recipe, course, clock)
+    samples.extend(_continue(model, tokenizer, config, None))
+    after = record.get("best")
+    check_weights(model)
+    _check_gate(config, record.get("before"), after)
+    adapter = hasattr(model, "peft_config")
+    if not adapter:
+        model.to(saved_dtype)
+    metrics = {
+        "model": config.model or type(model).__name__,
+        "data": {"spec": config.data, **next(iter(course.data.values())).to_dict()}
+        if course.data
+        else {"spec": config.data},
+        "recipe": {"name": recipe.name, "about": recipe.about},
+        "params": {
+            "total": total,
+            "learning": max((r["learning_parameters"] for r in record["results"]), default=0),
+        },
+        "perplexity": []
+        if windows is None
+        else [
+            {
+                "text": config.eval,
+                "seq_len": windows.shape[1],
+                "windows": len(windows),
+                "before": record["before"],
+                "after": after,
+            }
+        ],
+        "stages": record["results"],
+        "samples": samples,
+        "seconds": clock.totals(STAGES),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "versions": versions(),
+        "command": command_line(),
+        "settings": settings(config),
+    }
+    return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
+
+
+def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> nn.Module:
+    """Run the stages that are left, each from the best state so far; the model as it ends."""
+    folder, record = course.folder, course.folder.record
+    for number in range(record["stage"], len(recipe.stages)):
+        stage = recipe.stages[number]
+        last = number + 1 == len(recipe.stages)
+        before = snapshot(model) if stage.gate is not None and stage.method == "full" else None
+        with clock("train"):
+            run = run_stage(model, stage, number, course)
+        if run.interrupted:
+            log.warning("the state is in %s; the same command continues", folder.state)
+            raise KeyboardInterrupt
+        result = run.result
+        result["perplexity"] = {"before": record.get("best"), "after": None}
+        if course.windows is not None:
+            with clock("evaluate"):
+                result["perplexity"]["after"] = evaluate(run.model, course.windows).perplexity
+        kept = gate_passed(stage, record.get("best"), result["perplexity"]["after"])
+        result["kept"] = kept
+        if kept:
+            record["best"] = result["perplexity"]["after"]
+            alone = last and all(not r["kept"] for r in record["results"])
+            model = run.model if stage.method == "full" or alone else _merged(run.model)
+        else:
+            log.warning(
+                "%s: perplexity %.2f after, %.2f before, gate %g: rolled back",
+                stage.name,
+                result["perplexity"]["after"],
+                record["best"],
+                stage.gate,
+            )
+            if before is None:
+                model = run.model.unload()
+            else:
+                put_back(model, before)
+        if not hasattr(model, "peft_config"):
+            model.requires_grad_(True)
+        ends = last or (not kept and stage.on_worse == "stop")
+        if is_first_process():
+            folder.next_stage(result, None if ends else model)
+        if ends:
+            break
+    return model
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """LoRA matrices added to the weights: another stage follows, or another one came before."""
+    return model.merge_and_unload()
+
+
+def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.Tensor | None:
+    """The evaluation windows; says so when the text is among the training data."""
+    if not config.eval_windows:
+        return None
+    check_positions(model, "--eval-seq-len", config.eval_seq_len)
+    names = {name.strip() for name in config.data.split(",")}
+    if shared := sorted(names & {name.strip() for name in config.eval.split(",")}):
+        log.warning(
+            "%s is both training data and evaluation text: its perplexity will say how well it was "
+            "learnt by heart; give another --eval",
+            shared[0],
+        )
+    documents = load_documents(config.eval)
+    return text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
+
+
+def _sound(perplexity: float) -> float:
+    if math.isnan(perplexity):
+        raise NumericalError(
+            "the model's loss is not a number before any training: run fastprune diagnose MODEL"
+        )
+    return perplexity
+
+
+def _check_gate(config: FinetuneConfig, before: float | None, after: float | None) -> None:
+    if config.gate_ppl_ratio is None or before is None or after is None:
+        return
+    if not after <= config.gate_ppl_ratio * before:
+        raise GateError(
+            f"perplexity went from {before:.2f} to {after:.2f}, a factor of {after / before:.2f}; "
+            f"the gate is {config.gate_ppl_ratio:g}; no checkpoint was written"
+        )
+
+
+def _continue(
+    model: nn.Module, tokenizer: Any, config: FinetuneConfig, step: int | None
+) -> list[dict[str, Any]]:
+    """The prompts, continued by the model as it is now; `step` None at the end."""
+    if config.prompt is None or not is_first_process():
+        return []
+    file = Path(config.prompt)
+    prompts = [config.prompt]
+    if file.suffix == ".txt" and file.is_file():
+        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = []
+    for prompt in prompts:
+        text = generate(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed).text
+        log.info("step %s: %r → %r", "end" if step is None else step, prompt, text)
+        found.append({"step": step, "prompt": prompt, "text": text})
+    return found
+
+
+def _write(directory: Path, result: FinetuneResult, base: str) -> None:
+    """The checkpoint, or the adapter, into `directory`."""
+    if result.adapter:
+        save_adapter(result.model, directory, base)
+        result.tokenizer.save_pretrained(directory)
+    else:
+        save_checkpoint(result.model, result.tokenizer, directory)
+
+
+def _record(directory: Path, result: FinetuneResult, folder: RunFolder) -> None:
+    directory.mkdir()
+    write_json(directory / "metrics.json", result.metrics)
+    write_finetune_report(directory / "report.html", result.metrics, folder.lines())
+
+
+def _meet(config: FinetuneConfig) -> None:
+    """Several processes: none goes on before all have seen the folder as it was."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=resolve_device(config.device).type == "cpu").wait_for_everyone()

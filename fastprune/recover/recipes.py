@@ -1,0 +1,184 @@
+"""A recipe: an ordered list of stages, each with its settings, and gates between them.
+
+The built-in recipes are the YAML files in `recipes/`; a user's own has the same form:
+
+    about: one line for the report
+    stages:
+      - name: gentle          # any of the fields of Stage
+        lr: 1e-7
+        gate: 1.0             # keep the stage only if perplexity is at most this times the best
+      - name: firm
+        lr: 5e-7
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fastprune.errors import InputError
+from fastprune.flags import typed_values
+from fastprune.recover.config import FinetuneConfig, Freeze, Method, Precision, Schedule
+
+FOLDER = Path(__file__).with_name("recipes")
+NAMES = tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage with every setting decided; the fields mean what those of FinetuneConfig do."""
+
+    name: str = "finetune"
+    gate: float | None = None
+    """keep the stage only if perplexity after it is at most this times the best before it"""
+    on_worse: Literal["stop", "continue"] = "stop"
+    """after a stage was rolled back: skip the stages that follow, or go on with them"""
+    method: Method = "full"
+    freeze: Freeze = "none"
+    lr: float = 2e-5
+    find_lr: bool = False
+    layer_lr_decay: float = 1.0
+    layer_lrs: tuple[float, ...] = ()
+    schedule: Schedule = "cosine"
+    warmup_steps: int | None = None
+    warmup_ratio: float = 0.05
+    div_factor: float = 25.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: float = 1.0
+    max_steps: int | None = None
+    samples: int | None = None
+    seq_len: int = 512
+    batch_size: int = 4
+    grad_accum: int = 4
+    precision: Precision = "auto"
+    stop_loss: float | None = None
+    lora_r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    lora_target_modules: tuple[str, ...] = ()
+    distill_weight: float = 0.5
+    distill_temperature: float = 1.0
+    distill_hidden_weight: float = 0.0
+    val_size: float = 0.0
+    eval_steps: int | None = None
+    early_stop: int | None = None
+    generate_steps: int | None = None
+    save_steps: int = 500
+    keep_last: int = 2
+
+    def check(self) -> None:
+        """InputError when a value is out of range or two contradict each other."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise InputError(
+                    f"--{name.replace('_', '-')} must be at least {least}, not {value}"
+                )
+        for name in ("lr", "epochs", "distill_temperature", "layer_lr_decay"):
+            if not getattr(self, name) > 0:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} must be positive, not {getattr(self, name)}")
+        for name in ("warmup_ratio", "lora_dropout", "distill_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} must lie between 0 and 1, not {getattr(self, name)}")
+        if any(not rate > 0 for rate in self.layer_lrs):
+            raise InputError("--layer-lrs must be positive")
+        if self.layer_lrs and (self.layer_lr_decay != 1 or self.find_lr):
+            raise InputError("--layer-lrs gives every rate: leave out --layer-lr-decay, --find-lr")
+        if self.early_stop is not None and self.eval_steps is None:
+            raise InputError("--early-stop counts evaluations: give --eval-steps too")
+
+
+_LEAST = {
+    "warmup_steps": 0,
+    "div_factor": 1,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "max_steps": 1,
+    "samples": 1,
+    "seq_len": 2,
+    "batch_size": 1,
+    "grad_accum": 1,
+    "lora_r": 1,
+    "lora_alpha": 0,
+    "distill_hidden_weight": 0,
+    "val_size": 0,
+    "eval_steps": 1,
+    "early_stop": 1,
+    "generate_steps": 1,
+    "save_steps": 1,
+    "keep_last": 1,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages in order, ready to run."""
+
+    name: str
+    about: str
+    stages: tuple[Stage, ...]
+
+
+def load_recipe(config: FinetuneConfig) -> Recipe:
+    """The recipe that `config` names, with the user's own settings put into every stage.
+
+    Raises InputError for an unknown name, a broken file, or settings out of range.
+    """
+    file = _find(config.recipe)
+    content = _read(file)
+    given = _given(config)
+    stages = []
+    for number, values in enumerate(content["stages"], start=1):
+        where = f"recipe {file}, stage {number}"
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: must hold `setting: value` lines")
+        own = typed_values(Stage, values, where, "fastprune finetune")
+        if "layer_lrs" in given or "lr" in given or "find_lr" in given:
+            own = {k: v for k, v in own.items() if k not in ("lr", "layer_lrs", "find_lr")}
+        if "warmup_steps" in given or "warmup_ratio" in given:
+            own.pop("warmup_steps", None)
+        stage = Stage(**{"name": f"stage {number}"} | own | given)
+        stage.check()
+        stages.append(stage)
+    if content.get("needs_teacher") and not config.teacher:
+        raise InputError(f"recipe {config.recipe} needs --teacher MODEL, the dense model")
+    return Recipe(file.stem, str(content.get("about", "")), tuple(stages))
+
+
+def _given(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings of a stage that the user chose."""
+    names = {field.name for field in dataclasses.fields(Stage)}
+    names &= {field.name for field in dataclasses.fields(config)}
+    values = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in values.items() if value not in (None, (), False)}
+
+
+def _find(name: str) -> Path:
+    if name in NAMES:
+        return FOLDER / f"{name}.yaml"
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    raise InputError(f"no recipe {name!r}: give a .yaml file or one of {', '.join(NAMES)}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"recipe {file}: cannot be read: {reason}") from error
+    if not isinstance(content, dict) or not content.get("stages"):
+        raise InputError(f"recipe {file}: must hold a list of stages; copy one of {FOLDER}")
+    if unknown := sorted(set(content) - {"about", "stages", "needs_teacher"}):
+        raise InputError(f"recipe {file}: unknown key {unknown[0]!r}; it has about and stages")
+    if not isinstance(content["stages"], list):
+        raise InputError(f"recipe {file}: stages must be a list")
+    return content

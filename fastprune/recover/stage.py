@@ -1,0 +1,289 @@
+"""One stage of a recipe: data, what learns, the learning rate, the training, the best weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.data.training import Collator, TrainingData, training_data
+from fastprune.errors import InputError
+from fastprune.models.families import PRUNED_PREFIX
+from fastprune.progress import log as progress_log
+from fastprune.recover.arguments import (
+    describe,
+    is_first_process,
+    steps_per_epoch,
+    total_steps,
+    training_arguments,
+    world_size,
+)
+from fastprune.recover.config import FinetuneConfig
+from fastprune.recover.distill import Distiller
+from fastprune.recover.folder import RunFolder
+from fastprune.recover.freeze import freeze, warmup_steps
+from fastprune.recover.lora import attach
+from fastprune.recover.objective import Objective, autocast_dtype
+from fastprune.recover.range_test import range_test
+from fastprune.recover.recipes import Stage
+from fastprune.recover.trainer import FinetuneTrainer, GradientHook
+from fastprune.report.format import duration
+
+log = logging.getLogger("fastprune")
+
+Sampler = Callable[[nn.Module, int], None]
+"""(model, optimizer step) -> None: continues the prompts."""
+
+
+@dataclass
+class Course:
+    """What the stages of a run share."""
+
+    config: FinetuneConfig
+    tokenizer: Any
+    folder: RunFolder
+    device: torch.device
+    windows: Tensor | None = None
+    """(n, s) token ids whose perplexity is measured"""
+    teacher: nn.Module | None = None
+    sample: Sampler = lambda model, step: None
+    gradient_hook: GradientHook | None = None
+    data: dict[tuple[Any, ...], TrainingData] = field(default_factory=dict)
+
+    def data_of(self, stage: Stage) -> TrainingData:
+        """The training data of `stage`; stages that want the same share it."""
+        key = (stage.seq_len, stage.samples, stage.val_size)
+        if key not in self.data:
+            self.data[key] = training_data(
+                self.config.data,
+                self.tokenizer,
+                seq_len=stage.seq_len,
+                samples=stage.samples,
+                val_size=stage.val_size,
+                kind=self.config.kind,
+                seed=self.config.seed,
+            )
+        return self.data[key]
+
+
+@dataclass
+class StageRun:
+    """What a trained stage leaves behind; its weights are in `model` already."""
+
+    model: nn.Module
+    """with LoRA matrices beside its weights where the stage was of that kind"""
+    result: dict[str, Any]
+    interrupted: bool
+
+
+def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> StageRun:
+    """Train `model` as `stage` says, from the beginning or from the folder's checkpoint.
+
+    Raises InputError, or NumericalError when the guard gives up.
+    """
+    data = course.data_of(stage)
+    if stage.method == "lora":
+        model = attach(model, stage)
+    learning = freeze(model, stage.freeze)
+    if course.config.gradient_checkpointing:
+        _recompute_activations(model)
+    dtype = autocast_dtype(stage.precision, course.device)
+    distiller = None
+    if course.teacher is not None:
+        distiller = Distiller(
+            course.teacher,
+            weight=stage.distill_weight,
+            temperature=stage.distill_temperature,
+            hidden_weight=stage.distill_hidden_weight,
+            student=model,
+        )
+    objective = Objective(model, dtype, distiller)
+    collate = Collator(_pad_token(course.tokenizer))
+    folder = course.folder.stage_folder(number)
+    found = None
+    if stage.find_lr:
+        stage, found = _find_rate(objective, stage, data, collate, course, number)
+    checkpoint = course.folder.checkpoint
+    course.folder.checkpoint = None  # the stages that follow begin at their beginning
+    arguments = training_arguments(stage, course.config, folder, course.device, len(data.train))
+    trainer = FinetuneTrainer(
+        objective,
+        stage,
+        course.config,
+        arguments,
+        train=data.train,
+        validation=data.validation,
+        collate=collate,
+        windows=course.windows,
+        on_line=_line_writer(course.folder, number),
+        on_sample=lambda step: course.sample(model, step),
+        gradient_hook=course.gradient_hook,
+    )
+    steps = total_steps(stage, len(data.train))
+    if checkpoint is None:
+        _announce(trainer, stage, steps, len(data.train), learning)
+    if is_first_process():
+        course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
+    trainer.run(checkpoint)
+    if not trainer.interrupted:
+        trainer.finish()
+    best = trainer.monitor.best_step if stage.eval_steps is not None else None
+    if best is not None and best != trainer.state.global_step and not trainer.interrupted:
+        log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
+        trainer.load_best()
+    return StageRun(
+        model, _result(trainer, stage, steps, learning, found, best), trainer.interrupted
+    )
+
+
+def _result(
+    trainer: FinetuneTrainer,
+    stage: Stage,
+    steps: int,
+    learning: int,
+    found: dict[str, Any] | None,
+    best: int | None,
+) -> dict[str, Any]:
+    """What metrics.json says of the stage."""
+    optimizer = trainer.adamw if trainer.optimizer is not None else None
+    monitor, guard = trainer.monitor, trainer.guard_state
+    return {
+        "name": stage.name,
+        "method": stage.method,
+        "learning_parameters": learning,
+        "lr": list(stage.layer_lrs) or stage.lr,
+        "range_test": found,
+        "steps": trainer.state.global_step,
+        "planned_steps": steps,
+        "stopped": trainer.stopped,
+        "tokens": trainer.tokens,
+        "seconds": trainer.elapsed(),
+        "loss": monitor.smooth,
+        "best": {"step": best, "figure": monitor.best} if best is not None else None,
+        "skipped_steps": guard.skipped if optimizer is None else int(optimizer.skipped_steps),
+        "masked_batches": trainer.masked_batches,
+        "rollbacks": guard.rollbacks,
+        "lr_factor": guard.rate_factor,
+        "findings": dict(monitor.said),
+    }
+
+
+def _find_rate(
+    objective: Objective,
+    stage: Stage,
+    data: TrainingData,
+    collate: Any,
+    course: Course,
+    number: int,
+) -> tuple[Stage, dict[str, Any]]:
+    """`stage` at the rate that a range test finds; a resumed run takes the one found before."""
+    record = course.folder.record
+    found = record.get("range_tests", {}).get(str(number))
+    if found is None:
+        found = range_test(
+            objective,
+            stage,
+            data.train,
+            collate,
+            device=course.device,
+            master=course.config.optimizer_master,
+            seed=course.config.seed,
+        ).to_dict()
+        progress_log.info("learning rate %.2g: %s", found["chosen"], found["reason"])
+        record.setdefault("range_tests", {})[str(number)] = found
+        if is_first_process():
+            course.folder.save()
+    return replace(stage, lr=found["chosen"]), found
+
+
+def _announce(
+    trainer: FinetuneTrainer, stage: Stage, steps: int, samples: int, learning: int
+) -> None:
+    """Say before the start what is to be done, and about how long it will take."""
+    warmup = warmup_steps(stage, steps)
+    rate = ", ".join(f"{lr:.3g}" for lr in stage.layer_lrs) or f"{stage.lr:.3g}"
+    progress_log.info(
+        "%s: %d samples (%s), %d steps an epoch, %d steps in all, warm-up %d (%.0f %%), lr %s, "
+        "%s parameters learn%s",
+        stage.name,
+        samples,
+        describe(trainer.args),
+        steps_per_epoch(stage, samples),
+        steps,
+        warmup,
+        100 * warmup / steps,
+        rate,
+        f"{learning:,}",
+        "" if world_size() > 1 else f"; about {duration(_seconds_per_step(trainer) * steps)}",
+    )
+
+
+def _seconds_per_step(trainer: FinetuneTrainer) -> float:
+    """Time of a step, by one forward and backward pass whose gradients are thrown away."""
+    device = trainer.args.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        batch = next(iter(trainer.get_train_dataloader()))
+        batch.pop("items"), batch.pop("tokens")
+        trainer.model.train()
+        start = time.perf_counter()
+        float(_backward(trainer.objective(batch)))
+        seconds = time.perf_counter() - start
+    trainer.model.zero_grad(set_to_none=True)
+    return seconds * trainer.args.gradient_accumulation_steps
+
+
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
+
+
+def _line_writer(folder: RunFolder, number: int) -> Callable[[dict[str, Any]], None]:
+    def write(line: dict[str, Any]) -> None:
+        if is_first_process():
+            folder.add_line({"stage": number, **line})
+
+    return write
+
+
+def _pad_token(tokenizer: Any) -> int:
+    """A token to fill batches with; it is masked, so any will do."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if isinstance(token, int))
+
+
+def _recompute_activations(model: nn.Module) -> None:
+    """Keep layer inputs only and compute the rest again in the backward pass."""
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise InputError(f"--gradient-checkpointing: {type(model).__name__} cannot do it")
+    kind = model.config.model_type.removeprefix(PRUNED_PREFIX)
+    log.info("%s: activations are computed twice", kind)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Frozen embeddings pass no gradient on; a checkpointed layer needs inputs that ask for one.
+    inner.enable_input_require_grads()
+    enable = getattr(inner, "activation_checkpointing_enable", None)
+    (enable or inner.gradient_checkpointing_enable)()
+
+
+def gate_passed(stage: Stage, before: float | None, after: float | None) -> bool:
+    """Whether the stage may stay, by the perplexities of the best state before and of its own."""
+    if stage.gate is None or before is None or after is None:
+        return True
+    return math.isfinite(after) and after <= stage.gate * before
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all weights of `model` on the host."""
+    return {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give the parameters of `model` the values in `weights`."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
