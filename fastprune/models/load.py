@@ -159,6 +159,11 @@ def _read_config(folder: Path) -> Any:
 
     register()
     file = folder / "config.json"
+    if not file.is_file() and (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder}: a LoRA adapter, not a model; give the model it was trained on as MODEL, "
+            f"and --adapter {folder}"
+        )
     if not file.is_file():
         raise InputError(f"{folder}: not a model folder (it has no config.json)")
     try:

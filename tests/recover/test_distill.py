@@ -92,6 +92,20 @@ def test_the_parts_make_the_whole():
     assert loss.item() == pytest.approx(total, rel=1e-5)  # fp32 sums
 
 
+def test_checkpointed_layers_give_the_same_gradients():
+    """The hidden states' term reads the outputs of layers that are run again for the backward."""
+    teacher, gradients = tiny_model("llama", seed=5), []
+    for checkpointing in (False, True):
+        student = tiny_model("llama").train()
+        if checkpointing:
+            student.activation_checkpointing_enable()
+        distiller = Distiller(teacher, hidden_weight=1.0, student=student)
+        student_loss(student, distiller, batch()).backward()
+        gradients.append([p.grad for p in student.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
 def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     teacher, student = tiny_model("llama"), tiny_model("llama").train()
     distiller = Distiller(teacher, weight=1.0, hidden_weight=1.0, student=student)

@@ -1,12 +1,14 @@
 """LoRA on uniform and per-layer models: training, adapters on disk, and their own base."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from adapters import cut, logits, per_layer_model, saved, settings, trained, training_loss
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer, token_ids
+from tiny import FAMILIES, tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.errors import InputError
 from fastprune.models.adapter import BASE_FILE, Fingerprint
@@ -97,10 +99,10 @@ def test_a_reloaded_adapter_computes_the_same(tmp_path, family):
     assert torch.equal(logits(by_name), expected)
 
 
-def test_plain_peft_reads_it(tmp_path):
+def test_plain_peft_reads_it(trained_adapter):
     from peft import PeftModel
 
-    base, adapter, expected = saved(tmp_path)
+    base, adapter, expected = trained_adapter
     with pytest.warns(FutureWarning):  # peft 0.21 reads a property that transformers has renamed
         model = PeftModel.from_pretrained(load_model(base)[0], str(adapter))
     assert torch.equal(logits(model), expected)
@@ -133,18 +135,27 @@ def wrong_bases():
     }
 
 
-@pytest.mark.parametrize("kind", wrong_bases())
-def test_a_wrong_base_is_refused(tmp_path, kind):
-    base, adapter, _ = saved(tmp_path)
-    model, message = wrong_bases()[kind]
+@pytest.fixture(scope="module")
+def trained_adapter(tmp_path_factory):
+    """As `saved`; not to be changed."""
+    return saved(tmp_path_factory.mktemp("trained"))
+
+
+WRONG = wrong_bases()
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_base_is_refused(trained_adapter, kind):
+    base, adapter, _ = trained_adapter
+    model, message = WRONG[kind]
     with pytest.raises(InputError, match=message) as error:
         load_adapter(model, adapter)
     assert str(base) in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_base_is_recognised_at_half_precision(tmp_path, dtype, caplog):
-    base, adapter, expected = saved(tmp_path)
+def test_the_base_is_recognised_at_half_precision(trained_adapter, dtype, caplog):
+    base, adapter, expected = trained_adapter
     model, _ = load_model(base, dtype=dtype)
     found = logits(load_adapter(model, adapter))
     # weights and products of 8 (bf16) or 11 (fp16) bits, through four layers
@@ -174,15 +185,17 @@ def test_the_fingerprint_is_that_of_the_base_alone():
 # ---------------------------------------------------------------- adapters of plain peft
 
 
-def plain_adapter(tmp_path, model=None):
+@pytest.fixture
+def plain_adapter(tmp_path, trained_adapter):
     """An adapter as peft alone writes it: no fingerprint."""
-    base, adapter, expected = saved(tmp_path, model)
+    base, whole, expected = trained_adapter
+    adapter = Path(shutil.copytree(whole, tmp_path / "adapter"))
     (adapter / BASE_FILE).unlink()
     return base, adapter, expected
 
 
-def test_without_a_fingerprint_it_is_used_with_a_warning(tmp_path, caplog):
-    base, adapter, expected = plain_adapter(tmp_path)
+def test_without_a_fingerprint_it_is_used_with_a_warning(plain_adapter, caplog):
+    base, adapter, expected = plain_adapter
     assert torch.equal(logits(load_adapter(load_model(base)[0], adapter)), expected)
     assert "without a fingerprint" in caplog.text
 
@@ -197,14 +210,15 @@ def test_without_a_fingerprint_it_is_used_with_a_warning(tmp_path, caplog):
         ),
     ],
 )
-def test_without_a_fingerprint_its_tensors_must_fit(tmp_path, other, message):
-    _, adapter, _ = plain_adapter(tmp_path)
+def test_without_a_fingerprint_its_tensors_must_fit(plain_adapter, other, message):
+    _, adapter, _ = plain_adapter
     with pytest.raises(InputError, match=message):
         load_adapter(other(), adapter)
 
 
 def test_a_model_that_the_adapter_covers_only_in_part_is_refused(tmp_path):
-    _, adapter, _ = plain_adapter(tmp_path, tiny_model("llama"))
+    _, adapter, _ = saved(tmp_path, tiny_model("llama"))
+    (adapter / BASE_FILE).unlink()
     with pytest.raises(InputError, match="does not cover this model"):
         load_adapter(tiny_model("llama", layers=6), adapter)
 
@@ -254,15 +268,17 @@ def test_all_linear_leaves_the_output_layer_alone():
         (lambda d: (d / BASE_FILE).write_text("[]"), "broken"),
     ],
 )
-def test_damaged_adapters(tmp_path, damage, message):
-    base, adapter, _ = saved(tmp_path)
+def test_damaged_adapters(tmp_path, trained_adapter, damage, message):
+    base, whole, _ = trained_adapter
+    adapter = Path(shutil.copytree(whole, tmp_path / "adapter"))
     damage(adapter)
     with pytest.raises(InputError, match=message):
         load_adapter(load_model(base)[0], adapter)
 
 
-def test_an_adapter_that_lost_a_tensor_is_refused(tmp_path):
-    base, adapter, _ = saved(tmp_path)
+def test_an_adapter_that_lost_a_tensor_is_refused(tmp_path, trained_adapter):
+    base, whole, _ = trained_adapter
+    adapter = Path(shutil.copytree(whole, tmp_path / "adapter"))
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors.pop(next(iter(tensors)))
@@ -271,7 +287,9 @@ def test_an_adapter_that_lost_a_tensor_is_refused(tmp_path):
         load_adapter(load_model(base)[0], adapter)
 
 
-def test_loading_by_name(tmp_path):
-    base = tiny_checkpoint(tmp_path / "base")
+def test_a_folder_is_a_model_or_an_adapter(trained_adapter):
+    base, adapter, _ = trained_adapter
     with pytest.raises(InputError, match="not an adapter folder"):
-        load_model(base, adapter=tmp_path / "nowhere")
+        load_model(base, adapter=base)
+    with pytest.raises(InputError, match="a LoRA adapter, not a model; give the model it was"):
+        load_model(adapter)
