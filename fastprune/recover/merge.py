@@ -135,15 +135,8 @@ def merge_adapter(
     adapted = adapted.eval().float()
     with clock("verify"):
         unmerged = _logits(adapted, windows)
-    with clock("merge"), quiet_libraries():
-        try:
-            merged = adapted.merge_and_unload(safe_merge=True)
-        except ValueError as error:  # peft's safe_merge found one
-            raise NumericalError(
-                "the merged weights hold NaN or Inf: the adapter or the model is broken; nothing "
-                "was written"
-            ) from error
-    merged.requires_grad_(False)
+    with clock("merge"):
+        merged = fold(adapted).requires_grad_(False)
     agreements = []
     with clock("verify"):
         agreements.append(_agreement(merged, windows, unmerged, torch.float32))
@@ -154,6 +147,34 @@ def merge_adapter(
     for parameter in merged.parameters():  # not the buffers: rotary frequencies stay fp32
         parameter.data = parameter.data.to(dtype)
     return merged, agreements
+
+
+@torch.no_grad()
+def fold(adapted: nn.Module) -> nn.Module:
+    """The model in which the adapter of the PeftModel `adapted` is part of the weights, unchecked.
+
+    `adapted` is taken apart. Each weight is added to in fp32 and returns to its own dtype before
+    the next, so that little more memory is taken than the model has. Raises NumericalError when a
+    merged weight is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in adapted.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        layer = module.get_base_layer()
+        dtype = layer.weight.dtype
+        layer.float()
+        try:
+            module.merge(safe_merge=True)
+        except ValueError as error:  # what safe_merge raises
+            raise NumericalError(
+                "the merged weights hold NaN or Inf: the adapter or the model is broken; nothing "
+                "was written"
+            ) from error
+        layer.to(dtype)
+    with quiet_libraries():
+        return adapted.unload()
 
 
 def _sample(model: nn.Module, tokenizer: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """`fastprune merge`: merged equals unmerged, and what does not is not written."""
 
+import copy
 import json
 
 import pytest
@@ -13,8 +14,9 @@ from fastprune.errors import InputError, NumericalError
 from fastprune.models.adapter import BASE_FILE
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
+from fastprune.recover import merge
 from fastprune.recover.lora import attach, save_adapter
-from fastprune.recover.merge import TOLERANCES, MergeConfig, merge_adapter, run_merge
+from fastprune.recover.merge import TOLERANCES, MergeConfig, fold, merge_adapter, run_merge
 
 
 def config(base, adapter, out, **changes):
@@ -71,16 +73,13 @@ def test_an_adapter_of_plain_peft_is_merged_with_a_warning(tmp_path, caplog):
 def test_a_wrong_merge_is_noticed(tmp_path, monkeypatch):
     """One merged weight matrix that is off by a hundredth is more than rounding explains."""
     base, adapter, _ = saved(tmp_path)
-    from peft.tuners.lora import LoraModel
 
-    whole = LoraModel.merge_and_unload
-
-    def off(self, **options):
-        model = whole(self, **options)
+    def off(adapted):
+        model = fold(adapted)
         model.model.layers[2].mlp.down_proj.weight.data *= 1.01
         return model
 
-    monkeypatch.setattr(LoraModel, "merge_and_unload", off)
+    monkeypatch.setattr(merge, "fold", off)
     with pytest.raises(NumericalError, match="more than rounding"):
         run_merge(config(base, adapter, tmp_path / "out"))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "base"]
@@ -109,6 +108,15 @@ def test_a_model_in_memory():
     assert agreement.relative_error < TOLERANCES[torch.float32]
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(merged), before, atol=1e-2)
+
+
+def test_folding_half_precision_weights_loses_no_more_than_their_rounding():
+    model = per_layer_model().to(torch.bfloat16)
+    adapted = trained(model)
+    exact = copy.deepcopy(adapted).float().merge_and_unload()
+    assert fold(adapted) is model
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, exact.get_parameter(name).to(torch.bfloat16)), name
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_t5])
