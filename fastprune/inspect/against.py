@@ -104,8 +104,10 @@ def compare(
     check_comparable(model, dense)
     ids = windows[:WINDOWS, :TOKENS].to(next(model.parameters()).device)
     ours, theirs = Blocks(model), Blocks(dense)
-    if kept is None and len(ours) == len(theirs):
+    if len(ours) == len(theirs):
         kept = range(len(theirs))
+    elif kept is not None and len(kept) != len(ours):
+        kept = None  # of another model, or of one that was cut again
     layers: list[LayerLoss] = []
     with torch.no_grad():
         if kept is None:
@@ -124,10 +126,10 @@ def compare(
     )
 
 
-def kept_layers(source: str | Path) -> list[int] | None:
-    """The dense layers of which a checkpoint kept anything, by the plan it carries; None without
-    one."""
-    file = Path(source) / "fastprune" / "plan.json"
+def kept_layers(folder: Path) -> list[int] | None:
+    """The dense layers of which the checkpoint in ``folder`` kept anything, by the plan in it; None
+    without one."""
+    file = folder / "fastprune" / "plan.json"
     try:
         layers = json.loads(file.read_text(encoding="utf-8"))["layers"]
         return [layer["index"] for layer in layers if layer["kv_groups"] or layer["channels"]]
@@ -140,7 +142,7 @@ def _walk(
 ) -> tuple[list[LayerLoss], float]:
     """Every layer's loss, and the divergence of the whole model."""
     hidden, dense = ours.embed(ids), theirs.embed(ids)
-    inputs, facts = [], []
+    facts = []
     alone: list[Tensor | None] = []
     for index in range(len(theirs)):
         after = theirs.run(index, dense)
@@ -153,7 +155,6 @@ def _walk(
         cosine = cosine_similarity(hidden.float(), after.float(), dim=-1).mean().item()
         facts.append((min(cosine, 1.0), error / added if added else error))
         alone.append(None if torch.equal(own, after) else own)
-        inputs.append(dense)
         dense = after
     layers = []
     for index, own in enumerate(track(alone, "exchanging layers")):

@@ -48,7 +48,7 @@ from fastprune.inspect.verdict import (
     verdict,
 )
 from fastprune.models.load import STATE_SUFFIXES, load_model, resolve_source
-from fastprune.models.shards import ShardReader
+from fastprune.models.shards import FILE, INDEX, ShardReader
 from fastprune.report.run import Clock, command_line, settings, versions
 
 FORWARD_TOKENS = 32
@@ -65,7 +65,7 @@ class DiagnoseConfig(CommonConfig):
     model: Positional[str]
     """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
     forward: bool = True
-    """run the model once; without it the model is never built, whatever its size"""
+    """run the model once; without it a model in safetensors is never built, whatever its size"""
     text: str | None = None
     """measure the perplexity on this text: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or
     builtin:pydocs; several, joined by commas, are read one after the other"""
@@ -226,7 +226,7 @@ def _measure(
                 windows,
                 name=str(config.dense),
                 perplexities=(measured.perplexity, known),
-                kept=kept_layers(config.model),
+                kept=kept_layers(Path(config.model).expanduser()),
             )
         removed = found.comparison.removed
         found.findings += say.of_comparison(found.comparison, found.heads)
@@ -275,9 +275,8 @@ def _first_tokens(tokenizer: Any, documents: list[str] | None) -> Tensor:
 
 def _reader(folder: Path) -> ShardReader | None:
     """The safetensors in ``folder``; None where its weights are of another kind."""
-    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
-        return ShardReader(folder)
-    return None
+    stored = any((folder / name).is_file() for name in (FILE, INDEX))
+    return ShardReader(folder) if stored else None
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:

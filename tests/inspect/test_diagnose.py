@@ -11,8 +11,11 @@ from fastprune import cli
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.diagnose import DiagnoseConfig, run_diagnose
 from fastprune.inspect.health import check_weights
+from fastprune.models.families import Geometry
+from fastprune.models.load import load_config
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.pipeline import run_prune
+from fastprune.prune.plan import LayerPlan, Plan
 
 
 def saved(folder, change=lambda model: None, family="llama", model=None, **options):
@@ -381,6 +384,47 @@ def test_the_divergence_is_the_logits_own(pruned, text):
         p, q = (m(input_ids=ids).logits.double().log_softmax(-1) for m in (large, small))
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
     assert result.comparison.kl == pytest.approx(expected, rel=1e-4)  # fp32 against fp64
+
+
+def plan(folder, kept):
+    """A plan that keeps so many KV groups and channels of each layer."""
+    sizes = Geometry(query_heads=8, kv_heads=4, channels=96, head_dim=16)
+    layers = [LayerPlan(i, tuple(range(k)), tuple(range(c))) for i, (k, c) in enumerate(kept)]
+    Plan((sizes,) * 4, tuple(layers)).save(folder / "plan.json")
+    return folder / "plan.json"
+
+
+@pytest.mark.parametrize(
+    ("kept", "layers"),
+    [([(4, 96), (0, 0), (4, 96), (4, 96)], 3), ([(4, 96), (0, 0), (0, 96), (4, 0)], 4)],
+    ids=["a layer is gone", "sublayers are gone"],
+)
+def test_layers_that_are_gone_are_compared_too(tmp_path, text, kept, layers):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    common = {"eval": text, "eval_seq_len": 32, "eval_windows": 2}
+    out = tmp_path / "out"
+    run_prune(PruneConfig(model=str(dense), out=out, plan=plan(tmp_path, kept), **common))
+    result = diagnose(out, dense=str(dense), text=text, seq_len=32, windows=2)
+    assert result.forward.shape == (1, 32, 300)
+    assert not any(layer.problem for layer in result.layers)
+    found = result.comparison
+    cut = [size != (4, 96) for size in kept]
+    assert [loss.kl > 0 for loss in found.layers] == cut
+    # a layer that adds nothing misses all that the dense one adds
+    assert found.layers[1].error == pytest.approx(1, abs=1e-6)
+    if sum(cut) == 1:  # then the model is the dense one with just this layer exchanged
+        assert found.layers[1].kl == pytest.approx(found.kl, rel=1e-4)  # fp32, in another order
+    without = load_config(out).num_hidden_layers
+    assert without == layers
+
+
+def test_layers_that_cannot_be_matched(tmp_path, text):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    shorter = saved(tmp_path / "shorter", layers=3)
+    found = diagnose(shorter, dense=str(dense), text=text, seq_len=32, windows=2)
+    assert found.comparison.layers == ()
+    assert found.comparison.kl > 0
+    assert any("which layers correspond is not known" in note for note in words(found, "note"))
 
 
 def test_another_models_dense_model(pruned, tmp_path):
