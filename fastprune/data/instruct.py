@@ -131,8 +131,8 @@ def _templated(tokenizer: Any, messages: list[Message]) -> Rendered:
     if None in spans:
         spans, problem = [last], "last answer only"
     found = [_without_tail(text, span) for span in spans if span is not None]
-    if not _ends_special(tokenizer, text[: found[-1][1]]) and tokenizer.eos_token:
-        start, end = found[-1]
+    start, end = found[-1]
+    if tokenizer.eos_token and not _ends_special(tokenizer, text[:end]):
         text = text[:end] + tokenizer.eos_token
         found[-1] = (start, len(text))
     return Rendered(text, found, False, problem)
@@ -170,6 +170,8 @@ def _without_tail(text: str, span: tuple[int, int]) -> tuple[int, int]:
 
 
 def _ends_special(tokenizer: Any, text: str) -> bool:
+    if text.endswith(tokenizer.eos_token):  # nearly always, and quickly said
+        return True
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return text.endswith(tuple(special | set(tokenizer.all_special_tokens)))
 
