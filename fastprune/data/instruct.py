@@ -120,8 +120,18 @@ def chat_messages(messages: Sequence[Message], context: str) -> list[Message]:
     return turns
 
 
+def apply_template(tokenizer: Any, messages: list[Message], **options: Any) -> Any:
+    """What `apply_chat_template` makes of `messages`. Raises Unusable if the template refuses."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise Unusable("template") from error  # whatever the template asks for in vain
+
+
 def _templated(tokenizer: Any, messages: list[Message]) -> Rendered:
-    text = _apply(tokenizer, messages, False)
+    text = _text(tokenizer, messages)
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     spans = [_span(tokenizer, text, messages, n) for n in answers]
     last = spans[-1]
@@ -144,23 +154,16 @@ def _span(tokenizer: Any, text: str, messages: list[Message], n: int) -> tuple[i
     The text up to the answer, and with it, must be the beginning of the whole, as it is when the
     model answers it turn by turn.
     """
-    before = _apply(tokenizer, messages[:n], True)
+    before = _text(tokenizer, messages[:n], add_generation_prompt=True)
     whole = n == len(messages) - 1
-    after = text if whole else _apply(tokenizer, messages[: n + 1], False)
+    after = text if whole else _text(tokenizer, messages[: n + 1])
     if text.startswith(before) and text.startswith(after) and len(before) < len(after):
         return len(before), len(after)
     return None
 
 
-def _apply(tokenizer: Any, messages: list[Message], generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise Unusable("template") from error  # whatever the template asks for in vain
+def _text(tokenizer: Any, messages: list[Message], **options: Any) -> str:
+    return apply_template(tokenizer, messages, tokenize=False, **options)
 
 
 def _without_tail(text: str, span: tuple[int, int]) -> tuple[int, int]:
