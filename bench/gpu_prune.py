@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastprune.models.families import block_parameters
+from fastprune.prune.budget import Budget
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.planning import make_plan
 from fastprune.prune.surgery import apply_plan
@@ -57,7 +58,9 @@ def main() -> int:
     torch.cuda.reset_peak_memory_stats()
 
     clock = Clock()
-    plan, _ = make_plan(model, windows, round(RATIO * before), PruneConfig(ratio=RATIO), clock)
+    config = PruneConfig(ratio=RATIO)
+    budget = Budget("ratio", RATIO, round(RATIO * before))
+    plan, _ = make_plan(model, windows, budget, config, clock)
     with clock("surgery"):
         apply_plan(model, plan)
         torch.cuda.synchronize()

@@ -147,3 +147,20 @@ def unit_cost(layer: nn.Module, slices: list[Slice]) -> int:
         parameter = layer.get_parameter(s.name)
         total += s.width * parameter.numel() // parameter.shape[s.dim]
     return total
+
+
+def sublayer_costs(layer: nn.Module) -> tuple[int, int]:
+    """Parameters that leave ``layer`` with its whole attention and with its whole MLP.
+
+    They include the norm before the sublayer, which nothing reads without it. A sublayer that is
+    gone already costs 0.
+    """
+    g = geometry(layer)
+    attention, mlp = (
+        sum(p.numel() for module in modules for p in module.parameters())
+        for modules in (
+            (layer.self_attn, layer.input_layernorm),
+            (layer.mlp, layer.post_attention_layernorm),
+        )
+    )
+    return attention if g.kv_heads else 0, mlp if g.channels else 0

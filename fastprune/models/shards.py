@@ -210,6 +210,15 @@ def _split(layout: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
 
 def _begin(file: Path, layout: Mapping[str, Tensor]) -> dict[str, Entry]:
     """Write the header of ``file`` and give the file its full size."""
+    header, end = _header(layout)
+    with file.open("wb") as data:
+        data.write(len(header).to_bytes(8, "little") + header)
+        os.truncate(data.fileno(), 8 + len(header) + end)
+    return _entries(file)
+
+
+def _header(layout: Mapping[str, Tensor]) -> tuple[bytes, int]:
+    """The header of a file with the tensors of ``layout``, and the bytes of the tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in layout.items():
@@ -220,8 +229,16 @@ def _begin(file: Path, layout: Mapping[str, Tensor]) -> dict[str, Entry]:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
-    with file.open("wb") as data:
-        data.write(len(text).to_bytes(8, "little") + text)
-        os.truncate(data.fileno(), 8 + len(text) + end)
-    return _entries(file)
+    return text + b" " * (-len(text) % 8), end  # tensors begin at multiples of 8 bytes
+
+
+def stored_bytes(layout: Mapping[str, Tensor], max_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Bytes of the files that hold ``layout``, headers included; values are not looked at.
+
+    The index beside several files is not counted.
+    """
+    total = 0
+    for names in _split(layout, max_bytes):
+        header, end = _header({name: layout[name] for name in sorted(names)})
+        total += 8 + len(header) + end
+    return total

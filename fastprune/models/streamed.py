@@ -22,6 +22,7 @@ from fastprune.models.blocks import Blocks
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.families import decoder_layers, family_of
 from fastprune.models.load import load_config, load_tokenizer, resolve_source
+from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
 from fastprune.progress import track
@@ -115,6 +116,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     """The causal language model that ``config`` describes, on the meta device, in eval mode."""
     from transformers import AutoModelForCausalLM
 
+    register()
     with torch.device("meta"), quiet_libraries():
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

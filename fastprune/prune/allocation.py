@@ -9,53 +9,22 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fastprune.errors import InputError
-
-MIN_KEPT = 1
-"""Units that a thinned sublayer always keeps: it must stay a working sublayer."""
-
-
-@dataclass(frozen=True)
-class LayerSize:
-    """What may be removed from one layer: units and the parameters that each one owns."""
-
-    groups: int
-    group_cost: int
-    channels: int
-    channel_cost: int
-
-    @property
-    def prunable(self) -> int:
-        """Parameters owned by units."""
-        return self.groups * self.group_cost + self.channels * self.channel_cost
-
-
-@dataclass(frozen=True)
-class Removal:
-    """Units to remove from one layer."""
-
-    groups: int = 0
-    channels: int = 0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on the share of a layer's prunable parameters that may go."""
-
-    lowest: float = 0.0
-    highest: float = 0.9
-    align: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lowest <= self.highest <= 1:
-            raise InputError(
-                "the layer limits must satisfy 0 <= min-layer-ratio <= max-layer-ratio <= 1, "
-                f"not {self.lowest} and {self.highest}"
-            )
-        if self.align < 1:
-            raise InputError(f"--align must be at least 1, not {self.align}")
+from fastprune.prune.sizes import (
+    MIN_KEPT,
+    LayerSize,
+    Limits,
+    Removal,
+    check_reachable,
+    half_unit,
+    merged,
+    parameters,
+    remaining,
+    removed_parameters,
+    whole_parameters,
+)
 
 
 def layer_weights(sensitivity: Sequence[float], rule: str, alpha: float) -> list[float]:
@@ -168,13 +137,13 @@ def allocate_global(
             if kind == "groups"
             else replace(done, channels=done.channels + step)
         )
-        gone = _parameters(size, more)
+        gone = parameters(size, more)
         if gone > limits.highest * size.prunable:
             continue
-        if total + gone - _parameters(size, done) > target + half:
+        if total + gone - parameters(size, done) > target + half:
             waiting.append((price, layer, kind))
             continue
-        total += gone - _parameters(size, done)
+        total += gone - parameters(size, done)
         removed[layer] = more
         push(layer, kind)
     return _raise_to_lowest(sizes, removed, limits)
@@ -185,25 +154,18 @@ def fit_channels(
 ) -> list[Removal]:
     """``removals`` with the channels changed a little, in proportion, to meet ``target``."""
     channels = sum(r.channels * s.channel_cost for r, s in zip(removals, sizes))
-    others = sum(r.groups * s.group_cost for r, s in zip(removals, sizes))
+    others = removed_parameters(sizes, removals) - channels
     factor = max(target - others, 0) / channels if channels else 1.0
+    left = remaining(sizes, removals)
     rates = [
-        _parameters(s, Removal(r.groups, 0)) / s.prunable
-        + r.channels * factor * s.channel_cost / s.prunable
+        (r.groups * s.group_cost + r.channels * factor * s.channel_cost) / s.prunable
         if s.prunable
         else 0.0
-        for r, s in zip(removals, sizes)
+        for r, s in zip(removals, left)
     ]
-    return _fill_with_channels(sizes, rates, [r.groups for r in removals], target, limits)
-
-
-def removed_parameters(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> int:
-    """Parameters that ``removals`` take away."""
-    return sum(_parameters(size, removal) for size, removal in zip(sizes, removals, strict=True))
-
-
-def _parameters(size: LayerSize, removal: Removal) -> int:
-    return removal.groups * size.group_cost + removal.channels * size.channel_cost
+    target -= sum(whole_parameters(s, r) for s, r in zip(sizes, removals))
+    thinned = _fill_with_channels(left, rates, [r.groups for r in removals], target, limits)
+    return merged(removals, thinned)
 
 
 def _raise_to_lowest(
@@ -213,7 +175,7 @@ def _raise_to_lowest(
     surplus = 0
     result = list(removals)
     for i, size in enumerate(sizes):
-        missing = limits.lowest * size.prunable - _parameters(size, result[i])
+        missing = limits.lowest * size.prunable - parameters(size, result[i])
         if missing > 0 and size.channels:
             units = limits.align * math.ceil(missing / (size.channel_cost * limits.align))
             units = min(units, size.channels - MIN_KEPT - result[i].channels)
@@ -222,7 +184,7 @@ def _raise_to_lowest(
     while surplus > 0:
         i = max(
             range(len(sizes)),
-            key=lambda i: _parameters(sizes[i], result[i]) / max(sizes[i].prunable, 1),
+            key=lambda i: parameters(sizes[i], result[i]) / max(sizes[i].prunable, 1),
         )
         result[i] = replace(result[i], channels=result[i].channels - limits.align)
         surplus -= limits.align
@@ -294,37 +256,6 @@ def _rates(
         middle = (low + high) / 2
         low, high = (middle, high) if removed(middle) < target else (low, middle)
     return rates(high)
-
-
-def check_reachable(sizes: Sequence[LayerSize], target: int, limits: Limits) -> None:
-    """BudgetError when ``limits`` rule out removing ``target`` parameters."""
-    low = limits.lowest * sum(s.prunable for s in sizes)
-    high = sum(
-        min(
-            limits.highest * s.prunable,
-            max(s.groups - MIN_KEPT, 0) * s.group_cost
-            + max(s.channels - MIN_KEPT, 0) * s.channel_cost,
-        )
-        for s in sizes
-    )
-    half = half_unit(sizes, limits)
-    if not low - half <= target <= high + half:
-        raise BudgetError(low, high)
-
-
-class BudgetError(InputError):
-    """The limits rule the budget out; ``low`` and ``high`` bound what can be removed."""
-
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__(f"between {low:.0f} and {high:.0f} parameters can be removed")
-        self.low, self.high = low, high
-
-
-def half_unit(sizes: Sequence[LayerSize], limits: Limits) -> float:
-    """Half of the finest step: a block of channels where there are any, else a KV group."""
-    channels = [s.channel_cost * limits.align for s in sizes if s.channels]
-    groups = [s.group_cost for s in sizes if s.groups]
-    return min(channels or groups or [0]) / 2
 
 
 def _round(x: float) -> int:

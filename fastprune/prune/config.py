@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastprune.errors import InputError
 
 @dataclass(kw_only=True)
 class PruneConfig(CommonConfig):
-    """Remove KV groups and MLP channels of a model, and prove the result by perplexity."""
+    """Remove KV groups, MLP channels or sublayers of a model, and measure the perplexity."""
 
     model: Positional[str] = ""
     """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
@@ -27,8 +28,16 @@ class PruneConfig(CommonConfig):
     """fraction of the block parameters to remove"""
     target_params: int | None = None
     """total parameters of the result, instead of --ratio"""
-    structures: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
-    """what may be removed"""
+    target_bytes: str | None = None
+    """size of the result's weight files at most, instead of --ratio: for example 200MB or 1.5GiB"""
+    target_latency: float | None = None
+    """milliseconds a token at most when the result decodes at batch 1 here, instead of --ratio"""
+    latency_context: int = 128
+    """tokens before the one whose decoding is timed for --target-latency"""
+    iterations: int = 1
+    """reach the budget in this many equal steps, scoring anew after each"""
+    structures: tuple[Literal["attention", "mlp", "sublayer"], ...] = ("attention", "mlp")
+    """what may be removed: KV groups, channels, whole attentions and MLPs"""
     importance: Literal[
         "taylor-first",
         "taylor-second",
@@ -50,9 +59,9 @@ class PruneConfig(CommonConfig):
     alpha: float = 1.0
     """exponent of the sensitivity"""
     min_layer_ratio: float = 0.0
-    """least share of a layer's prunable parameters to remove"""
+    """least share of a layer's KV groups and channels, by parameters, to remove"""
     max_layer_ratio: float = 0.9
-    """largest share of a layer's prunable parameters to remove"""
+    """largest share of a layer's KV groups and channels, by parameters, to remove unit by unit"""
     layers: str | None = None
     """only layers A to B-1, written A:B; the others stay whole"""
     compensate: Literal["none", "least-squares"] = "none"
@@ -88,17 +97,25 @@ class PruneConfig(CommonConfig):
 
     def check(self) -> None:
         """InputError when a value is out of range or two contradict each other."""
-        budgets = [b for b in (self.ratio, self.target_params, self.plan) if b is not None]
-        if len(budgets) != 1:
+        budgets = [
+            *(self.ratio, self.target_params, self.target_bytes, self.target_latency),
+            self.plan,
+        ]
+        given = sum(budget is not None for budget in budgets)
+        if given != 1:
             raise InputError(
-                "give exactly one of --ratio, --target-params and --plan"
-                + ("" if budgets else ", for example --ratio 0.2")
+                "give exactly one of --ratio, --target-params, --target-bytes, --target-latency "
+                "and --plan" + ("" if given else ", for example --ratio 0.2")
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise InputError(f"--ratio must lie between 0 and 1, not {self.ratio}")
+        if self.target_latency is not None and not 0 < self.target_latency < math.inf:
+            raise InputError(f"--target-latency must be positive, not {self.target_latency}")
         if not self.structures:
-            raise InputError("--structures names nothing; use attention, mlp, or both")
+            raise InputError("--structures names nothing; use attention, mlp, sublayer, or several")
         for name, least in (
+            ("iterations", 1),
+            ("latency_context", 1),
             ("calib_samples", 1),
             ("calib_seq_len", 2),
             ("sensitivity_samples", 1),
@@ -110,15 +127,43 @@ class PruneConfig(CommonConfig):
                 raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}")
         if self.gate_ppl_ratio is not None and not self.gate_ppl_ratio > 0:
             raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
-        if self.stream and self.allocation == "search":
+        self._check_stream()
+        if self.iterations > 1 and self.plan is not None:
+            raise InputError("--plan is applied as it is; leave --iterations out")
+        if self.layout == "uniform" and "sublayer" in self.structures:
             raise InputError(
-                "--stream runs a layer at a time, --allocation search the whole model; "
-                "use another allocation, or --plan with a plan that a search made"
+                "--layout uniform makes every layer the same size, so no sublayer can go alone; "
+                "use --layout per-layer with --structures sublayer"
             )
         if self.layout == "uniform" and (self.layers or self.allocation != "uniform"):
             raise InputError(
                 "--layout uniform makes every layer the same size: "
                 "use it with --allocation uniform and without --layers"
+            )
+
+    def _check_stream(self) -> None:
+        """InputError when --stream stands beside what needs the whole model in memory."""
+        if not self.stream:
+            return
+        if self.allocation == "search":
+            raise InputError(
+                "--stream runs a layer at a time, --allocation search the whole model; "
+                "use another allocation, or --plan with a plan that a search made"
+            )
+        if self.target_latency is not None:
+            raise InputError(
+                "--stream keeps the weights on disk, so decoding cannot be timed; "
+                "use --target-bytes, --target-params or --ratio"
+            )
+        if self.iterations > 1:
+            raise InputError(
+                "--stream reads the weights as they are on disk, --iterations scores thinned ones; "
+                "leave one of them out"
+            )
+        if "sublayer" in self.structures and len(set(self.structures)) > 1:
+            raise InputError(
+                "--stream cannot weigh whole sublayers against thinned ones, which takes the whole "
+                "model; use --structures sublayer alone, or without it"
             )
 
     def selected_layers(self, count: int) -> range:

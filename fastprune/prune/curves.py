@@ -25,11 +25,11 @@ from fastprune.models.blocks import Blocks
 from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
 from fastprune.precision import fast_forward
 from fastprune.progress import track
-from fastprune.prune.allocation import LayerSize
 from fastprune.prune.compensation import BATCH_TOKENS, HELD_OUT, Moments, refit
 from fastprune.prune.divergence import DenseTargets
 from fastprune.prune.importance import Scores
 from fastprune.prune.search import Curve
+from fastprune.prune.sizes import LayerSize
 from fastprune.prune.surgery import kept_entries
 from fastprune.report.run import write_json
 
@@ -43,7 +43,10 @@ KL_SHARE = 8
 
 @dataclass(frozen=True)
 class _Thinning:
-    """One sublayer and the levels at which it is to be measured."""
+    """One sublayer and the levels at which it is to be measured.
+
+    Without an ``order`` of units it is measured as a whole, gone.
+    """
 
     kind: str
     linear: nn.Linear
@@ -94,7 +97,7 @@ def measure_curves(
     for index in track(range(len(blocks)), "measuring sublayers"):
         thinnings = _thinnings(decoder_layers(model)[index], sizes[index], scores, index)
         missing = [t for t in thinnings if not known.complete(index, t)]
-        moments = _moments(blocks, index, fit, held_out, [t.linear for t in missing])
+        moments = _moments(blocks, index, fit, held_out, [t.linear for t in missing if t.order])
         levels = [
             (t, removed)
             for t in missing
@@ -104,7 +107,8 @@ def measure_curves(
         values = [0.0] * len(levels)
         for n in distributed.share(range(len(levels))):  # a level is measured by one process
             t, removed = levels[n]
-            values[n] = _changed(t, removed, moments[t.linear], partial(divergence, index))
+            seen = moments.get(t.linear, ())
+            values[n] = _changed(t, removed, seen, partial(divergence, index))
         for (t, removed), value in zip(levels, distributed.sums(values), strict=True):
             known.put(index, t.kind, removed, value)
         for t in thinnings:
@@ -129,14 +133,18 @@ def _suffix(blocks: Blocks, start: int, hidden: Tensor) -> Tensor:
 
 
 def _changed(
-    t: _Thinning, removed: int, moments: tuple[Moments, Moments], measure: Callable[[], float]
+    t: _Thinning, removed: int, moments: tuple[Moments, ...], measure: Callable[[], float]
 ) -> float:
     """``measure()`` with the ``removed`` lowest units of a sublayer gone and the rest refitted."""
     linear = t.linear
-    kept = kept_entries(t.last, tuple(sorted(t.order[removed:]))).to(linear.weight.device)
     before = {name: p.clone() for name, p in linear.named_parameters()}
     try:
-        refit(linear, kept, *moments).write(linear)
+        if t.order:
+            kept = kept_entries(t.last, tuple(sorted(t.order[removed:]))).to(linear.weight.device)
+            refit(linear, kept, *moments).write(linear)
+        else:
+            for p in linear.parameters():
+                p.zero_()
         return measure()
     finally:
         for name, p in linear.named_parameters():
@@ -155,6 +163,13 @@ def _thinnings(layer: nn.Module, size: LayerSize, scores: Scores, index: int) ->
             {round(share * size.channels) for share in CHANNEL_LEVELS} - {0, size.channels}
         )
         found.append(_thinning("channels", layer, mlp_slices(layer), scores.mlp, index, levels))
+    for kind, cost, slices in (
+        ("attention", size.attention, attention_slices),
+        ("mlp", size.mlp, mlp_slices),
+    ):
+        if cost:
+            last = slices(layer)[-1]
+            found.append(_Thinning(kind, layer.get_submodule(last.module), last, [], [1]))
     return found
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
@@ -27,11 +28,14 @@ from fastprune.models.checkpoint import check_out, save_checkpoint, staged
 from fastprune.models.families import block_parameters, family_of, geometries
 from fastprune.models.load import load_model
 from fastprune.models.streamed import StreamedModel
-from fastprune.prune import stream
+from fastprune.prune import latency, stream
+from fastprune.prune.budget import Budget, budget_of, saved_bytes
 from fastprune.prune.compensation import compensate
 from fastprune.prune.config import PruneConfig
+from fastprune.prune.iterate import plan_in_steps
+from fastprune.prune.latency import CostTable
 from fastprune.prune.plan import Plan
-from fastprune.prune.planning import make_plan, parameters_removed
+from fastprune.prune.planning import parameters_removed
 from fastprune.prune.sensitivity import save_layer_importance
 from fastprune.prune.surgery import apply_plan
 from fastprune.report.html import write_prune_report
@@ -97,6 +101,8 @@ def run_prune(config: PruneConfig) -> PruneResult:
             if distributed.rank() == 0:
                 with clock("save"):
                     _save(directory, result, weights=source is None and not config.dry_run)
+                if not config.dry_run:
+                    _weigh(directory, result.metrics)
                 result.metrics["seconds"] = clock.totals(STAGES)
                 _record(directory / "fastprune", result, run_log)
     return result
@@ -134,11 +140,16 @@ def prune(
     model.eval()
     params = sum(p.numel() for p in model.parameters())
     block = block_parameters(model)
-    target = _target(config, params, block)
     sizes = geometries(model)
     plan = Plan.load(config.plan) if config.plan else None
     if plan:
         plan.check_model(sizes)
+    table = None
+    if config.target_latency is not None:
+        with clock("plan"):
+            table = distributed.from_first(latency.measure(model, config.latency_context))
+    budget = budget_of(config, model, table)
+    dense_bytes = saved_bytes(model)
     refit = config.compensate != "none"
     test, calibration = _texts(config, model, tokenizer, calibrate=plan is None or refit)
     device = next(model.parameters()).device if source is None else source.device
@@ -148,9 +159,8 @@ def prune(
             measured = evaluate(model, test) if source is None else stream.evaluate(source, test)
             dense = _sound(measured, "the model")
     if plan is None:
-        assert target is not None  # config.check() has seen a budget or a plan
-        planned = make_plan(model, calibration, target, config, clock, source)
-        plan, importance = distributed.from_first(planned)  # one plan, whatever else may differ
+        assert budget is not None  # config.check() has seen a budget or a plan
+        plan, importance = plan_in_steps(model, calibration, budget, config, clock, source)
     removed = parameters_removed(model, plan)
     if dense is not None and source is not None:
         assert directory is not None  # run_prune has seen --out or --dry-run
@@ -169,7 +179,7 @@ def prune(
         with clock("evaluate"):
             pruned = _sound(evaluate(model, test), "the pruned model")
         _check_gate(config, dense, pruned)
-    metrics = {
+    metrics: dict[str, Any] = {
         "model": config.model or type(model).__name__,
         "params": {
             "before": params,
@@ -177,7 +187,8 @@ def prune(
             "block_before": block,
             "block_after": block - removed,
         },
-        "ratio": {"requested": target / block if target else None, "achieved": removed / block},
+        "ratio": {"requested": _ratio(budget, block), "achieved": removed / block},
+        "bytes": {"before": dense_bytes, "after": saved_bytes(model, plan.result())},
         "perplexity": [_perplexities(config.eval, dense, pruned)] if dense and pruned else [],
         "layers": [
             {
@@ -198,24 +209,44 @@ def prune(
         "command": command_line(),
         "settings": settings(config),
     }
+    if table is not None:
+        with clock("evaluate"):
+            metrics["latency"] = _latency(model, plan, table, measured=not config.dry_run)
+        metrics["seconds"] = clock.totals(STAGES)
+    if budget is not None:
+        metrics["budget"] = _budget(budget, metrics)
     for line in prune_lines(metrics):
         log.info("%s", line)
     return PruneResult(model, tokenizer, plan, metrics, importance)
 
 
-def _target(config: PruneConfig, params: int, block: int) -> int | None:
-    """Parameters to remove; None when a given plan decides."""
-    if config.ratio is not None:
-        return round(config.ratio * block)
-    if config.target_params is None:
-        return None
-    target = params - config.target_params
-    if not 0 < target < block:
-        raise InputError(
-            f"--target-params {config.target_params} cannot be reached: the model has {params} "
-            f"parameters, {block} of them in its blocks"
-        )
-    return target
+def _ratio(budget: Budget | None, block: int) -> float | None:
+    """The budget as a share of ``block`` parameters, where it is one of parameters."""
+    return None if budget is None or budget.table is not None else budget.need / block
+
+
+def _latency(
+    model: nn.Module, plan: Plan, table: CostTable, *, measured: bool
+) -> dict[str, float | int | None]:
+    """Milliseconds a token at batch 1: dense, as the table foresaw, and of the pruned model."""
+    return {
+        "before": table.dense,
+        "predicted": table.predicted(plan.result()),
+        "after": latency.measure_again(model, table) if measured else None,
+        "context": table.context,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _budget(budget: Budget, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for and what was reached, in the budget's own unit."""
+    achieved = {
+        "ratio": metrics["ratio"]["achieved"],
+        "parameters": metrics["params"]["after"],
+        "bytes": metrics["bytes"]["after"],
+        "ms/token": metrics.get("latency", {}).get("after"),
+    }[budget.unit]
+    return {"unit": budget.unit, "requested": budget.requested, "achieved": achieved}
 
 
 def _texts(
@@ -278,6 +309,14 @@ def _save(directory: Path, result: PruneResult, *, weights: bool) -> None:
     if result.layer_importance is not None:
         method = result.metrics["settings"]["layer_importance"]
         save_layer_importance(records / "layer_importance.json", method, result.layer_importance)
+
+
+def _weigh(directory: Path, metrics: dict[str, Any]) -> None:
+    """Put the bytes that the weight files really have into ``metrics``."""
+    written = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    metrics["bytes"]["after"] = written
+    if (metrics.get("budget") or {}).get("unit") == "bytes":
+        metrics["budget"]["achieved"] = written
 
 
 def _record(directory: Path, result: PruneResult, run_log: RunLog) -> None:

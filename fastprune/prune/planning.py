@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastprune.errors import InputError
 from fastprune.models.families import (
     attention_slices,
     block_parameters,
     decoder_layers,
     geometries,
     mlp_slices,
+    sublayer_costs,
     unit_cost,
 )
 from fastprune.models.foreign import cache_directory
 from fastprune.models.streamed import StreamedModel
 from fastprune.prune import stream
-from fastprune.prune.allocation import (
-    BudgetError,
-    LayerSize,
-    Limits,
-    Removal,
-    allocate,
-    allocate_global,
-    allocate_same,
-    check_reachable,
-    layer_weights,
-)
+from fastprune.prune.budget import Budget
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import measure_curves
+from fastprune.prune.depth import cheapest_first
 from fastprune.prune.importance import Scores, score
+from fastprune.prune.masking import mask, preserved
 from fastprune.prune.plan import LayerPlan, Plan
 from fastprune.prune.search import choose
 from fastprune.prune.sensitivity import activation, load_layer_importance, removal
+from fastprune.prune.sizes import (
+    BudgetError,
+    LayerSize,
+    Removal,
+    check_reachable,
+    half_unit,
+    parameters,
+    remaining,
+    removed_parameters,
+)
+from fastprune.prune.spread import (
+    Spread,
+    Thinning,
+    first_guess,
+    limits_of,
+    meet,
+    whole_and_thinned,
+    whole_only,
+)
+from fastprune.prune.sublayers import mean_loss, sublayer_losses
 from fastprune.report.run import Clock
 
 log = logging.getLogger("fastprune")
@@ -46,15 +60,17 @@ log = logging.getLogger("fastprune")
 def make_plan(
     model: nn.Module,
     windows: Tensor,
-    target: int,
+    budget: Budget,
     config: PruneConfig,
     clock: Clock,
     source: StreamedModel | None = None,
+    gone: Plan | None = None,
 ) -> tuple[Plan, list[float] | None]:
-    """Plan the removal of ``target`` parameters; also the layer sensitivities, where used.
+    """A plan that meets ``budget``; also the layer sensitivities, where used.
 
     ``windows`` are calibration token ids (n, s). ``source`` has the weights when ``model`` has
-    sizes only. Raises InputError when the limits rule the target out.
+    sizes only. ``gone`` is a plan by which ``model`` is masked already: what it removes goes
+    first. Raises InputError when the limits rule the budget out.
     """
     sizes = geometries(model)
     selected = config.selected_layers(len(sizes))
@@ -68,33 +84,120 @@ def make_plan(
             scores = score(model, windows, config.importance, seed=config.seed)
         else:
             scores = stream.score(source, windows, config.importance, seed=config.seed)
+        if gone is not None:
+            scores = _gone_first(scores, gone)
         if config.allocation in ("inverse", "proportional"):
             importance = _sensitivity(model, windows, config, source)
-    with clock("plan"):
-        try:
-            if config.allocation == "search":
-                removals = _search(model, windows, scores, costs, target, config)
-            else:
-                removals = _allocate(costs, selected, scores, importance, target, config)
-        except BudgetError as error:
-            block = block_parameters(model)
-            raise InputError(
-                f"removing {target / block:.1%} of the block parameters cannot be reached: within "
-                f"these structures, layers and limits {error.low / block:.1%} to "
-                f"{error.high / block:.1%} can be removed"
-            ) from error
-        plan = Plan(
-            tuple(sizes),
-            tuple(
-                LayerPlan(
-                    i,
-                    keep_best(scores.attention[i], removals[i].groups),
-                    keep_best(scores.mlp[i], removals[i].channels),
-                )
-                for i in range(len(sizes))
-            ),
-        )
-    return plan, importance
+    try:
+        if config.allocation == "search":
+            with clock("plan"):
+                removals = _search(model, windows, scores, costs, budget, config)
+        else:
+            thin = Thinning(config, selected, scores, importance)
+            spread = _spread(model, windows, costs, budget, thin, clock, source, gone)
+            with clock("plan"):
+                removals = meet(budget, costs, spread, limits_of(config))
+    except BudgetError as error:
+        raise budget.unreachable(error, block_parameters(model)) from error
+    return _plan(model, scores, removals), importance
+
+
+def _plan(model: nn.Module, scores: Scores, removals: Sequence[Removal]) -> Plan:
+    """The plan that keeps the best-scored units of every layer."""
+    return Plan(
+        tuple(geometries(model)),
+        tuple(
+            LayerPlan(
+                i,
+                () if r.attention else keep_best(scores.attention[i], r.groups),
+                () if r.mlp else keep_best(scores.mlp[i], r.channels),
+            )
+            for i, r in enumerate(removals)
+        ),
+    )
+
+
+def _spread(
+    model: nn.Module,
+    windows: Tensor,
+    costs: list[LayerSize],
+    budget: Budget,
+    thin: Thinning,
+    clock: Clock,
+    source: StreamedModel | None,
+    gone: Plan | None,
+) -> Spread:
+    """How the allocation of ``thin`` spreads any number of parameters over the layers."""
+    config = thin.config
+    if not any(size.whole for size in costs):
+        return lambda target: thin(costs, target)
+    some = windows[: config.sensitivity_samples]
+    with clock("score"):
+        if source is None:
+            losses = sublayer_losses(model, some)
+        else:
+            losses = stream.sublayer_losses(source, some)
+        candidates = cheapest_first(costs, _losses_of_gone(losses, gone))
+        for s in candidates:
+            log.info("without the %s of layer %d: %+.4f nats a token", s.kind, s.layer, s.loss)
+        if not any(size.prunable for size in costs):
+            return whole_only(candidates, len(costs))
+        price = _price_of_thinning(model, windows, costs, budget, thin, gone)
+        log.info("thinning costs %.3g nats a token per million parameters", 1e6 * price)
+    return whole_and_thinned(costs, candidates, price, thin)
+
+
+def _price_of_thinning(
+    model: nn.Module,
+    windows: Tensor,
+    costs: list[LayerSize],
+    budget: Budget,
+    thin: Thinning,
+    gone: Plan | None,
+) -> float:
+    """Loss per parameter, in nats a token, when thinning alone meets the budget; or infinity."""
+    config = thin.config
+    some = windows[: config.sensitivity_samples]
+    target = first_guess(budget, costs)
+    try:
+        removals = thin(remaining(costs, [Removal()] * len(costs)), target)
+    except BudgetError:
+        return math.inf
+    before = 0 if gone is None else parameters_removed(model, gone)
+    more = removed_parameters(costs, removals) - before
+    if more <= half_unit(costs, limits_of(config)):
+        return math.inf
+    dense = mean_loss(model, some)
+    with preserved(model):
+        refit = None if config.compensate == "none" else windows
+        mask(model, _plan(model, thin.scores, removals), refit)
+        return max(mean_loss(model, some) - dense, 0.0) / more
+
+
+def _losses_of_gone(
+    losses: list[tuple[float, float]], gone: Plan | None
+) -> list[tuple[float, float]]:
+    """``losses`` with those of sublayers that are gone already as low as can be."""
+    if gone is None:
+        return losses
+    return [
+        (attention if kept.kv_groups else -math.inf, mlp if kept.channels else -math.inf)
+        for (attention, mlp), kept in zip(losses, gone.layers, strict=True)
+    ]
+
+
+def _gone_first(scores: Scores, gone: Plan) -> Scores:
+    """``scores`` with those of removed units below all others."""
+
+    def lowered(values: Tensor, kept: Sequence[int]) -> Tensor:
+        below = torch.full_like(values, min(0.0, float(values.min()) if len(values) else 0.0) - 1)
+        below[list(kept)] = values[list(kept)]
+        return below
+
+    return Scores(
+        [lowered(s, k.kv_groups) for s, k in zip(scores.attention, gone.layers, strict=True)],
+        [lowered(s, k.channels) for s, k in zip(scores.mlp, gone.layers, strict=True)],
+    )
 
 
 def _search(
@@ -102,20 +205,21 @@ def _search(
     windows: Tensor,
     scores: Scores,
     costs: list[LayerSize],
-    target: int,
+    budget: Budget,
     config: PruneConfig,
 ) -> list[Removal]:
     """The mix of thinning levels that diverges least; measured levels are kept for a next run."""
-    limits = _limits(config)
-    check_reachable(costs, target, limits)
+    limits = limits_of(config)
+    target, saved = budget.need, None
+    if budget.table is not None or (budget.at_least and not any(s.prunable for s in costs)):
+        saved = [partial(budget.saved, i, size) for i, size in enumerate(costs)]
+    else:
+        target += half_unit(costs, limits) if budget.at_least else 0
+        check_reachable(costs, round(target), limits)
     curves = measure_curves(model, windows, scores, costs, cache_directory() / "levels")
-    removals, divergence = choose(curves, costs, target, limits)
+    removals, divergence = choose(curves, costs, target, limits, saved)
     log.info("search: predicted divergence %.4f nats a token", divergence)
     return removals
-
-
-def _limits(config: PruneConfig) -> Limits:
-    return Limits(config.min_layer_ratio, config.max_layer_ratio, config.align)
 
 
 def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
@@ -123,10 +227,11 @@ def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
     attention = attention_slices(layer) if "attention" in structures else []
     mlp = mlp_slices(layer) if "mlp" in structures else []
     return LayerSize(
-        groups=_units(layer, attention),
-        group_cost=unit_cost(layer, attention),
-        channels=_units(layer, mlp),
-        channel_cost=unit_cost(layer, mlp),
+        _units(layer, attention),
+        unit_cost(layer, attention),
+        _units(layer, mlp),
+        unit_cost(layer, mlp),
+        *(sublayer_costs(layer) if "sublayer" in structures else (0, 0)),
     )
 
 
@@ -141,40 +246,6 @@ def _units(layer: nn.Module, slices: Sequence) -> int:
         return 0
     first = slices[0]
     return layer.get_parameter(first.name).shape[first.dim] // first.width
-
-
-def _allocate(
-    costs: list[LayerSize],
-    selected: range,
-    scores: Scores,
-    importance: list[float] | None,
-    target: int,
-    config: PruneConfig,
-) -> list[Removal]:
-    limits = _limits(config)
-    chosen = [costs[i] for i in selected]
-    if config.layout == "uniform":
-        removals = allocate_same(chosen, target, limits)
-    elif config.allocation == "global":
-        removals = allocate_global(
-            chosen,
-            [scores.attention[i].tolist() if costs[i].groups else [] for i in selected],
-            [scores.mlp[i].tolist() if costs[i].channels else [] for i in selected],
-            target,
-            limits,
-        )
-    else:
-        weights = [1.0] * len(chosen)
-        if importance is not None:
-            sensitivity = [importance[i] for i in selected]
-            weights = layer_weights(sensitivity, config.allocation, config.alpha)
-        # Where equal rates leave a choice of layer, the cheapest KV group goes first.
-        order = [float(s.min()) if len(s) else 0.0 for s in scores.attention]
-        removals = allocate(chosen, weights, target, limits, [order[i] for i in selected])
-    everywhere = [Removal()] * len(costs)
-    for i, removal_of_layer in zip(selected, removals):
-        everywhere[i] = removal_of_layer
-    return everywhere
 
 
 def _sensitivity(
@@ -193,7 +264,12 @@ def parameters_removed(model: nn.Module, plan: Plan) -> int:
     """Parameters that ``plan`` takes from the uncut ``model``."""
     total = 0
     for layer, kept in zip(decoder_layers(model), plan.layers, strict=True):
-        size = layer_size(layer, ("attention", "mlp"))
-        total += (size.groups - len(kept.kv_groups)) * size.group_cost
-        total += (size.channels - len(kept.channels)) * size.channel_cost
+        size = layer_size(layer, ("attention", "mlp", "sublayer"))
+        removal = Removal(
+            size.groups - len(kept.kv_groups) if kept.kv_groups else 0,
+            size.channels - len(kept.channels) if kept.channels else 0,
+            attention=not kept.kv_groups,
+            mlp=not kept.channels,
+        )
+        total += parameters(size, removal)
     return total

@@ -48,6 +48,7 @@ from fastprune.prune.importance import (
 from fastprune.prune.obs import obs
 from fastprune.prune.plan import LayerPlan, Plan
 from fastprune.prune.sensitivity import change, increases, mean_changes
+from fastprune.prune.sublayers import MODULES, loss_increases, without
 from fastprune.prune.surgery import kept_entries
 
 
@@ -84,13 +85,41 @@ def removal(source: StreamedModel, windows: Tensor) -> tuple[list[float], float]
         variants = [_run(source, index, hidden) for hidden in variants]
         variants.append(dense)  # the variant that skips this layer
         dense = _run(source, index, dense)
-    totals = [0.0] * (len(variants) + 1)
+    return increases(_losses(source, [*variants, dense], rows), windows)
+
+
+@torch.no_grad()
+def sublayer_losses(source: StreamedModel, windows: Tensor) -> list[tuple[float, float]]:
+    """What `sublayers.sublayer_losses` gives for the model in memory; windows are ids (n, s).
+
+    As in `removal` the variants travel side by side: the host keeps (2·layers + 1)·n·s hidden
+    states.
+    """
+    rows = distributed.share(windows.split(1))
+    dense = source.embed(rows)
+    variants: list[list[Tensor]] = []
+    for index, layer in source.layers("sublayer sensitivity"):
+        variants = [_run(source, index, hidden) for hidden in variants]
+        for kind in MODULES:
+            with without(layer, kind):
+                variants.append(_run(source, index, dense))
+        dense = _run(source, index, dense)
+    totals = _losses(source, [*variants, dense], rows)
+    pairs = list(zip(totals[:-1:2], totals[1:-1:2], strict=True))
+    return loss_increases(pairs, totals[-1], windows)
+
+
+def _losses(
+    source: StreamedModel, variants: list[list[Tensor]], rows: tuple[Tensor, ...]
+) -> list[float]:
+    """Summed loss of each variant of the last layer's outputs."""
+    totals = [0.0] * len(variants)
     with source.loaded("lm_head") as head:
-        for number, variant in enumerate([*variants, dense]):
+        for number, variant in enumerate(variants):
             for hidden, ids in zip(variant, rows, strict=True):
                 final = source.blocks.norm(hidden.to(source.device))
                 totals[number] += chunked_loss(final, head, ids.to(source.device))[0].item()
-    return increases(totals, windows)
+    return totals
 
 
 @torch.no_grad()

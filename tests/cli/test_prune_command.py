@@ -237,7 +237,7 @@ def test_a_gate_that_is_not_met(refused):
     assert "gate" in refused("--ratio", "0.5", "--gate-ppl-ratio", "0.01", status=3)
 
 
-@pytest.mark.parametrize("stage", ["load_model", "make_plan", "apply_plan", "save_checkpoint"])
+@pytest.mark.parametrize("stage", ["load_model", "plan_in_steps", "apply_plan", "save_checkpoint"])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_ctrl_c_leaves_nothing(prune, tmp_path, monkeypatch, stage, before):
     real = getattr(pipeline, stage)

@@ -7,16 +7,8 @@ import itertools
 import pytest
 
 from fastprune.errors import InputError
-from fastprune.prune.allocation import (
-    LayerSize,
-    Limits,
-    Removal,
-    allocate,
-    allocate_global,
-    allocate_same,
-    layer_weights,
-    removed_parameters,
-)
+from fastprune.prune.allocation import allocate, allocate_global, allocate_same, layer_weights
+from fastprune.prune.sizes import LayerSize, Limits, Removal, removed_parameters
 
 SMOLLM2 = LayerSize(groups=3, group_cost=294_912, channels=1536, channel_cost=1728)
 LLAMA3 = LayerSize(groups=8, group_cost=5_242_880, channels=14336, channel_cost=12288)

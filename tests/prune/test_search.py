@@ -10,12 +10,12 @@ import torch
 from tiny import tiny_model, token_ids
 
 from fastprune.models.families import decoder_layers
-from fastprune.prune.allocation import LayerSize, Limits, Removal, removed_parameters
 from fastprune.prune.curves import measure_curves
 from fastprune.prune.divergence import DenseTargets
 from fastprune.prune.importance import score
 from fastprune.prune.planning import layer_size
 from fastprune.prune.search import Curve, choose, predicted
+from fastprune.prune.sizes import LayerSize, Limits, Removal, removed_parameters
 
 SIZE = LayerSize(groups=3, group_cost=300, channels=100, channel_cost=10)
 

@@ -1,0 +1,146 @@
+"""What the result may cost: a share or a number of parameters, bytes as saved, or decode latency.
+
+A budget says how much must be saved, in parameters or in milliseconds, and what a removal saves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from fastprune.errors import InputError
+from fastprune.models.checkpoint import per_layer_form, stock_form
+from fastprune.models.families import Geometry, block_parameters, decoder_layers
+from fastprune.models.modeling import per_layer_config
+from fastprune.models.shards import stored_bytes
+from fastprune.models.streamed import skeleton
+from fastprune.prune.config import PruneConfig
+from fastprune.prune.latency import CostTable
+from fastprune.prune.sizes import BudgetError, LayerSize, Removal, parameters
+
+UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``need`` must be saved: milliseconds where there is a ``table``, else parameters.
+
+    ``unit`` and ``requested`` are what the user asked for. With ``at_least`` a little more may go
+    but not less; without, the nearest is taken.
+    """
+
+    unit: str
+    requested: float
+    need: float
+    at_least: bool = False
+    table: CostTable | None = None
+
+    def saved(self, layer: int, size: LayerSize, removal: Removal) -> float:
+        """What ``removal`` saves in ``layer``, in the currency of ``need``."""
+        if self.table is None:
+            return parameters(size, removal)
+        return self.table.saved(layer, removal)
+
+    def total(self, sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> float:
+        """What ``removals`` save in all layers."""
+        pairs = zip(sizes, removals, strict=True)
+        return sum(self.saved(layer, size, removal) for layer, (size, removal) in enumerate(pairs))
+
+    def part(self, share: float) -> Budget:
+        """The budget of a step on the way: this ``share`` of the saving."""
+        return replace(self, need=self.need * share)
+
+    def unreachable(self, error: BudgetError, block: int) -> InputError:
+        """What to tell the user of a model of ``block`` block parameters."""
+        within = "within these structures, layers and limits"
+        if self.table is not None:
+            return InputError(
+                f"{self.requested:.3g} ms a token cannot be reached: {within} "
+                f"{self.table.dense - error.high:.3g} is the least, of {self.table.dense:.3g} now"
+            )
+        return InputError(
+            f"removing {self.need / block:.1%} of the block parameters cannot be reached: {within} "
+            f"{error.low / block:.1%} to {error.high / block:.1%} can be removed"
+        )
+
+
+def budget_of(config: PruneConfig, model: nn.Module, table: CostTable | None) -> Budget | None:
+    """The budget that ``config`` sets for ``model``; None when a given plan decides.
+
+    Raises InputError for one that ``model`` meets already, or that its blocks cannot meet.
+    """
+    block = block_parameters(model)
+    if config.ratio is not None:
+        return Budget("ratio", config.ratio, round(config.ratio * block))
+    if config.target_params is not None:
+        params = sum(p.numel() for p in model.parameters())
+        return _parameters(config.target_params, params, block)
+    if config.target_bytes is not None:
+        return _bytes(parse_bytes(config.target_bytes), model, block)
+    if config.target_latency is not None:
+        assert table is not None  # measured whenever a latency is asked for
+        return _latency(config.target_latency, table)
+    return None
+
+
+def _parameters(requested: int, params: int, block: int) -> Budget:
+    if not 0 < params - requested < block:
+        raise InputError(
+            f"--target-params {requested} cannot be reached: the model has {params} "
+            f"parameters, {block} of them in its blocks"
+        )
+    return Budget("parameters", requested, params - requested)
+
+
+def _bytes(requested: int, model: nn.Module, block: int) -> Budget:
+    size = next(decoder_layers(model).parameters()).element_size()
+    before = saved_bytes(model)
+    need = -(-(before - requested) // size)  # a started parameter must go
+    if not 0 < need < block:
+        raise InputError(
+            f"--target-bytes {requested} cannot be reached: the weights take {before} bytes, "
+            f"{block * size} of them in the blocks"
+        )
+    return Budget("bytes", requested, need, at_least=True)
+
+
+def _latency(requested: float, table: CostTable) -> Budget:
+    if not requested < table.dense:
+        raise InputError(
+            f"--target-latency {requested:g}: the model takes {table.dense:.3g} ms a token already"
+        )
+    return Budget("ms/token", requested, table.dense - requested, at_least=True, table=table)
+
+
+def parse_bytes(text: str) -> int:
+    """``text`` such as 200MB or 1.5GiB in bytes; InputError when it is not a size."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", text.lower())
+    unit = UNITS.get(match[2] or "b") if match else None
+    if match is None or unit is None or float(match[1]) == 0:
+        raise InputError(
+            f"--target-bytes {text!r} is not a size; write bytes, or a number with KB, MB, GB, "
+            "KiB, MiB or GiB, for example 200MB"
+        )
+    return round(float(match[1]) * unit)
+
+
+def saved_bytes(model: nn.Module, sizes: Sequence[Geometry] | None = None) -> int:
+    """Bytes of the weight files of ``model``, or of what is left of it when its layers have
+    ``sizes``. Values are not looked at, so the model may lie on the meta device."""
+    if sizes is not None:
+        dtype = next(decoder_layers(model).parameters()).dtype
+        model = skeleton(per_layer_config(model.config, sizes), dtype)
+    return stored_bytes((stock_form(model) or per_layer_form(model)).state)

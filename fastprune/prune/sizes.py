@@ -1,0 +1,149 @@
+"""What may be removed from each layer, what a removal costs, and what the limits allow.
+
+Counts only, no weights: the vocabulary of allocation.py, depth.py and search.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fastprune.errors import InputError
+
+MIN_KEPT = 1
+"""Units that a thinned sublayer always keeps: it must stay a working sublayer."""
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What may be removed from one layer: units and the parameters that each one owns.
+
+    ``attention`` and ``mlp`` are the parameters of a sublayer that may go as a whole, norm and
+    biases included; 0 where it may not.
+    """
+
+    groups: int
+    group_cost: int
+    channels: int
+    channel_cost: int
+    attention: int = 0
+    mlp: int = 0
+
+    @property
+    def prunable(self) -> int:
+        """Parameters owned by units."""
+        return self.groups * self.group_cost + self.channels * self.channel_cost
+
+    @property
+    def whole(self) -> int:
+        """Parameters of the sublayers that may go as a whole."""
+        return self.attention + self.mlp
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Units to remove from one layer; ``attention`` and ``mlp`` remove a whole sublayer.
+
+    Of a sublayer that goes as a whole no units are counted.
+    """
+
+    groups: int = 0
+    channels: int = 0
+    attention: bool = False
+    mlp: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on the share of a layer's prunable parameters that may go unit by unit.
+
+    In a layer that loses a whole sublayer they hold for the other one.
+    """
+
+    lowest: float = 0.0
+    highest: float = 0.9
+    align: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lowest <= self.highest <= 1:
+            raise InputError(
+                "the layer limits must satisfy 0 <= min-layer-ratio <= max-layer-ratio <= 1, "
+                f"not {self.lowest} and {self.highest}"
+            )
+        if self.align < 1:
+            raise InputError(f"--align must be at least 1, not {self.align}")
+
+
+def remaining(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> list[LayerSize]:
+    """What may be thinned once the sublayers that ``removals`` take as a whole are gone."""
+    return [
+        LayerSize(
+            0 if r.attention else s.groups, s.group_cost, 0 if r.mlp else s.channels, s.channel_cost
+        )
+        for s, r in zip(sizes, removals, strict=True)
+    ]
+
+
+def merged(whole: Sequence[Removal], thinned: Sequence[Removal]) -> list[Removal]:
+    """``thinned`` with the sublayers that ``whole`` removes."""
+    return [
+        replace(t, attention=w.attention, mlp=w.mlp) for w, t in zip(whole, thinned, strict=True)
+    ]
+
+
+def removed_parameters(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> int:
+    """Parameters that ``removals`` take away."""
+    return sum(parameters(size, removal) for size, removal in zip(sizes, removals, strict=True))
+
+
+def parameters(size: LayerSize, removal: Removal) -> int:
+    """Parameters that ``removal`` takes from a layer of ``size``."""
+    units = removal.groups * size.group_cost + removal.channels * size.channel_cost
+    return units + whole_parameters(size, removal)
+
+
+def whole_parameters(size: LayerSize, removal: Removal) -> int:
+    """Those of them that leave with whole sublayers."""
+    return removal.attention * size.attention + removal.mlp * size.mlp
+
+
+def check_reachable(sizes: Sequence[LayerSize], target: int, limits: Limits) -> None:
+    """BudgetError when ``limits`` rule out removing ``target`` parameters."""
+    low, high = reachable(sizes, limits)
+    half = half_unit(sizes, limits)
+    if not low - half <= target <= high + half:
+        raise BudgetError(low, high)
+
+
+def reachable(sizes: Sequence[LayerSize], limits: Limits) -> tuple[float, float]:
+    """The least and the largest number of parameters that can be removed within ``limits``.
+
+    Where whole sublayers may go, one of them stays.
+    """
+    low = limits.lowest * sum(s.prunable for s in sizes if not s.whole)
+    high = sum(
+        s.whole
+        or min(
+            limits.highest * s.prunable,
+            max(s.groups - MIN_KEPT, 0) * s.group_cost
+            + max(s.channels - MIN_KEPT, 0) * s.channel_cost,
+        )
+        for s in sizes
+    )
+    return low, high - min((c for s in sizes for c in (s.attention, s.mlp) if c), default=0)
+
+
+class BudgetError(InputError):
+    """The limits rule the budget out; ``low`` and ``high`` bound what can be removed."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(f"between {low:.0f} and {high:.0f} parameters can be removed")
+        self.low, self.high = low, high
+
+
+def half_unit(sizes: Sequence[LayerSize], limits: Limits) -> float:
+    """Half of the finest step: a block of channels, else a KV group, else a whole sublayer."""
+    channels = [s.channel_cost * limits.align for s in sizes if s.channels]
+    groups = [s.group_cost for s in sizes if s.groups]
+    whole = [cost for s in sizes for cost in (s.attention, s.mlp) if cost]
+    return min(channels or groups or whole or [0]) / 2
