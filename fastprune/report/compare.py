@@ -21,12 +21,23 @@ from fastprune.report.html import environment
 from fastprune.report.pareto import Point, figure, front
 
 NOT_SHOWN = (
-    *("model", "ratio", "target_params", "eval", "eval_seq_len", "eval_windows"),
+    *(
+        "model",
+        "ratio",
+        "target_params",
+        "target_bytes",
+        "target_latency",
+        "eval",
+        "eval_seq_len",
+        "eval_windows",
+    ),
     *("out", "overwrite", "json", "quiet", "verbose", "allow_pickle"),
 )
 """Settings that the other columns show, and those that leave the result as it is."""
 SAME_TEXT = 0.01
 """The perplexity of one model on one text differs by less than this share between precisions."""
+UNITS = ("ratio", "parameters", "bytes", "ms/token")
+"""Units of a run's budget."""
 SIZES = ("before", "after", "block_before", "block_after")
 LARGEST = 2**63  # of any whole number
 
@@ -104,10 +115,12 @@ def render_comparison(result: dict[str, Any]) -> str:
                 **run,
                 "by_text": [_measured(run, _key(m)) for m in result["measurements"]],
                 "marked": [run["name"] in m["pareto"] for m in result["measurements"]],
+                "budget": _budget_words(run["budget"]),
                 "settings": {key: _words(value) for key, value in run["settings"].items()},
             }
             for run in runs
         ],
+        budgets=any(run["budget"] and run["budget"]["unit"] != "ratio" for run in runs),
         settings=[key.replace("_", "-") for key in runs[0]["settings"]],
         models=sorted({run["model"] for run in runs}),
         measurements=[{**m, "f": _figure(m, runs)} for m in result["measurements"]],
@@ -189,6 +202,13 @@ def _differing(settings: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _budget_words(budget: dict[str, Any] | None) -> str:
+    if budget is None:
+        return "—"
+    reached, asked = (format.budget(budget["unit"], budget[k]) for k in ("achieved", "requested"))
+    return f"{reached} of {asked}" if reached != asked else reached
+
+
 def _words(value: Any) -> str:
     if value is None:
         return "—"
@@ -240,6 +260,7 @@ def _read(file: Path) -> dict[str, Any]:
                 "requested": read.number("ratio.requested", optional=True),
                 "achieved": read.number("ratio.achieved"),
             },
+            "budget": _budget(_Reader(metrics["budget"])) if metrics.get("budget") else None,
             "perplexity": [_perplexity(_Reader(p)) for p in read("perplexity", list)],
             "seconds": read.number("seconds.total"),
             "peak_memory_bytes": read.number("peak_memory_bytes", optional=True),
@@ -247,6 +268,14 @@ def _read(file: Path) -> dict[str, Any]:
         }
     except InputError as error:
         raise InputError(f"{file}: not the metrics of a prune run: {error}") from error
+
+
+def _budget(read: _Reader) -> dict[str, Any]:
+    unit = read("unit", str)
+    if unit not in UNITS:
+        raise InputError(f"budget.unit is not one of {', '.join(UNITS)}")
+    requested, achieved = read.number("requested"), read.number("achieved", optional=True)
+    return {"unit": unit, "requested": requested, "achieved": achieved}
 
 
 def _perplexity(read: _Reader) -> dict[str, Any]:

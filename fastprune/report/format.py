@@ -47,3 +47,20 @@ def factor(before: float | None, after: float | None) -> str:
     if not before or after is None:
         return "—"
     return f"×{after / before:.3g}"
+
+
+def milliseconds(value: float | None) -> str:
+    """19.4273 → 19.4 ms; — where it was not measured"""
+    return "—" if value is None else f"{value:.3g} ms"
+
+
+def budget(unit: str, value: float | None) -> str:
+    """A figure in the unit of a budget of `prune`; — where it was not measured."""
+    if value is None:
+        return "—"
+    return {
+        "ratio": lambda: f"{percent(value)} of the block parameters",
+        "parameters": lambda: f"{count(value)} parameters",
+        "bytes": lambda: size(value),
+        "ms/token": lambda: f"{milliseconds(value)} a token",
+    }[unit]()

@@ -6,6 +6,7 @@ from typing import Any
 import jinja2
 
 from fastprune.report import format
+from fastprune.report.summary import budget_line
 
 LEFT, COLUMN, GAP = 44, 20, 4  # figure units: label margin, width of a layer, space between two
 CELL, BARS = 12, 110  # height of a KV group and of the channel bars
@@ -23,6 +24,7 @@ environment.filters.update(
     duration=format.duration,
     percent=format.percent,
     perplexity=format.perplexity,
+    milliseconds=format.milliseconds,
 )
 environment.globals["factor"] = format.factor
 
@@ -48,7 +50,8 @@ def render_prune_report(metrics: dict[str, Any], plan: dict[str, Any]) -> str:
         ("Versions", metrics.get("versions") or {}),
     ]
     return environment.get_template("prune.html.j2").render(
-        m={"peak_memory_bytes": None, **metrics},
+        m={"peak_memory_bytes": None, "latency": None, **metrics},
+        budget=budget_line(metrics),
         dry=not metrics["perplexity"] or metrics["perplexity"][0].get("after") is None,
         f=_figure(before, kept),
         layers=[

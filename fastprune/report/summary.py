@@ -17,6 +17,7 @@ def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
         f"achieved ratio: {ratio['achieved']:.2%} of the block parameters{asked}",
         f"parameters: {params['before']:,} -> {params['after']:,}",
         gqa_line(metrics["layers"]),
+        *filter(None, [budget_line(metrics)]),
         *(
             f"perplexity on {p['text']} ({p['windows']} windows of {p['seq_len']}): "
             f"{format.perplexity(p['before'])} -> {format.perplexity(p['after'])}"
@@ -36,3 +37,16 @@ def gqa_line(layers: Sequence[Mapping[str, Any]]) -> str:
         return f"GQA ratio: changed in some layers ({', '.join(changed)})"
     kept = ", ".join(f"{now}:1" for _, now in sorted(ratios)) or "nothing, no attention is left"
     return f"GQA ratio: all layers kept {kept}"
+
+
+def budget_line(metrics: Mapping[str, Any]) -> str | None:
+    """What was asked for and what was reached in its own unit; None for a ratio or a given plan."""
+    budget = metrics.get("budget")
+    if not budget or budget["unit"] == "ratio":
+        return None
+    asked, reached = (format.budget(budget["unit"], budget[k]) for k in ("requested", "achieved"))
+    line = f"budget: {reached} (requested {asked})"
+    latency = metrics.get("latency")
+    if budget["unit"] == "ms/token" and latency:
+        line += f", {format.milliseconds(latency['predicted'])} predicted"
+    return line

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastprune.report import format
-from fastprune.report.summary import gqa_line
+from fastprune.report.summary import budget_line, gqa_line
 
 
 def show_prune(result: dict[str, Any]) -> None:
@@ -19,6 +19,14 @@ def show_prune(result: dict[str, Any]) -> None:
         before, after = params[f"{key}before"], params[f"{key}after"]
         change = f"−{format.percent(1 - after / before)}"
         table.add_row(name, format.count(before), format.count(after), change)
+    for name, key, words in (
+        ("weights as saved", "bytes", format.size),
+        ("decoding a token", "latency", format.milliseconds),
+    ):
+        if measured := result.get(key):
+            before, after = measured["before"], measured["after"]
+            change = "—" if after is None else f"−{format.percent(1 - after / before)}"
+            table.add_row(name, words(before), words(after), change)
     for p in result["perplexity"]:
         name = f"perplexity, {p['text']}, {p['windows']} × {p['seq_len']}"
         change = format.factor(p["before"], p["after"])
@@ -26,6 +34,8 @@ def show_prune(result: dict[str, Any]) -> None:
         table.add_row(Text(name), *row)
     out.print(_layers(result["layers"]), table, sep="\n")
     out.print(Text(gqa_line(result["layers"])), soft_wrap=True)
+    if line := budget_line(result):
+        out.print(Text(line), soft_wrap=True)
     if "out" in result:
         out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
         out.print(Text(f"report      {result['out']}/fastprune/report.html"), soft_wrap=True)

@@ -132,6 +132,19 @@ def test_other_texts_and_windows_are_never_ranked_together(run, other):
     assert "ranked only within one" not in render_comparison(compare([run("c"), run("d")]))
 
 
+def test_budgets_have_a_column_of_their_own(run):
+    by_size, by_time = copy.deepcopy(METRICS), copy.deepcopy(METRICS)
+    by_size["budget"] = {"unit": "bytes", "requested": 4 * 1024**2, "achieved": 3 * 1024**2}
+    by_time["budget"] = {"unit": "ms/token", "requested": 20.0, "achieved": 19.5}
+    by_size["settings"]["target_bytes"] = "4MiB"
+    result = compare([run("a"), run("b", metrics=by_size), run("c", metrics=by_time)])
+    assert [r["budget"] for r in result["runs"]] == [None, by_size["budget"], by_time["budget"]]
+    assert "target_bytes" not in result["runs"][0]["settings"]
+    page = render_comparison(result)
+    assert "3 MiB of 4 MiB" in page and "19.5 ms a token of 20 ms a token" in page
+    assert "budget" not in render_comparison(compare([run("d"), run("e")]))
+
+
 def test_a_text_that_changed_behind_its_name_is_not_ranked(run):
     result = compare([run("a", before=20.0), run("b", before=23.0)])
     assert result["measurements"][0]["pareto"] == []
@@ -224,6 +237,8 @@ def test_broken_metrics(refused, tmp_path, content, words):
         ("seconds.total", ..., "seconds.total is missing"),
         ("peak_memory_bytes", "3 GB", "peak_memory_bytes is not"),
         ("settings", [], "settings is not"),
+        ("budget", {"unit": "hours", "requested": 1, "achieved": 1}, "budget.unit is not one of"),
+        ("budget", [1], "unit is missing"),
     ],
 )
 def test_metrics_without_what_is_needed(refused, tmp_path, path, value, words):

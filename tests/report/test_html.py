@@ -101,6 +101,16 @@ def test_text_from_users_is_escaped():
     assert "&lt;script&gt;" in text
 
 
+def test_a_budget_in_its_own_unit():
+    latency = {"before": 20.0, "predicted": 15.5, "after": 15.0}
+    budget = {"unit": "ms/token", "requested": 16.0, "achieved": 15.0}
+    text = render_prune_report(metrics_of(PLAN, latency=latency, budget=budget), PLAN)
+    assert "budget: 15 ms a token (requested 16 ms a token), 15.5 ms predicted" in text
+    assert "a token decoding, 20 ms before" in text
+    text = render_prune_report(metrics_of(PLAN, latency=latency | {"after": None}), PLAN)
+    assert "a token decoding, predicted, 20 ms before" in text
+
+
 def test_a_dry_run_has_no_perplexity():
     text = render_prune_report(metrics_of(PLAN, perplexity=[]), PLAN)
     assert "planned to lose" in text

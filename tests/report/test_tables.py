@@ -37,6 +37,28 @@ def test_prune(capsys, monkeypatch):
     assert "report runs/x/fastprune/report.html" in lines
 
 
+def test_prune_with_a_budget(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    result = {
+        "params": {"before": 2000, "after": 1800, "block_before": 1000, "block_after": 800},
+        "bytes": {"before": 2 * 1024**2, "after": 1024**2},
+        "latency": {"before": 20.0, "predicted": 15.5, "after": 15.0},
+        "budget": {"unit": "ms/token", "requested": 16.0, "achieved": 15.0},
+        "perplexity": [],
+        "layers": [layer(0, 2, 1400)],
+    }
+    show_prune(result)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "weights as saved 2 MiB 1 MiB −50.0 %" in lines
+    assert "decoding a token 20 ms 15 ms −25.0 %" in lines
+    assert "budget: 15 ms a token (requested 16 ms a token), 15.5 ms predicted" in lines
+    result["latency"]["after"] = result["budget"]["achieved"] = None
+    show_prune(result)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "decoding a token 20 ms — —" in lines
+    assert "budget: — (requested 16 ms a token), 15.5 ms predicted" in lines
+
+
 def test_eval(capsys):
     show_eval(
         {
