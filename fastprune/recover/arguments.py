@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from transformers import TrainingArguments
 
 from fastprune import distributed
+from fastprune.config import resolve_device
+from fastprune.errors import InputError
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.recipes import Stage
 
@@ -20,6 +23,17 @@ LOG_LINES = 200  # of a stage, where --log-steps does not say
 def world_size() -> int:
     """Processes that train together, as torchrun or accelerate started them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(name: str) -> torch.device:
+    """The device of this process: what `--device` says, and under torchrun a GPU of its own.
+
+    Raises InputError.
+    """
+    device = resolve_device(name)
+    if device.type == "cuda" and world_size() > 1:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
 
 
 def is_first_process() -> bool:
@@ -43,7 +57,9 @@ def training_arguments(
 ) -> TrainingArguments:
     """The library's settings of a stage that keeps its checkpoints in `folder`."""
     steps = total_steps(stage, samples)
-    if device.type == "cuda" and device.index:
+    if device.type == "cuda" and world_size() > 1:
+        torch.cuda.set_device(device)
+    elif device.type == "cuda" and device.index:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # the library would take cuda:0
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -76,6 +92,14 @@ def training_arguments(
             arguments.__dict__["_setup_devices"] = device
             torch.cuda.set_device(device)
     return arguments
+
+
+def check_logger(name: str) -> None:
+    """InputError where the package of the logger `name` is missing."""
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    package = packages.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise InputError(f"--log-to {name}: it is not installed; run: pip install {package}")
 
 
 def describe(arguments: Any) -> str:

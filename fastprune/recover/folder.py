@@ -191,10 +191,11 @@ class RunFolder:
 
     # ------------------------------------------------------------------------ the end
 
-    def finish(self, write: Callable[[Path], None]) -> None:
+    def finish(self, write: Callable[[Path], None], clean: bool = False) -> None:
         """Let `write` fill a folder with the model's files, then move them to DIR, marks last.
 
-        A kill before the last move leaves a run that the same command finishes.
+        With `clean` whatever else lies in DIR, an earlier checkpoint, is removed. A kill before the
+        last move leaves a run that the same command finishes.
         """
         out = self.records.parent
         work = Path(tempfile.mkdtemp(prefix=".final-", dir=self.records))
@@ -205,7 +206,7 @@ class RunFolder:
             names = sorted(path.name for path in fresh.iterdir() if path.name != RECORDS)
             for name in MARKS:
                 (out / name).unlink(missing_ok=True)
-            for path in out.iterdir():
+            for path in out.iterdir() if clean else ():
                 if path.name != RECORDS and path.name not in names:
                     _remove(path)
             for name in [n for n in names if n not in MARKS]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastprune.config import resolve_device
 from fastprune.data.text import load_documents
 from fastprune.errors import GateError, InputError, NumericalError
 from fastprune.inspect.generate import generate
@@ -25,7 +24,7 @@ from fastprune.inspect.perplexity import (
 )
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.load import load_model
-from fastprune.recover.arguments import is_first_process, world_size
+from fastprune.recover.arguments import check_logger, is_first_process, own_device, world_size
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
@@ -76,12 +75,11 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
     clock = Clock()
     with RunLog() as run_log:
         with clock("load"):
-            device = resolve_device(config.device)
+            device = own_device(config.device)
             model, tokenizer = load_model(
                 config.model,
                 dtype=config.dtype,
-                # several processes: each gets its own device from the Trainer
-                device="cpu" if world_size() > 1 else str(device),
+                device=device,
                 allow_pickle=config.allow_pickle,
             )
         result = _finetune(model, tokenizer, config, recipe, folder, clock)
@@ -96,7 +94,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
                     _record(directory / "fastprune", result, folder)
                     run_log.save(directory / "fastprune" / "run.log")
 
-                folder.finish(write)
+                folder.finish(write, clean=config.overwrite)
     return result
 
 
@@ -123,6 +121,7 @@ def _checked(config: FinetuneConfig) -> Recipe:
     config.check()
     if not config.data:
         raise InputError("--data DATA is needed: a file, a folder, hf:NAME or a short name")
+    check_logger(config.log_to)
     return load_recipe(config)
 
 
@@ -135,9 +134,9 @@ def _finetune(
     clock: Clock,
     gradient_hook: GradientHook | None = None,
 ) -> FinetuneResult:
-    device = resolve_device(config.device) if world_size() == 1 else next(model.parameters()).device
+    device = own_device(config.device)
     saved_dtype = model.dtype
-    if all(autocast_dtype(s.precision, device) is None for s in recipe.stages):
+    if any(autocast_dtype(s.precision, device) is None for s in recipe.stages):
         model.float()  # fp32 throughout; what is saved is rounded back
     if (start := folder.start_weights()) is not None:
         put_back(model, start)
@@ -151,7 +150,6 @@ def _finetune(
             teacher = load_teacher(
                 config.teacher, tokenizer, device=device, allow_pickle=config.allow_pickle
             )
-    samples: list[dict[str, Any]] = []
     course = Course(
         config,
         tokenizer,
@@ -159,7 +157,7 @@ def _finetune(
         device,
         windows=windows,
         teacher=teacher,
-        sample=lambda m, step: samples.extend(_continue(m, tokenizer, config, step)),
+        sample=lambda m, step: _continue(m, tokenizer, config, folder, step),
         gradient_hook=gradient_hook,
     )
     with clock("data"):
@@ -172,11 +170,11 @@ def _finetune(
     if windows is not None and "before" not in record:
         with clock("evaluate"):
             record["before"] = _sound(evaluate(model, windows).perplexity)
-            record["best"] = record["before"]
+            record["current"] = record["before"]
     total = sum(p.numel() for p in model.parameters())
     model = _stages(model, recipe, course, clock)
-    samples.extend(_continue(model, tokenizer, config, None))
-    after = record.get("best")
+    _continue(model, tokenizer, config, folder, None)
+    after = record.get("current")
     check_weights(model)
     _check_gate(config, record.get("before"), after)
     adapter = hasattr(model, "peft_config")
@@ -204,7 +202,7 @@ def _finetune(
             }
         ],
         "stages": record["results"],
-        "samples": samples,
+        "samples": record.get("samples", []),
         "seconds": clock.totals(STAGES),
         "peak_memory_bytes": peak_memory_bytes(device),
         "versions": versions(),
@@ -227,14 +225,14 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
             log.warning("the state is in %s; the same command continues", folder.state)
             raise KeyboardInterrupt
         result = run.result
-        result["perplexity"] = {"before": record.get("best"), "after": None}
+        result["perplexity"] = {"before": record.get("current"), "after": None}
         if course.windows is not None:
             with clock("evaluate"):
                 result["perplexity"]["after"] = evaluate(run.model, course.windows).perplexity
-        kept = gate_passed(stage, record.get("best"), result["perplexity"]["after"])
+        kept = gate_passed(stage, record.get("current"), result["perplexity"]["after"])
         result["kept"] = kept
         if kept:
-            record["best"] = result["perplexity"]["after"]
+            record["current"] = result["perplexity"]["after"]
             alone = last and all(not r["kept"] for r in record["results"])
             model = run.model if stage.method == "full" or alone else _merged(run.model)
         else:
@@ -242,7 +240,7 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
                 "%s: perplexity %.2f after, %.2f before, gate %g: rolled back",
                 stage.name,
                 result["perplexity"]["after"],
-                record["best"],
+                record["current"],
                 stage.gate,
             )
             if before is None:
@@ -299,21 +297,23 @@ def _check_gate(config: FinetuneConfig, before: float | None, after: float | Non
 
 
 def _continue(
-    model: nn.Module, tokenizer: Any, config: FinetuneConfig, step: int | None
-) -> list[dict[str, Any]]:
-    """The prompts, continued by the model as it is now; `step` None at the end."""
+    model: nn.Module, tokenizer: Any, config: FinetuneConfig, folder: RunFolder, step: int | None
+) -> None:
+    """Note how the model as it is now continues the prompts; `step` None at the end."""
     if config.prompt is None or not is_first_process():
-        return []
+        return
     file = Path(config.prompt)
     prompts = [config.prompt]
     if file.suffix == ".txt" and file.is_file():
         prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    found = []
+    stage = folder.record["stage"] if step is not None else None
+    kept = [s for s in folder.record.get("samples", []) if (s["stage"], s["step"]) != (stage, step)]
     for prompt in prompts:
         text = generate(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed).text
         log.info("step %s: %r → %r", "end" if step is None else step, prompt, text)
-        found.append({"step": step, "prompt": prompt, "text": text})
-    return found
+        kept.append({"stage": stage, "step": step, "prompt": prompt, "text": text})
+    folder.record["samples"] = kept
+    folder.save()
 
 
 def _write(directory: Path, result: FinetuneResult, base: str) -> None:
@@ -336,4 +336,4 @@ def _meet(config: FinetuneConfig) -> None:
     if world_size() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=resolve_device(config.device).type == "cpu").wait_for_everyone()
+        PartialState(cpu=own_device(config.device).type == "cpu").wait_for_everyone()

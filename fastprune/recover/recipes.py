@@ -6,7 +6,7 @@ The built-in recipes are the YAML files in `recipes/`; a user's own has the same
     stages:
       - name: gentle          # any of the fields of Stage
         lr: 1e-7
-        gate: 1.0             # keep the stage only if perplexity is at most this times the best
+        gate: 1.0             # keep the stage only if perplexity is at most this times before
       - name: firm
         lr: 5e-7
 """
@@ -34,7 +34,7 @@ class Stage:
 
     name: str = "finetune"
     gate: float | None = None
-    """keep the stage only if perplexity after it is at most this times the best before it"""
+    """keep the stage only if perplexity after it is at most this times the one before it"""
     on_worse: Literal["stop", "continue"] = "stop"
     """after a stage was rolled back: skip the stages that follow, or go on with them"""
     method: Method = "full"

@@ -93,6 +93,7 @@ class FinetuneTrainer(Trainer):
         self._saved_step = -1
         self._evaluated_step = -1
         self._start = time.perf_counter()
+        keeps_cache = getattr(objective.model.config, "use_cache", None)
         super().__init__(
             model=objective.model,
             args=args,
@@ -100,8 +101,10 @@ class FinetuneTrainer(Trainer):
             train_dataset=train,
             eval_dataset=validation if validation is not None and len(validation) else None,
         )
+        objective.model.config.use_cache = keeps_cache  # it is saved; our calls say what they want
         self.remove_callback(PrinterCallback)
-        self.add_callback(Watch(self))
+        self._watch = Watch(self)
+        self.add_callback(self._watch)
         self._step_loss = torch.zeros((), device=args.device)
         self._window = torch.zeros(2, device=args.device)  # summed loss, steps summed over
 
@@ -116,10 +119,13 @@ class FinetuneTrainer(Trainer):
             self._read_own_state(checkpoint)
         self._start = time.perf_counter()
         with loss_inside(self.objective):
-            if self.stopped is None:
-                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            elif checkpoint is not None:  # it had ended when its process was killed
-                self._load_from_checkpoint(str(checkpoint))
+            try:
+                if self.stopped is None:
+                    self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                elif checkpoint is not None:  # it had ended when its process was killed
+                    self._load_from_checkpoint(str(checkpoint))
+            finally:
+                self._watch.close()
         self.model.zero_grad(set_to_none=True)
 
     def elapsed(self) -> float:
