@@ -69,6 +69,28 @@ def load_model(
     return model, tokenizer
 
 
+def load_or_start(
+    source: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device, **options: Any
+) -> tuple[nn.Module, Any]:
+    """As `load_model`; random weights, after a warning, where `source` is a folder without any.
+
+    The folder holds a config and a tokenizer. torch's random state decides the weights.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / "config.json").is_file() or _has_weights(folder):
+        return load_model(source, dtype=dtype, device=device, **options)
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = _read_config(folder)
+    check_family(config, str(folder))
+    tokenizer = _read_tokenizer(folder)
+    log.warning("%s holds a config and no weights: training starts from random ones", folder)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with quiet_libraries():
+        model = auto.from_config(config, dtype=_dtype(dtype) or torch.float32)
+    return model.to(device), tokenizer
+
+
 def load_config(source: str | Path) -> Any:
     """The config of the model that `source` names, without its weights. Raises InputError."""
     return _read_config(resolve_source(source))
@@ -193,6 +215,11 @@ def _check_weights(folder: Path) -> None:
                     f"{file}: truncated or corrupt weight file ({_first_line(error)}); "
                     "copy or download it again"
                 ) from error
+
+
+def _has_weights(folder: Path) -> bool:
+    names = [*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)]
+    return any((folder / name).exists() for name in (*names, "adapter_config.json"))
 
 
 def _weight_files(folder: Path) -> list[Path]:

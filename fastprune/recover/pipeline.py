@@ -23,7 +23,7 @@ from fastprune.inspect.perplexity import (
     text_windows,
 )
 from fastprune.models.checkpoint import save_checkpoint
-from fastprune.models.load import load_model
+from fastprune.models.load import load_or_start
 from fastprune.recover.arguments import check_logger, is_first_process, own_device, world_size
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
@@ -76,7 +76,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
     with RunLog() as run_log:
         with clock("load"):
             device = own_device(config.device)
-            model, tokenizer = load_model(
+            model, tokenizer = load_or_start(
                 config.model,
                 dtype=config.dtype,
                 device=device,

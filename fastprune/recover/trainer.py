@@ -61,6 +61,7 @@ class FinetuneTrainer(Trainer):
 
     optimizer: Any
     lr_scheduler: Any
+    control: Any
 
     def __init__(
         self,
@@ -276,11 +277,15 @@ class FinetuneTrainer(Trainer):
         self.on_line({"step": step, name: figure})
         log.info("step %d: %s %.4f", step, name, figure)
         self._say(finding)
-        super().log({name: figure})
+        metrics = {name: figure}
+        super().log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         patience = self.stage.early_stop
         if patience is not None and self.monitor.since_best >= patience:
             self.stop(f"no improvement in {patience} evaluations")
-        return {name: figure}
+        return metrics
 
     def _validation_loss(self) -> float:
         """Mean negative log-likelihood of the scored tokens of the validation set."""

@@ -1,0 +1,204 @@
+"""Non-finite steps change nothing; several in a row bring back a good state; then it gives up."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from fastprune.errors import NumericalError
+from fastprune.kernels import AdamW
+from fastprune.recover.freeze import make_schedule
+from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
+from fastprune.recover.recipes import Stage
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 2 * LOSS_LIMIT])
+def test_a_bad_loss_poisons_every_gradient(value):
+    w = torch.nn.Parameter(torch.ones(3))
+    loss = w.sum() * 0 + value
+    poison(loss).backward()
+    assert not w.grad.isfinite().any()
+
+
+def test_a_good_loss_is_left_alone():
+    w = torch.nn.Parameter(torch.ones(3))
+    poison(w.square().sum()).backward()
+    assert torch.equal(w.grad, 2 * torch.ones(3))
+
+
+class Training:
+    """Two weights, an optimizer, a guard; `step` gives the gradient that it is told to."""
+
+    def __init__(self, patience=3, rollbacks=2, interval=1, scale=None):
+        self.model = torch.nn.Linear(2, 1, bias=False)
+        pairs = list(self.model.named_parameters())
+        self.optimizer = AdamW(pairs, lr=0.1, loss_scale=scale)
+        self.schedule = make_schedule(
+            Stage(schedule="constant", warmup_steps=0), self.optimizer, 99
+        )
+        self.guard = Guard(
+            self.model, self.optimizer, self.schedule,
+            patience=patience, rollbacks=rollbacks, interval=interval,
+        )  # fmt: skip
+        self.guard.keep(0)
+        self.at = 0
+
+    def step(self, gradient):
+        self.at += 1
+        self.model.weight.grad = torch.full((1, 2), gradient)
+        self.optimizer.step()
+        self.schedule.step()
+        return self.guard.look(self.at)
+
+    @property
+    def weight(self):
+        return self.model.weight.detach().clone()
+
+
+def test_single_bad_steps_change_nothing_and_need_nothing():
+    training = Training()
+    for gradient in (1.0, 0.5):
+        assert not training.step(gradient)
+        before = training.weight
+        assert not training.step(math.nan)
+        assert not training.step(math.inf)
+        assert torch.equal(training.weight, before)
+    assert training.guard.state == GuardState(skipped=4, in_a_row=2)
+
+
+def test_several_in_a_row_bring_back_the_good_state_at_half_the_rate():
+    training = Training()
+    training.step(1.0)
+    training.guard.keep(1)
+    good = training.weight
+    moments = training.optimizer.state[training.model.weight]["exp_avg"].clone()
+    training.step(1.0)
+    assert [training.step(math.nan) for _ in range(3)] == [False, False, True]
+    assert torch.equal(training.weight, good)
+    assert torch.equal(training.optimizer.state[training.model.weight]["exp_avg"], moments)
+    assert training.optimizer.param_groups[0]["lr"] == 0.05
+    assert int(training.optimizer.skipped_steps) == 3  # the count is of the run, not of the state
+    training.step(1.0)
+    assert training.optimizer.param_groups[0]["lr"] == 0.05  # the schedule knows of it
+    assert not torch.equal(training.weight, good)
+
+
+def test_it_gives_up_with_the_good_state_in_place():
+    training = Training(rollbacks=1)
+    good = training.weight
+    training.step(1.0)
+    for _ in range(2):
+        assert not training.step(math.nan)
+    assert training.step(math.nan)
+    training.step(1.0)
+    training.step(math.nan), training.step(math.nan)
+    with pytest.raises(NumericalError, match="Lower --lr"):
+        training.step(math.nan)
+    assert torch.equal(training.weight, good)
+
+
+def test_rare_looks_count_only_intervals_that_were_bad_throughout():
+    training = Training(patience=4, interval=4)
+    for gradient in (math.nan, math.nan, math.nan, 1.0):
+        assert not training.step(gradient)
+    assert [training.step(math.nan) for _ in range(4)] == [False, False, False, True]
+
+
+def test_a_loss_scale_that_looks_for_its_place_is_no_trouble():
+    training = Training(scale="dynamic")
+    assert not any(training.step(math.inf) for _ in range(16))  # 65536 to 1
+    assert any(training.step(math.inf) for _ in range(3))  # it cannot get any smaller
+
+
+# ---------------------------------------------------------------------------- in a run
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """Replace the gradients of some steps of the command's run by a value."""
+    from fastprune.recover import pipeline
+
+    def use(value, steps):
+        def hook(step, model):
+            if step in steps:
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.grad.fill_(value)
+
+        original = pipeline.Course
+        monkeypatch.setattr(
+            pipeline, "Course", lambda *a, **o: original(*a, **o | {"gradient_hook": hook})
+        )
+
+    return use
+
+
+def test_faults_here_and_there(finetune, gradients, tmp_path):
+    gradients(math.nan, {2, 5})
+    status, _, stderr = finetune("--max-steps", "8", "--guard-steps", "2")
+    assert status == 0, stderr
+    metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
+    stage = metrics["stages"][0]
+    assert (stage["skipped_steps"], stage["rollbacks"]) == (2, 0)
+    assert metrics["perplexity"][0]["after"] < metrics["perplexity"][0]["before"]
+
+
+def test_a_run_of_faults_is_survived(finetune, gradients, tmp_path):
+    gradients(math.inf, {3, 4, 5})
+    status, _, stderr = finetune("--max-steps", "8", "--guard-steps", "3")
+    assert status == 0, stderr
+    assert "learning rate halved" in stderr
+    stage = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())["stages"][0]
+    assert (stage["rollbacks"], stage["lr_factor"]) == (1, 0.5)
+
+
+def test_a_hopeless_run_stops_and_keeps_the_good_state(finetune, gradients, tmp_path):
+    gradients(math.nan, range(4, 100))
+    status, _, stderr = finetune(
+        "--max-steps", "20", "--guard-steps", "2", "--guard-rollbacks", "1"
+    )
+    assert status == 4
+    assert "halved" in stderr
+    out = tmp_path / "out"
+    assert not (out / "config.json").exists()
+    assert list((out / "fastprune/state/stage-0").glob("checkpoint-*"))
+
+
+def test_batches_without_labels_are_skipped(finetune, tmp_path):
+    data = tmp_path / "long-prompts.jsonl"
+    row = {"prompt": "a river " * 40, "response": "yes"}
+    good = {"prompt": "q", "response": "the mill turns its wheel in spring"}
+    data.write_text("".join(json.dumps(r | {"n": i}) + "\n" for i in range(4) for r in (row, good)))
+    status, _, stderr = finetune("--max-steps", "3", data=data)
+    assert status == 0, stderr
+
+
+def test_masked_batches_change_nothing():
+    from fastprune.recover.collate import Counted
+
+    def collate(samples):
+        return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
+
+    ids = torch.arange(6)
+    batch = Counted(collate)([{"input_ids": ids, "labels": torch.full((6,), -100)}] * 2)
+    assert (batch["items"], batch["tokens"]) == (0, 12)
+    first_only = torch.tensor([3, -100, -100, -100, -100, -100])  # never predicted
+    assert Counted(collate)([{"input_ids": ids, "labels": first_only}])["items"] == 0
+    assert Counted(collate, aligned=True)([{"input_ids": ids, "labels": first_only}])["items"] == 1
+
+
+def test_weights_of_a_tiny_model_are_finite_whatever_the_rate():
+    """fp16 weights at a rate where torch.optim.AdamW is NaN after one step (facts of its eps)."""
+    from fastprune.recover.loss import next_token_loss
+
+    model = tiny_model("llama", layers=2).half()
+    optimizer = AdamW(list(model.named_parameters()), lr=1e-3, loss_scale="dynamic")
+    ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        optimizer.scale(next_token_loss(hidden, model.lm_head, ids)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -1,0 +1,126 @@
+"""Recipes: the numbers they stand for, what flags change, gates between their stages."""
+
+import json
+
+import pytest
+
+from fastprune.errors import InputError
+from fastprune.recover.config import FinetuneConfig
+from fastprune.recover.range_test import choose
+from fastprune.recover.recipes import NAMES, load_recipe
+
+
+def stages(name, **flags):
+    return load_recipe(FinetuneConfig(recipe=str(name), **flags)).stages
+
+
+def test_all_are_there():
+    assert set(NAMES) == {
+        "plain", "ultra-low", "staged", "frozen", "segmented", "layer-lr", "lora", "instruct",
+        "sft-onecycle", "distill", "auto",
+    }  # fmt: skip
+    for name in NAMES:
+        assert stages(name, teacher="dense")
+
+
+def test_numbers_of_the_presets():
+    (low,) = stages("ultra-low")
+    assert (low.lr, low.max_grad_norm, low.seq_len, low.batch_size, low.grad_accum) == (
+        1e-7, 0.1, 128, 1, 2,
+    )  # fmt: skip
+    assert (low.warmup_steps, low.samples) == (5, 200)
+    assert [(s.lr, s.max_grad_norm, s.seq_len, s.epochs) for s in stages("staged")] == [
+        (1e-7, 0.1, 128, 1), (5e-7, 0.3, 256, 1), (1e-6, 0.5, 512, 2),
+    ]  # fmt: skip
+    (lora,) = stages("lora")
+    assert (lora.method, lora.lora_r, lora.lora_alpha, lora.lr) == ("lora", 8, 16, 5e-5)
+    assert lora.batch_size * lora.grad_accum == 128
+    assert [s.freeze for s in stages("segmented")] == ["mlp", "attention"]
+    assert stages("layer-lr")[0].layer_lrs == (5e-8, 1e-7)
+    (cycle,) = stages("sft-onecycle")
+    assert (cycle.schedule, cycle.div_factor, cycle.stop_loss) == ("one-cycle", 25, 1.5)
+
+
+def test_flags_apply_to_every_stage():
+    changed = stages("staged", seq_len=64, lr=3e-6)
+    assert [(s.seq_len, s.lr, s.max_grad_norm) for s in changed] == [
+        (64, 3e-6, 0.1), (64, 3e-6, 0.3), (64, 3e-6, 0.5),
+    ]  # fmt: skip
+    assert stages("layer-lr", lr=1e-6)[0].layer_lrs == ()
+    assert stages("auto", lr=1e-6)[0].find_lr is False
+    (low,) = stages("ultra-low", warmup_ratio=0.2)
+    assert (low.warmup_steps, low.warmup_ratio) == (None, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stages: [", "cannot be read"),
+        ("about: x", "list of stages"),
+        ("stages:\n  - lr: fast", "'fast' is not a number"),
+        ("stages:\n  - learning: 1", "unknown option 'learning'"),
+        ("stages:\n  - freeze: everything", "freeze"),
+        ("stages:\n  - lr: 0", "--lr must be positive"),
+        ("stage:\n  - lr: 1", "list of stages"),
+        ("stages:\n  - lr: 1\ngates: 1", "unknown key 'gates'"),
+    ],
+)
+def test_a_broken_recipe_says_where(tmp_path, text, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=words):
+        stages(file)
+
+
+RECIPE = """
+about: a stage that learns, one that destroys, one that must not run
+stages:
+  - {{name: good, lr: 1e-3, max_steps: 6, gate: 1.0}}
+  - {{name: destroys, lr: 1.0, max_steps: 4, max_grad_norm: 0, gate: 1.0, on_worse: {on_worse}}}
+  - {{name: third, lr: 1e-3, max_steps: 2, gate: 10.0}}
+"""
+
+
+@pytest.mark.parametrize(("on_worse", "names"), [("stop", 2), ("continue", 3)])
+def test_a_stage_that_makes_it_worse_is_rolled_back(finetune, tmp_path, on_worse, names):
+    file = tmp_path / "mine.yaml"
+    file.write_text(RECIPE.format(on_worse=on_worse))
+    status, stdout, stderr = finetune("--recipe", str(file))
+    assert status == 0, stderr
+    assert "rolled back" in stdout
+    metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
+    kept = [stage["kept"] for stage in metrics["stages"]]
+    assert kept == [True, False, True][:names]
+    good, bad = metrics["stages"][:2]
+    assert bad["perplexity"]["before"] == good["perplexity"]["after"]
+    assert bad["perplexity"]["after"] > bad["perplexity"]["before"]
+    if on_worse == "stop":
+        assert metrics["perplexity"][0]["after"] == good["perplexity"]["after"]
+    else:  # it begins where the good stage ended
+        assert metrics["stages"][2]["perplexity"]["before"] == good["perplexity"]["after"]
+
+
+def test_the_rate_is_a_fraction_of_the_edge():
+    rates = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
+    chosen, reason = choose(4.0, rates, [4.0, 3.9, 3.5, 3.2, float("nan")])
+    assert chosen == pytest.approx(2e-4)
+    assert "4.000 to 3.200" in reason
+
+
+def test_a_model_that_learns_nothing_gets_the_lowest_rate():
+    chosen, reason = choose(4.0, [1e-6, 1e-5], [4.0, 4.5])
+    assert chosen == 1e-6
+    assert "nothing" in reason
+
+
+def test_auto_finds_a_rate_and_leaves_the_weights(finetune, tmp_path):
+    status, _, stderr = finetune("--recipe", "auto", "--max-steps", "6")
+    assert status == 0, stderr
+    assert "learning rate" in stderr and "is used" in stderr
+    metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
+    stage = metrics["stages"][0]
+    assert stage["lr"] == stage["range_test"]["chosen"]
+    assert 1e-6 < stage["lr"] < 1e-2
+    first = json.loads((tmp_path / "out/fastprune/train_log.jsonl").read_text().splitlines()[0])
+    # the test's steps are undone: training begins at the loss the test began at, another batch's
+    assert first["loss"] == pytest.approx(stage["range_test"]["before"], rel=0.2)
