@@ -9,7 +9,7 @@ distribution when this layer alone is exchanged.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def compare(
     layers: list[LayerLoss] = []
     with torch.no_grad():
         if kept is None:
-            kl = _divergence(theirs, ours, _final(theirs, ids), _final(ours, ids))
+            (kl,) = _divergences(theirs, _final(theirs, ids), [(ours, _final(ours, ids))])
         else:
             layers, kl = _walk(ours, theirs, ids, {old: new for new, old in enumerate(kept)})
     return Comparison(
@@ -156,15 +156,19 @@ def _walk(
         facts.append((min(cosine, 1.0), error / added if added else error))
         alone.append(None if torch.equal(own, after) else own)
         dense = after
-    layers = []
+    ends = [(ours, hidden)]
     for index, own in enumerate(track(alone, "exchanging layers")):
-        kl = 0.0
         if own is not None:
             for later in range(index + 1, len(theirs)):
                 own = theirs.run(later, own)
-            kl = _divergence(theirs, theirs, dense, own)
-        layers.append(LayerLoss(index, *facts[index], kl))
-    return layers, _divergence(theirs, ours, dense, hidden)
+            ends.append((theirs, own))
+    kl, *costs = _divergences(theirs, dense, ends)
+    cost = iter(costs)
+    layers = [
+        LayerLoss(index, *facts[index], 0.0 if own is None else next(cost))
+        for index, own in enumerate(alone)
+    ]
+    return layers, kl
 
 
 def _run(blocks: Blocks, index: int, hidden: Tensor) -> Tensor:
@@ -179,17 +183,22 @@ def _final(blocks: Blocks, ids: Tensor) -> Tensor:
     return hidden
 
 
-def _divergence(reference: Blocks, other: Blocks, expected: Tensor, hidden: Tensor) -> float:
-    """Mean KL(reference ‖ other) in nats a token, from hidden states (n, s, h) before the norm."""
+def _divergences(
+    reference: Blocks, expected: Tensor, others: Sequence[tuple[Blocks, Tensor]]
+) -> list[float]:
+    """Mean KL(reference ‖ other) in nats a token for each of ``others``, from the hidden states
+    (n, s, h) before the norm of each."""
     size = max(1, CHUNK_LOGITS // reference.model.config.vocab_size)
-    total, count = 0.0, expected.shape[0] * expected.shape[1]
-    pairs: Iterator[tuple[Tensor, Tensor]] = zip(
-        expected.flatten(0, 1).split(size), hidden.flatten(0, 1).split(size)
-    )
-    for states, changed in pairs:
-        true, guess = _log_probabilities(reference, states), _log_probabilities(other, changed)
-        total += (true.exp() * (true - guess)).sum().double().item()
-    return max(0.0, total / count)
+    count = expected.shape[0] * expected.shape[1]
+    totals = [0.0] * len(others)
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        true = _log_probabilities(reference, expected.flatten(0, 1)[rows])
+        chances = true.exp()
+        for number, (blocks, hidden) in enumerate(others):
+            guess = _log_probabilities(blocks, hidden.flatten(0, 1)[rows])
+            totals[number] += (chances * (true - guess)).sum().double().item()
+    return [max(0.0, total / count) for total in totals]
 
 
 def _log_probabilities(blocks: Blocks, hidden: Tensor) -> Tensor:
