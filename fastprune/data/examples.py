@@ -57,8 +57,8 @@ class Example:
         return (self.context, *(m["content"] for m in self.messages))
 
 
-def detect_kind(records: Iterable[Record]) -> str:
-    """The kind most of `records` are of. Raises InputError when they are of none."""
+def detect_kind(records: Iterable[Record], name: str) -> str:
+    """The kind most of `records`, those of source `name`, are of. Raises InputError if of none."""
     kinds: Counter[str] = Counter()
     first = None
     for record in records:
@@ -68,7 +68,7 @@ def detect_kind(records: Iterable[Record]) -> str:
     if kinds:
         return kinds.most_common(1)[0][0]
     if first is None:
-        raise InputError("nothing in it")
+        raise InputError(f"{name}: no text in it, or none that can be read as its suffix says")
     seen = ", ".join(map(str, first.value)) if isinstance(first.value, dict) else "no fields"
     raise InputError(
         f"{first.where}: neither text ({', '.join(TEXT_FIELDS)}) nor a prompt with its response "

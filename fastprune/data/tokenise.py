@@ -173,10 +173,7 @@ class _Reader:
         self.records = 0
         """how many there were, usable or not"""
         first = itertools.islice(source.records(lambda *_: None), DETECTION_RECORDS)
-        try:
-            self.kind = detect_kind(first) if kind == "auto" else kind
-        except InputError as error:
-            raise InputError(f"{source.name}: no text in it: {error}") from error
+        self.kind = detect_kind(first, source.name) if kind == "auto" else kind
 
     def __iter__(self) -> Iterator[tuple[Record, str | Example]]:
         first = True  # of a document in pieces

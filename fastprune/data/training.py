@@ -49,11 +49,14 @@ class TrainingData:
     """of whole `document`s for text; of `example`, `prompt` and `response` otherwise"""
     kind: str
     """text, instructions or chat; mixed if the sources differ"""
+    records: int
+    """how many the sources hold, usable or not"""
 
     def to_dict(self) -> dict[str, Any]:
         """For metrics.json and the report."""
         return {
             "kind": self.kind,
+            "records": self.records,
             "train": len(self.train),
             "validation": len(self.validation) if self.validation else 0,
             "tokens": int(self.train.lengths.sum()),
@@ -111,6 +114,7 @@ def training_data(
         list(findings),
         _length_statistics(corpus, seq_len),
         kinds.pop() if len(kinds) == 1 else "mixed",
+        sum(part.records for part in corpus.parts),
     )
 
 

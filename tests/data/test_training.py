@@ -363,7 +363,8 @@ def test_impossible_settings_are_refused(tmp_path, tokenizer, options, message):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        (["{"], "nothing in it"),
+        (["{"], "none that can be read"),
+        ([" "], "no text in it"),
         (['{"label": 1}'], "it has label"),
         (["[]", "1"], "no fields"),
         ([{"prompt": "", "response": "x"}], "1 × empty prompt"),
@@ -381,6 +382,7 @@ def test_the_report_of_the_data_is_json(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [ENGLISH, CHINESE, CHINESE])
     data = training_data(path, tokenizer, seq_len=512, val_size=1)
     content = json.loads(json.dumps(data.to_dict()))
+    assert content["records"] == 3
     assert content["train"] == content["validation"] == 1
     assert content["findings"][0]["problem"] == "duplicate"
     assert content["lengths"]["prompt"]["count"] == 2
