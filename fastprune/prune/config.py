@@ -89,7 +89,10 @@ class PruneConfig(CommonConfig):
     plan: Path | None = None
     """apply this plan instead of making one"""
     dry_run: bool = False
-    """make the plan and stop"""
+    """make the plan, say what the run would cost, and stop; MODEL may be a folder with nothing but
+    a config.json"""
+    ranks: int = 1
+    """processes (torchrun) for which --dry-run computes costs"""
     stream: bool = False
     """for a model larger than memory: keep its weights on disk, one layer at a time in memory"""
     allow_pickle: bool = False
@@ -121,6 +124,7 @@ class PruneConfig(CommonConfig):
             ("sensitivity_samples", 1),
             ("eval_seq_len", 2),
             ("eval_windows", 1),
+            ("ranks", 1),
         ):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")

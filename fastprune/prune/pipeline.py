@@ -32,6 +32,7 @@ from fastprune.prune import latency, stream
 from fastprune.prune.budget import Budget, budget_of, saved_bytes
 from fastprune.prune.compensation import compensate
 from fastprune.prune.config import PruneConfig
+from fastprune.prune.dryrun import facts, lacks_weights, sizes_only
 from fastprune.prune.iterate import plan_in_steps
 from fastprune.prune.latency import CostTable
 from fastprune.prune.plan import Plan
@@ -78,6 +79,9 @@ def run_prune(config: PruneConfig) -> PruneResult:
     if config.out is not None and distributed.rank() == 0:
         check_out(config.out, config.overwrite)
     clock = Clock()
+    if lacks_weights(config):
+        model, decided = sizes_only(config)
+        return prune(model, None, config, clock=clock, planning=decided)
     with distributed.joined(config.device), RunLog() as run_log:
         with clock("load"):
             source = None
@@ -126,12 +130,14 @@ def prune(
     clock: Clock | None = None,
     source: StreamedModel | None = None,
     directory: Path | None = None,
+    planning: PruneConfig | None = None,
 ) -> PruneResult:
     """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
 
     Inside `fastprune.distributed.joined` the processes share the calibration and the evaluation.
     Nothing is written, unless ``source`` has the weights and ``model`` sizes only: the result then
-    goes straight to ``directory``. Raises InputError for settings that cannot be met, GateError
+    goes straight to ``directory``. A dry run with ``planning`` plans by that instead of ``config``,
+    and uses no text and no weights. Raises InputError for settings that cannot be met, GateError
     when perplexity grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
     """
     clock = clock or Clock()
@@ -151,7 +157,9 @@ def prune(
     budget = budget_of(config, model, table)
     dense_bytes = saved_bytes(model)
     refit = config.compensate != "none"
-    test, calibration = _texts(config, model, tokenizer, calibrate=plan is None or refit)
+    test = calibration = None
+    if planning is None:
+        test, calibration = _texts(config, model, tokenizer, calibrate=plan is None or refit)
     device = next(model.parameters()).device if source is None else source.device
     dense = pruned = importance = None
     if not config.dry_run:
@@ -160,7 +168,9 @@ def prune(
             dense = _sound(measured, "the model")
     if plan is None:
         assert budget is not None  # config.check() has seen a budget or a plan
-        plan, importance = plan_in_steps(model, calibration, budget, config, clock, source)
+        plan, importance = plan_in_steps(
+            model, calibration, budget, planning or config, clock, source
+        )
     removed = parameters_removed(model, plan)
     if dense is not None and source is not None:
         assert directory is not None  # run_prune has seen --out or --dry-run
@@ -215,6 +225,8 @@ def prune(
         metrics["seconds"] = clock.totals(STAGES)
     if budget is not None:
         metrics["budget"] = _budget(budget, metrics)
+    if config.dry_run:
+        metrics |= facts(model, plan, config)
     for line in prune_lines(metrics):
         log.info("%s", line)
     return PruneResult(model, tokenizer, plan, metrics, importance)

@@ -251,11 +251,11 @@ def _units(layer: nn.Module, slices: Sequence) -> int:
 def _sensitivity(
     model: nn.Module, windows: Tensor, config: PruneConfig, source: StreamedModel | None
 ) -> list[float]:
+    if config.layer_importance not in ("removal", "activation"):
+        return load_layer_importance(Path(config.layer_importance), len(decoder_layers(model)))
     some = windows[: config.sensitivity_samples]
     if config.layer_importance == "activation":
         return activation(model, some) if source is None else stream.layer_activation(source, some)
-    if config.layer_importance != "removal":
-        return load_layer_importance(Path(config.layer_importance), len(decoder_layers(model)))
     importance, _ = removal(model, some) if source is None else stream.removal(source, some)
     return importance
 

@@ -58,7 +58,7 @@ def activation(model: nn.Module, windows: Tensor) -> list[float]:
     blocks = Blocks(model)
     device = next(model.parameters()).device
     totals = [0.0] * len(blocks)
-    for window in track(windows, "layer sensitivity"):
+    for window in track(distributed.share(windows), "layer sensitivity"):
         hidden = blocks.embed(window[None].to(device))
         for index in range(len(blocks)):
             after = blocks.run(index, hidden)
@@ -75,7 +75,11 @@ def change(before: Tensor, after: Tensor) -> float:
 
 
 def mean_changes(totals: Sequence[float], windows: Tensor) -> list[float]:
-    """Sums of `change` over ``windows`` (n, s) per token. Raises NumericalError."""
+    """Sums of `change` over ``windows`` (n, s) per token, added up over the processes.
+
+    Raises NumericalError when one is not finite.
+    """
+    totals = distributed.sums(totals)
     if not all(map(math.isfinite, totals)):
         raise NumericalError("the hidden states of the model are not finite")
     return [total / windows.numel() for total in totals]

@@ -125,7 +125,7 @@ def _losses(
 @torch.no_grad()
 def layer_activation(source: StreamedModel, windows: Tensor) -> list[float]:
     """What `sensitivity.activation` gives for the model in memory; windows are token ids (n, s)."""
-    hidden = source.embed(windows.split(1))
+    hidden = source.embed(distributed.share(windows.split(1)))
     totals = []
     for index, _ in source.layers("layer sensitivity"):
         after = _run(source, index, hidden)

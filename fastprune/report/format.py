@@ -14,7 +14,7 @@ def count(n: float) -> str:
 def size(n_bytes: float) -> str:
     """536870912 → 512 MiB"""
     for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if abs(n_bytes) >= 1024**exponent:
+        if abs(n_bytes) >= 999.5 * 1024 ** (exponent - 1):  # three digits would say 1e+03
             return f"{n_bytes / 1024**exponent:.3g} {unit}"
     return f"{n_bytes:.0f} B"
 

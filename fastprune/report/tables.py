@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastprune.report import format
+from fastprune.report.costs import show_costs
 from fastprune.report.summary import budget_line, gqa_line
 
 
@@ -36,6 +37,8 @@ def show_prune(result: dict[str, Any]) -> None:
     out.print(Text(gqa_line(result["layers"])), soft_wrap=True)
     if line := budget_line(result):
         out.print(Text(line), soft_wrap=True)
+    if "costs" in result:
+        show_costs(out, result)
     if "out" in result:
         out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
         out.print(Text(f"report      {result['out']}/fastprune/report.html"), soft_wrap=True)

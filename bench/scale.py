@@ -1,0 +1,74 @@
+"""The tables of docs/scale.md: what each stage of `prune` costs for Llama-3 8B and 70B.
+
+    python bench/scale.py
+
+Nothing is run and nothing is measured: operations and bytes come from fastprune/prune/cost.py,
+seconds from dividing them by the rates below.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastprune.prune.config import PruneConfig
+from fastprune.prune.pipeline import run_prune
+from fastprune.report.format import duration
+
+MODELS = Path(__file__).parent.parent / "docs/models"
+SETTINGS: dict[str, Any] = {
+    "ratio": 0.2,
+    "layout": "uniform",
+    "compensate": "least-squares",
+}
+
+MEMORY = 141e9  # bytes of one H200
+MATRIX, SINGLE = 790e12, 67e12  # FLOP/s: bf16 matrix products as measured; fp32 by data sheet
+BANDWIDTH = 4.3e12  # bytes/s of device memory, as measured
+PCIE, NVLINK, DISK = 55e9, 450e9, 7e9  # bytes/s: host to device, between devices, files
+
+
+def seconds(stage: dict[str, Any], ranks: int) -> float:
+    """The least time that ``stage`` can take: arithmetic or memory, then each kind of copy."""
+    arithmetic = (stage["flops"] - stage["single"]) / MATRIX + stage["single"] / SINGLE
+    ring = 2 * (ranks - 1) / ranks * stage["reduced"] / NVLINK  # sent, and received, by each
+    copies = stage["host"] / PCIE + stage["read"] * ranks / DISK
+    return max(arithmetic, stage["moved"] / BANDWIDTH) + ring + copies
+
+
+def table(model: str, ranks: int, way: str) -> str:
+    """One Markdown table: `way` is memory or stream."""
+    config = PruneConfig(model=str(MODELS / model), dry_run=True, ranks=ranks, **SETTINGS)
+    heads = ["stage", "TFLOP", "in fp32", "memory traffic", "copies", "files", "sums"]
+    heads += ["device", "host", "least time"]
+    rows = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for s in run_prune(config).metrics["costs"][way]:
+        sizes = [size(s[key]) for key in ("moved", "host", "read", "reduced")]
+        fits = "" if s["device_bytes"] <= MEMORY else " (too large)"
+        memory = [size(s["device_bytes"]) + fits, size(s["host_bytes"])]
+        time = duration(seconds(s, ranks)) if not fits else "—"
+        flops = [f"{s[key] / 1e12:,.4g}" for key in ("flops", "single")]
+        rows.append("| " + " | ".join([s["name"], *flops, *sizes, *memory, time]) + " |")
+    return "\n".join(rows)
+
+
+def size(n: int) -> str:
+    """Bytes in decimal units, as memory is sold."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= limit:
+            return f"{n / limit:.3g} {unit}"
+    return f"{n} B" if n else "—"
+
+
+def main() -> None:
+    for model in ("llama-3-8b", "llama-3-70b"):
+        for ranks in (1, 8):
+            for way, name in (("memory", "in memory"), ("stream", "`--stream`")):
+                # On 8: as data parallelism would be used, in memory where the model fits.
+                if ranks == 1 or (way == "memory") == (model == "llama-3-8b"):
+                    who = "one H200" if ranks == 1 else f"each of {ranks} H200"
+                    print(f"### {model}, {name}, {who}\n\n{table(model, ranks, way)}\n")
+
+
+if __name__ == "__main__":
+    main()

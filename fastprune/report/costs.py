@@ -1,0 +1,48 @@
+"""What a dry run prints of its costs: the layout, a line for every stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastprune.report import format
+
+WAYS = {"memory": "in memory", "stream": "--stream"}
+
+
+def show_costs(out: Console, result: dict[str, Any]) -> None:
+    """Print the parts of a dry run's metrics that are computed and not measured."""
+    layout = result["layout"]
+    readers = {
+        "uniform": "any engine loads it",
+        "per-layer": "loads with fastprune, or with trust_remote_code=True",
+    }
+    written = f"{layout['kind']}: {layout['architecture']} in {result['dtype']}"
+    line = f"layout   {written}, {readers[layout['kind']]}"
+    out.print(Text(line), soft_wrap=True)
+    processes = result["costs"]["processes"]
+    who = "one process" if processes == 1 else f"each of {processes} processes"
+    for key, name in WAYS.items():
+        out.print()
+        out.print(Text(f"computed, not measured: {name}, {who}"), soft_wrap=True)
+        out.print(stage_table(result["costs"][key]))
+
+
+def stage_table(stages: list[dict[str, Any]]) -> Table:
+    """One row per stage; those that the settings do not ask for are dim."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("stage")
+    for heading in ("TFLOP", "memory traffic", "copies", "files", "reduced", "device", "host"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        sizes = ("moved", "host", "read", "reduced", "device_bytes", "host_bytes")
+        table.add_row(
+            stage["name"],
+            f"{stage['flops'] / 1e12:,.4g}",
+            *(format.size(stage[key]) if stage[key] else "—" for key in sizes),
+            style=None if stage["runs"] else "dim",
+        )
+    return table
