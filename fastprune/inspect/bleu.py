@@ -6,6 +6,7 @@ Chinese is split into characters, anything else into words.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -57,12 +58,17 @@ class Answer:
     answer: str
 
 
+def check_installed() -> None:
+    """InputError, saying what to install, where sacrebleu is missing."""
+    if importlib.util.find_spec("sacrebleu") is None:
+        raise InputError("BLEU needs the package sacrebleu: pip install sacrebleu")
+
+
 def bleu(answers: Sequence[str], references: Sequence[str]) -> Bleu:
     """Corpus BLEU-4 of `answers` against one reference each. Raises InputError for none at all."""
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise InputError("BLEU needs the package sacrebleu: pip install sacrebleu") from error
+    check_installed()
+    from sacrebleu.metrics import BLEU
+
     if not references:
         raise InputError("BLEU needs at least one answer and its reference")
     name = "zh" if _is_chinese(references) else "13a"
@@ -90,10 +96,12 @@ def measure_bleu(
 
     An example is one of a training set: `input_ids` (s,) and `labels` (s,), -100 on the prompt;
     for an encoder-decoder model prompt and response. Of a conversation the first answer counts.
-    Raises InputError where an example has no prompt or no response.
+    Examples without a prompt or a response are left out; InputError when none is left.
     """
     seq2seq = is_seq2seq(model)
-    pairs = [_split(example, seq2seq=seq2seq) for example in examples]
+    pairs = [pair for example in examples if all(pair := _split(example, seq2seq=seq2seq))]
+    if not pairs:
+        raise InputError("BLEU needs prompts with responses; this data has none")
     said = answer(
         model,
         tokenizer,
@@ -156,7 +164,7 @@ def answer(
 
 
 def _split(example: Mapping[str, Tensor], *, seq2seq: bool) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the response."""
+    """Token ids of the prompt and of the response, empty where there is none."""
     ids, labels = torch.as_tensor(example["input_ids"]), torch.as_tensor(example["labels"])
     scored = labels != IGNORED
     if seq2seq:
@@ -165,8 +173,6 @@ def _split(example: Mapping[str, Tensor], *, seq2seq: bool) -> tuple[list[int], 
         first = int(scored.int().argmax())
         length = int(scored[first:].int().cumprod(0).sum())  # up to the next prompt, if any
         prompt, response = ids[:first], labels[first : first + length]
-    if not len(prompt) or not len(response):
-        raise InputError("BLEU needs prompts with responses; this data is plain text")
     return prompt.tolist(), response.tolist()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class GenerateConfig(SamplingConfig):
     """Continue a prompt."""
 
     prompt: str
-    """text to continue"""
+    """text to continue; a .txt file holds one prompt a line"""
     chat: bool = False
     """ask through the model's chat template instead of continuing the bare text"""
 
@@ -69,22 +69,47 @@ class ChatConfig(SamplingConfig):
     """system message"""
 
 
-def run_generate(config: GenerateConfig) -> Generation:
-    """Load the model and print its continuation of the prompt. Raises InputError."""
+def run_generate(config: GenerateConfig) -> Generation | dict[str, Any]:
+    """Load the model and print its continuation of the prompt, or of every prompt in a file.
+
+    For a file the result is a mapping with the `generations`. Raises InputError.
+    """
+    prompts = read_prompts(config.prompt)
     model, tokenizer = _load(config)
-    inputs = config.prompt
-    if config.chat:
-        inputs = _conversation(model, tokenizer, [{"role": "user", "content": config.prompt}])
-    result = generate(
-        model,
-        tokenizer,
-        inputs,
-        config.max_new_tokens,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
-    print(result.text)
-    return result
+    results = []
+    for prompt in prompts:
+        inputs = prompt
+        if config.chat:
+            inputs = _conversation(model, tokenizer, [{"role": "user", "content": prompt}])
+        result = generate(
+            model,
+            tokenizer,
+            inputs,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+        )
+        if prompts != [config.prompt]:
+            print(f"> {prompt}")
+        print(result.text)
+        results.append(result)
+    if prompts == [config.prompt]:
+        return results[0]
+    return {"generations": [asdict(result) for result in results]}
+
+
+def read_prompts(value: str) -> list[str]:
+    """`value` itself, or the lines of the `.txt` file it names. Raises InputError."""
+    file = Path(value)
+    if file.suffix != ".txt" or len(value.splitlines()) != 1 or not file.is_file():
+        return [value]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as text") from error
+    if not any(map(str.strip, lines)):
+        raise InputError(f"{file}: no prompts in it; write one a line")
+    return [line for line in lines if line.strip()]
 
 
 def run_chat(config: ChatConfig) -> None:

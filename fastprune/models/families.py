@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -62,7 +63,12 @@ class Slice:
 
 def family_of(model: nn.Module) -> str:
     """The family name of ``model``; InputError when it is not supported."""
-    model_type = getattr(model.config, "model_type", "")
+    return family_of_config(model.config)
+
+
+def family_of_config(config: Any) -> str:
+    """The family name of the model that ``config`` describes; InputError when not supported."""
+    model_type = getattr(config, "model_type", "")
     family = model_type.removeprefix(PRUNED_PREFIX)
     if family not in SUPPORTED:
         raise InputError(

@@ -20,7 +20,7 @@ from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
 from fastprune.models.blocks import Blocks
 from fastprune.models.checkpoint import EMBEDDING, HEAD
-from fastprune.models.families import decoder_layers, family_of
+from fastprune.models.families import decoder_layers, family_of_config
 from fastprune.models.load import load_config, load_tokenizer, resolve_source
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
@@ -42,12 +42,12 @@ class StreamedModel:
     def __init__(self, source: str | Path, *, dtype: str = "auto", device: str = "cpu") -> None:
         folder = resolve_source(source)
         config = load_config(folder)
+        family_of_config(config)
         self.shards = ShardReader(folder)
         self.tokenizer = load_tokenizer(folder)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         self.model = skeleton(config, self.dtype)
-        family_of(self.model)
         self._check()
         _read_generation_config(self.model, folder)
         self.blocks = Blocks(self.model)

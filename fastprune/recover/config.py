@@ -114,6 +114,11 @@ class FinetuneConfig(CommonConfig):
     eval_steps: int | None = None
     """every so many steps measure the validation loss, or the perplexity where nothing is held
     out, and keep the best weights (default: only at the end of a stage)"""
+    bleu_samples: int | None = None
+    """at every evaluation answer so many of the validation prompts, and say the BLEU-4 of the
+    answers (default: 0)"""
+    best_by: Literal["loss", "bleu"] | None = None
+    """which figure makes an evaluation the best one, whose weights are kept (default: loss)"""
     early_stop: int | None = None
     """stop a stage after so many evaluations without improvement"""
     gate_ppl_ratio: float | None = None

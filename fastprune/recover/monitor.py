@@ -76,7 +76,7 @@ class Monitor:
         return None
 
     def validation(self, step: int, figure: float) -> str | None:
-        """Take a validation loss or perplexity (lower is better); a new finding's name."""
+        """Take a validation figure, of which lower is better; a new finding's name."""
         if self.best is None or figure < self.best:
             self.best, self.best_step, self.since_best = figure, step, 0
             self.train_at_best = self.smooth

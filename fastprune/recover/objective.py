@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastprune.errors import InputError
 from fastprune.inspect.perplexity import decoder_and_head
+from fastprune.models.seq2seq import is_seq2seq, response_states
 from fastprune.precision import bf16_is_fast
 from fastprune.recover.loss import next_token_loss
 
@@ -33,7 +36,7 @@ class Objective:
     """Computes the training loss of `model`.
 
     Args:
-        model: a causal language model, with or without LoRA matrices.
+        model: a causal language model or a T5, with or without LoRA matrices.
         dtype: of the matrix products, by autocast; None leaves them in the weights' dtype.
         distiller: a `recover.distill.Distiller`, where a teacher takes part.
     """
@@ -43,17 +46,23 @@ class Objective:
     ) -> None:
         self.model, self.dtype, self.distiller = model, dtype, distiller
         self.decoder, self.head = decoder_and_head(model)
+        self.seq2seq = is_seq2seq(model)
+        if self.seq2seq and distiller is not None:
+            raise InputError("--teacher: encoder-decoder models cannot be distilled")
 
     def __call__(self, inputs: Mapping[str, Any], items: int | Tensor | None = None) -> Tensor:
         """fp32 scalar: the summed loss of the batch over `items`, or over its scored tokens.
 
         `inputs` holds input_ids and labels (n, s), -100 where not scored, and attention_mask where
-        there is padding.
+        there is padding. For an encoder-decoder model labels (n, t) are the responses.
         """
         labels = inputs["labels"]
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         device = labels.device.type
         with torch.autocast(device, dtype=self.dtype) if self.dtype else nullcontext():
+            if self.seq2seq:
+                hidden, labels = response_states(self.model, labels=labels, **rest)
+                return next_token_loss(hidden, self.head, labels, items)
             if self.distiller is None:
                 hidden = self.decoder(**rest, use_cache=False).last_hidden_state
                 return next_token_loss(hidden, self.head, labels, items)
@@ -71,7 +80,7 @@ class Objective:
     def plain(self, inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
         """The summed loss against the labels alone, and the tokens it sums over; no gradient."""
         labels = inputs["labels"]
-        count = int((labels[:, 1:] != -100).sum())
+        count = int((labels[:, 0 if self.seq2seq else 1 :] != -100).sum())
         distiller, self.distiller = self.distiller, None
         try:
             with torch.no_grad():
@@ -86,6 +95,7 @@ def loss_inside(objective: Objective) -> Iterator[None]:
     model = objective.model
     usual = model.forward
 
+    @wraps(usual)  # generation asks the signature which inputs the model takes
     def forward(*args: Any, **kwargs: Any) -> Any:
         if "items" not in kwargs:
             return usual(*args, **kwargs)

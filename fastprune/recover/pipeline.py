@@ -14,7 +14,7 @@ from torch import nn
 
 from fastprune.data.text import load_documents
 from fastprune.errors import GateError, InputError, NumericalError
-from fastprune.inspect.generate import generate
+from fastprune.inspect.generate import generate, read_prompts
 from fastprune.inspect.health import check_weights
 from fastprune.inspect.perplexity import (
     check_positions,
@@ -24,6 +24,7 @@ from fastprune.inspect.perplexity import (
 )
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.load import load_or_start
+from fastprune.models.seq2seq import is_seq2seq
 from fastprune.recover.arguments import check_logger, is_first_process, own_device, world_size
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
@@ -157,6 +158,7 @@ def _finetune(
         device,
         windows=windows,
         teacher=teacher,
+        seq2seq=is_seq2seq(model),
         sample=lambda m, step: _continue(m, tokenizer, config, folder, step),
         gradient_hook=gradient_hook,
     )
@@ -302,13 +304,9 @@ def _continue(
     """Note how the model as it is now continues the prompts; `step` None at the end."""
     if config.prompt is None or not is_first_process():
         return
-    file = Path(config.prompt)
-    prompts = [config.prompt]
-    if file.suffix == ".txt" and file.is_file():
-        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     stage = folder.record["stage"] if step is not None else None
     kept = [s for s in folder.record.get("samples", []) if (s["stage"], s["step"]) != (stage, step)]
-    for prompt in prompts:
+    for prompt in read_prompts(config.prompt):
         text = generate(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed).text
         log.info("step %s: %r → %r", "end" if step is None else step, prompt, text)
         kept.append({"stage": stage, "step": step, "prompt": prompt, "text": text})

@@ -66,6 +66,8 @@ class Stage:
     distill_hidden_weight: float = 0.0
     val_size: float = 0.0
     eval_steps: int | None = None
+    bleu_samples: int = 0
+    best_by: Literal["loss", "bleu"] = "loss"
     early_stop: int | None = None
     generate_steps: int | None = None
     save_steps: int = 500
@@ -93,6 +95,10 @@ class Stage:
             raise InputError("--layer-lrs gives every rate: leave out --layer-lr-decay, --find-lr")
         if self.early_stop is not None and self.eval_steps is None:
             raise InputError("--early-stop counts evaluations: give --eval-steps too")
+        if self.bleu_samples and not (self.val_size and self.eval_steps):
+            raise InputError("--bleu-samples are validation's: give --val-size and --eval-steps")
+        if self.best_by == "bleu" and not self.bleu_samples:
+            raise InputError("--best-by bleu needs BLEU measured: give --bleu-samples too")
 
 
 _LEAST = {
@@ -110,6 +116,7 @@ _LEAST = {
     "distill_hidden_weight": 0,
     "val_size": 0,
     "eval_steps": 1,
+    "bleu_samples": 0,
     "early_stop": 1,
     "generate_steps": 1,
     "save_steps": 1,

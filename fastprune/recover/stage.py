@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastprune.data.training import Collator, TrainingData, training_data
 from fastprune.errors import InputError
+from fastprune.inspect.bleu import check_installed
 from fastprune.models.families import PRUNED_PREFIX
 from fastprune.progress import log as progress_log
 from fastprune.recover.arguments import (
@@ -29,6 +30,7 @@ from fastprune.recover.distill import Distiller
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.freeze import freeze, warmup_steps
 from fastprune.recover.lora import attach
+from fastprune.recover.monitor import Monitor
 from fastprune.recover.objective import Objective, autocast_dtype
 from fastprune.recover.range_test import range_test
 from fastprune.recover.recipes import Stage
@@ -54,6 +56,8 @@ class Course:
     teacher: nn.Module | None = None
     sample: Sampler = lambda model, step: None
     gradient_hook: GradientHook | None = None
+    seq2seq: bool = False
+    """the model reads prompts with an encoder: its data are pairs"""
     data: dict[tuple[Any, ...], TrainingData] = field(default_factory=dict)
 
     def data_of(self, stage: Stage) -> TrainingData:
@@ -68,6 +72,7 @@ class Course:
                 val_size=stage.val_size,
                 kind=self.config.kind,
                 seed=self.config.seed,
+                seq2seq=self.seq2seq,
             )
         return self.data[key]
 
@@ -88,6 +93,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     Raises InputError, or NumericalError when the guard gives up.
     """
     data = course.data_of(stage)
+    stage = _with_answers(stage, data)
     if stage.method == "lora":
         model = attach(model, stage)
     learning = freeze(model, stage.freeze)
@@ -120,6 +126,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         train=data.train,
         validation=data.validation,
         collate=collate,
+        tokenizer=course.tokenizer,
         windows=course.windows,
         on_line=_line_writer(course.folder, number),
         on_sample=lambda step: course.sample(model, step),
@@ -165,13 +172,34 @@ def _result(
         "tokens": trainer.tokens,
         "seconds": trainer.elapsed(),
         "loss": monitor.smooth,
-        "best": {"step": best, "figure": monitor.best} if best is not None else None,
+        "best": None if best is None else _best(stage, monitor),
+        "bleu": trainer.bleu,
         "skipped_steps": guard.skipped if optimizer is None else int(optimizer.skipped_steps),
         "masked_batches": trainer.masked_batches,
         "rollbacks": guard.rollbacks,
         "lr_factor": guard.rate_factor,
         "findings": dict(monitor.said),
     }
+
+
+def _best(stage: Stage, monitor: Monitor) -> dict[str, Any]:
+    """Step and figure of the best evaluation, and what figure it is."""
+    by_bleu = stage.best_by == "bleu"
+    figure = monitor.best
+    if by_bleu and figure is not None:
+        figure = -figure  # the monitor takes what is lower for better
+    return {"step": monitor.best_step, "figure": figure, "by": stage.best_by}
+
+
+def _with_answers(stage: Stage, data: TrainingData) -> Stage:
+    """`stage` as it is, or without BLEU where the data is text, which has no answers to compare."""
+    if not stage.bleu_samples:
+        return stage
+    if data.kind != "text":
+        check_installed()
+        return stage
+    log.warning("%s: the data is text, without prompts and answers: no BLEU", stage.name)
+    return replace(stage, bleu_samples=0, best_by="loss")
 
 
 def _find_rate(

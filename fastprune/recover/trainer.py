@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from fastprune.errors import InputError, NumericalError
+from fastprune.inspect.bleu import measure_bleu
 from fastprune.inspect.perplexity import evaluate
 from fastprune.kernels.optim import AdamW
+from fastprune.kernels.reference import IGNORED
 from fastprune.recover.callbacks import Watch
 from fastprune.recover.collate import Counted
 from fastprune.recover.config import FinetuneConfig
@@ -53,6 +55,7 @@ class FinetuneTrainer(Trainer):
         args: made by `training_arguments`.
         train, validation: map-style data sets of {"input_ids", "labels"}.
         collate: samples to a batch; see `Counted`.
+        tokenizer: to read answers with, where BLEU is measured.
         windows: (n, s) token ids whose perplexity stands in where there is no validation set.
         on_line: called with every line of the training log.
         on_sample: called with the step when prompts are due.
@@ -72,6 +75,7 @@ class FinetuneTrainer(Trainer):
         *,
         train: Any,
         collate: Callable[..., Any],
+        tokenizer: Any = None,
         validation: Any = None,
         windows: Tensor | None = None,
         on_line: Callable[[dict[str, Any]], None] = lambda line: None,
@@ -82,7 +86,7 @@ class FinetuneTrainer(Trainer):
         self.monitor, self.guard_state = Monitor(), GuardState()
         self.guard: Guard | None = None
         self.windows, self.on_line, self.on_sample = windows, on_line, on_sample
-        self.gradient_hook = gradient_hook
+        self.gradient_hook, self.tokenizer = gradient_hook, tokenizer
         self.tokens = 0
         self.masked_batches = 0
         self.seconds = 0.0
@@ -90,6 +94,8 @@ class FinetuneTrainer(Trainer):
         self.stopped: str | None = None
         """why the stage ended early; None while it runs and when it went to its end"""
         self.interrupted = False
+        self.bleu: dict[str, Any] | None = None
+        """the last one measured, with the step it is of"""
         self._writing: str | None = None
         self._saved_step = -1
         self._evaluated_step = -1
@@ -98,7 +104,7 @@ class FinetuneTrainer(Trainer):
         super().__init__(
             model=objective.model,
             args=args,
-            data_collator=Counted(collate),
+            data_collator=Counted(collate, aligned=objective.seq2seq),
             train_dataset=train,
             eval_dataset=validation if validation is not None and len(validation) else None,
         )
@@ -271,13 +277,18 @@ class FinetuneTrainer(Trainer):
         else:
             assert self.windows is not None  # Watch asks only where there is something to measure
             name, figure = "eval_perplexity", evaluate(self.model, self.windows).perplexity
-        finding = self.monitor.validation(step, figure)
+        line: dict[str, Any] = {"step": step, name: figure}
+        if (bleu := self._measure_bleu()) is not None:
+            line["eval_bleu"] = bleu
+            log.info("step %d: eval_bleu %.2f", step, bleu)
+        by_bleu = bleu is not None and self.stage.best_by == "bleu"
+        finding = self.monitor.validation(step, -bleu if by_bleu and bleu is not None else figure)
         if self.monitor.best_step == step and self.args.should_save:
             _save_tensors(self._learning(), Path(self.args.output_dir) / BEST, step)
-        self.on_line({"step": step, name: figure})
+        self.on_line(line)
         log.info("step %d: %s %.4f", step, name, figure)
         self._say(finding)
-        metrics = {name: figure}
+        metrics = {key: value for key, value in line.items() if key != "step"}
         super().log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -299,6 +310,27 @@ class FinetuneTrainer(Trainer):
         self.model.train()
         sums = self.accelerator.reduce(sums, "sum")
         return float(sums[0] / sums[1].clamp(min=1))
+
+    def _measure_bleu(self) -> float | None:
+        """BLEU-4 of the answers to the first validation prompts, where it is asked for.
+
+        Every process answers the same prompts, so all judge alike. Answers end where the longest
+        reference does: what is longer is wrong, and costs time.
+        """
+        if not self.stage.bleu_samples or self.eval_dataset is None:
+            return None
+        count = min(self.stage.bleu_samples, len(self.eval_dataset))
+        examples = [self.eval_dataset[i] for i in range(count)]
+        longest = max(int((example["labels"] != IGNORED).sum()) for example in examples)
+        measured, _ = measure_bleu(
+            self.objective.model,
+            self.tokenizer,
+            examples,
+            max_new_tokens=max(1, longest),
+            batch_size=self.stage.batch_size,
+        )
+        self.bleu = {"step": self.state.global_step, **measured.to_dict()}
+        return measured.bleu
 
     def load_best(self) -> int:
         """Put the best evaluated weights back; the step they are of."""
@@ -378,6 +410,7 @@ class FinetuneTrainer(Trainer):
             "seconds": self.elapsed(),
             "stopped": self.stopped,
             "evaluated_step": self._evaluated_step,
+            "bleu": self.bleu,
         }
 
     def _read_own_state(self, checkpoint: Path) -> None:
@@ -385,7 +418,7 @@ class FinetuneTrainer(Trainer):
         self.monitor = Monitor(**state["monitor"])
         self.guard_state = GuardState(**state["guard"])
         self.tokens, self.seconds = state["tokens"], state["seconds"]
-        self.masked_batches = state["masked_batches"]
+        self.masked_batches, self.bleu = state["masked_batches"], state["bleu"]
         self.stopped, self._evaluated_step = state["stopped"], state["evaluated_step"]
         self.state.global_step = self._saved_step = state["step"]
 

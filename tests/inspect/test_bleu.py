@@ -99,7 +99,7 @@ def test_examples_are_split_where_the_answer_begins():
     assert only.answer == answer(model, tokenizer, [prompt], max_new_tokens=8)[0]
     assert result.pairs == 1
     assert result.to_dict()["bleu"] == result.bleu
-    with pytest.raises(InputError, match="plain text"):
+    with pytest.raises(InputError, match="this data has none"):
         measure_bleu(model, tokenizer, [{"input_ids": ids, "labels": ids}])
 
 

@@ -60,6 +60,22 @@ def test_run_generate_prints_the_continuation(tmp_path, capfd):
     assert capfd.readouterr() == (result.text + "\n", "")
 
 
+def test_a_file_of_prompts(tmp_path, capsys):
+    folder = tiny_checkpoint(tmp_path / "model")
+    file = tmp_path / "prompts.txt"
+    file.write_text("The river\n\nThe mill\n")
+    settings = {"model": str(folder), "max_new_tokens": 3}
+    alone = [run_generate(GenerateConfig(prompt=p, **settings)) for p in ("The river", "The mill")]
+    capsys.readouterr()
+    result = run_generate(GenerateConfig(prompt=str(file), **settings))
+    assert [g["text"] for g in result["generations"]] == [one.text for one in alone]
+    first, second = alone
+    assert capsys.readouterr().out == f"> The river\n{first.text}\n> The mill\n{second.text}\n"
+    file.write_text("\n \n")
+    with pytest.raises(InputError, match="no prompts in it"):
+        run_generate(GenerateConfig(prompt=str(file), **settings))
+
+
 def lines(*words):
     """A reader that gives `words` one by one, then ends."""
     rest = iter(words)
