@@ -123,12 +123,12 @@ def meet(
             raise BudgetError(0, removed)  # what stays whole is more than the budget leaves
         return removals
     low, high = reachable(sizes, limits)
-    if budget.table is None:  # one more unit than is asked for is always enough
-        low, high = max(low, budget.need), max(budget.need + step, low)
     best = spread(high)
     most = budget.total(sizes, best)
     if most < budget.need:
         raise BudgetError(0, most)
+    if budget.table is None:
+        low = min(max(low, budget.need - step), high)
     while high - low > step / 2:
         middle = (low + high) / 2
         trial = spread(middle)

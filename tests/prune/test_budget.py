@@ -64,8 +64,9 @@ def test_what_is_no_size(text: str) -> None:
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "tied"), [*((family, True) for family in FAMILIES), ("llama", False)]
+)
 def test_bytes_are_those_of_the_files(settings, tmp_path, family: str, tied: bool) -> None:
     source = tiny_checkpoint(tmp_path / "model", family, tied=tied)
     size = (source / "model.safetensors").stat().st_size
@@ -98,6 +99,22 @@ def test_bytes_of_half_precision(settings, dtype: str) -> None:
     )
     metrics = prune(model, tiny_tokenizer(), config).metrics
     assert requested - 384 - 200 <= metrics["bytes"]["after"] <= requested  # as above
+
+
+def test_bytes_of_the_uniform_layout(settings) -> None:
+    """A channel of every layer at once is the step, and the bound holds."""
+    model = tiny_model("llama")
+    before = saved_bytes(model)
+    config = PruneConfig(
+        target_bytes=str(before - 150_000),
+        layout="uniform",
+        structures=("mlp",),
+        importance="magnitude-l2",
+        dry_run=True,
+        **settings,
+    )
+    after = prune(model, tiny_tokenizer(), config).metrics["bytes"]["after"]
+    assert before - 150_000 - 4 * 768 - 500 <= after <= before - 150_000
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "search"])
@@ -171,11 +188,17 @@ class TestLatency:
         assert table.saved(0, Removal(2, 0, mlp=True)) == pytest.approx(0.2 + 1.92)
 
     @pytest.mark.parametrize(
-        "structures",
-        [("attention", "mlp"), ("mlp",), ("sublayer",), ("attention", "mlp", "sublayer")],
-        ids="+".join,
+        ("allocation", "structures"),
+        [
+            ("uniform", ("attention", "mlp")),
+            ("uniform", ("sublayer",)),
+            ("inverse", ("attention", "mlp", "sublayer")),
+            ("global", ("mlp",)),
+            ("search", ("attention", "mlp")),
+            ("search", ("sublayer",)),
+            ("search", ("attention", "mlp", "sublayer")),
+        ],
     )
-    @pytest.mark.parametrize("allocation", ["uniform", "inverse", "global", "search"])
     def test_every_allocation(self, settings, monkeypatch, allocation, structures) -> None:
         model = tiny_model("llama")
         table = table_of(model)

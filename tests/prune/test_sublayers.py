@@ -77,8 +77,9 @@ def test_streamed_losses_are_the_same(tmp_path) -> None:
     assert sublayer_losses(model, windows) == stream.sublayer_losses(StreamedModel(folder), windows)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "search"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "allocation"), [*((family, "uniform") for family in FAMILIES), ("qwen2", "search")]
+)
 def test_depth_alone(run, tmp_path, family: str, allocation: str) -> None:
     """Whole sublayers go and nothing else; what metrics say is what the files hold."""
     source = tiny_checkpoint(tmp_path / "model", family)
@@ -104,11 +105,16 @@ def test_biases_are_counted(run, tmp_path) -> None:
     assert result.metrics["params"]["after"] == saved_parameters(tmp_path / "out")
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "inverse", "proportional", "global", "search"])
 @pytest.mark.parametrize(
-    "structures",
-    [("attention", "sublayer"), ("mlp", "sublayer"), ("attention", "mlp", "sublayer")],
-    ids="+".join,
+    ("allocation", "structures"),
+    [
+        ("uniform", ("attention", "sublayer")),
+        ("search", ("attention", "sublayer")),
+        ("inverse", ("mlp", "sublayer")),
+        ("proportional", ("attention", "mlp", "sublayer")),
+        ("global", ("attention", "mlp", "sublayer")),
+        ("search", ("attention", "mlp", "sublayer")),
+    ],
 )
 def test_whole_and_thinned_meet_the_budget(run, tmp_path, allocation, structures) -> None:
     source = tiny_checkpoint(tmp_path / "model", "qwen3")
