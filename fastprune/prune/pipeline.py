@@ -229,6 +229,14 @@ def prune(
         metrics["seconds"] = clock.totals(STAGES)
     if budget is not None:
         metrics["budget"] = _budget(budget, metrics)
+        achieved = metrics["budget"]["achieved"]
+        if table is not None and achieved is not None and achieved > budget.requested:
+            log.warning(
+                "decoding takes %.3g ms a token, above the %.3g asked for: the prediction or the "
+                "clock was off; ask for less to be sure",
+                achieved,
+                budget.requested,
+            )
     if config.dry_run:
         metrics |= facts(model, plan, config)
     for line in prune_lines(metrics):

@@ -97,7 +97,7 @@ def test_context_fits_the_positions(monkeypatch) -> None:
     assert measure(tiny_model("llama", max_position_embeddings=32), 128).context == 32 - 17
 
 
-def test_the_command_reports_what_it_reached(tmp_path, monkeypatch) -> None:
+def test_the_command_reports_what_it_reached(tmp_path, monkeypatch, caplog) -> None:
     from tiny import TEXT
 
     from fastprune.prune.config import PruneConfig
@@ -123,7 +123,12 @@ def test_the_command_reports_what_it_reached(tmp_path, monkeypatch) -> None:
     found = metrics["latency"]
     assert found["before"] == pytest.approx(dense)
     assert found["after"] == metrics["budget"]["achieved"]
+    assert "above the" not in caplog.text
     assert metrics["ratio"]["requested"] is None
     # time is parameters here: the budget is met to a channel (192 of 172,672) from below
     assert found["after"] == pytest.approx(found["predicted"], rel=1e-9)
     assert 0.8 - 0.0012 <= found["after"] / dense <= 0.8 + 1e-9
+
+    monkeypatch.setattr(latency, "measure_again", lambda *_: 0.9 * dense)
+    prune(tiny_model("llama"), tiny_tokenizer(), config)
+    assert "above the" in caplog.text
