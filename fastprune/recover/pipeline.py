@@ -30,6 +30,7 @@ from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.lora import save_adapter
+from fastprune.recover.merge import fold
 from fastprune.recover.objective import autocast_dtype
 from fastprune.recover.recipes import Recipe, load_recipe
 from fastprune.recover.stage import Course, gate_passed, put_back, run_stage, snapshot
@@ -236,7 +237,8 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         if kept:
             record["current"] = result["perplexity"]["after"]
             alone = last and all(not r["kept"] for r in record["results"])
-            model = run.model if stage.method == "full" or alone else _merged(run.model)
+            # Another stage follows, or another one came before: a whole model goes on.
+            model = run.model if stage.method == "full" or alone else fold(run.model)
         else:
             log.warning(
                 "%s: perplexity %.2f after, %.2f before, gate %g: rolled back",
@@ -257,11 +259,6 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         if ends:
             break
     return model
-
-
-def _merged(model: nn.Module) -> nn.Module:
-    """LoRA matrices added to the weights: another stage follows, or another one came before."""
-    return model.merge_and_unload()
 
 
 def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.Tensor | None:
