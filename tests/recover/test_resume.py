@@ -32,8 +32,9 @@ cli.main(sys.argv[2:])
 def hooked(monkeypatch):
     """Put a gradient hook into the command."""
 
+    original = pipeline.Course
+
     def use(hook):
-        original = pipeline.Course
         monkeypatch.setattr(
             pipeline, "Course", lambda *a, **o: original(*a, **o | {"gradient_hook": hook})
         )
@@ -83,3 +84,77 @@ def test_interrupt_saves_the_state(finetune, hooked, tmp_path, monkeypatch):
     hooked(None)
     assert finetune(*flags)[0] == 0
     assert_same(tmp_path / "whole", out)
+
+
+def test_other_settings_do_not_continue_a_run(finetune, hooked, tmp_path):
+    hooked(lambda step, model: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None)
+    assert finetune("--max-steps", "4")[0] == 130
+    hooked(None)
+    status, _, stderr = finetune("--max-steps", "4", "--weight-decay", "0.5")
+    assert status == 2
+    assert "--weight-decay None, not 0.5" in stderr
+    # what does not change the result may change
+    assert finetune("--max-steps", "4", "--keep-last", "1", "--quiet")[0] == 0
+
+
+def test_never_begins_anew(finetune, hooked, tmp_path):
+    hooked(lambda step, model: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None)
+    assert finetune("--max-steps", "4")[0] == 130
+    hooked(None)
+    assert finetune("--max-steps", "3", "--resume", "never")[0] == 0
+    assert [line["step"] for line in losses(tmp_path / "out")] == [1, 2, 3]
+
+
+def test_a_named_checkpoint_continues_in_another_folder(finetune, tmp_path):
+    flags = ["--max-steps", "4", "--save-steps", "2"]
+    assert finetune(*flags, out="whole")[0] == 0
+    checkpoint = tmp_path / "whole/fastprune/state/stage-0/checkpoint-2"
+    assert finetune(*flags, "--resume", str(checkpoint))[0] == 0
+    one = load_file(tmp_path / "whole/model.safetensors")
+    other = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_of_several_stages_goes_on_in_its_stage(finetune, hooked, tmp_path):
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(
+        "stages:\n"
+        "  - {name: all, max_steps: 3, lr: 1e-3, gate: 10}\n"
+        "  - {name: mlp, freeze: attention, max_steps: 4, lr: 1e-3}\n"
+    )
+    flags = ["--recipe", str(recipe), "--save-steps", "2"]
+    assert finetune(*flags, out="whole")[0] == 0
+    steps = []
+
+    def hook(step, model):
+        steps.append(step)
+        if len(steps) == 6:  # the third step of the second stage
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hooked(hook)
+    assert finetune(*flags)[0] == 130
+    hooked(None)
+    assert finetune(*flags)[0] == 0
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_lora_goes_on(finetune, hooked, tmp_path):
+    """Dropout makes the losses depend on the random state too."""
+    flags = ["--method", "lora", "--max-steps", "4", "--lora-dropout", "0.3"]
+    assert finetune(*flags, out="whole")[0] == 0
+    hooked(lambda step, model: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None)
+    assert finetune(*flags)[0] == 130
+    hooked(None)
+    assert finetune(*flags)[0] == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "out")
+
+
+def test_random_weights_where_there_is_only_a_config(finetune, tmp_path, model):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in model.iterdir():
+        if file.suffix == ".json":
+            (bare / file.name).write_bytes(file.read_bytes())
+    status, _, stderr = finetune("--max-steps", "2", source=bare)
+    assert status == 0, stderr
+    assert "starts from random ones" in stderr

@@ -1,0 +1,54 @@
+"""What the finetuning benchmarks share: a model, windows of a text, and a training step on them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.data.text import load_documents, sample_windows, token_stream
+from fastprune.models.load import load_model
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """Options of every one of them."""
+    made = argparse.ArgumentParser(description=about)
+    made.add_argument("model", help="as for fastprune finetune")
+    made.add_argument("--data", default="builtin:pydocs", help="text to train on")
+    made.add_argument("--seq-len", type=int, default=128)
+    made.add_argument("--batch-size", type=int, default=2)
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--threads", type=int, default=None)
+    return made
+
+
+def prepared(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """The model in fp32 and windows (n, seq_len) of the text."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, tokenizer = load_model(options.model, dtype=torch.float32, device=options.device)
+    limit = 2000 * options.seq_len
+    stream = token_stream(tokenizer, load_documents(options.data), limit)
+    n = min(512, len(stream) // options.seq_len)
+    return model, sample_windows(stream, options.seq_len, n)
+
+
+def batches(windows: Tensor, size: int, device: str) -> Iterator[Tensor]:
+    """Batches (size, seq_len), round and round."""
+    while True:
+        for batch in windows.split(size):
+            if len(batch) == size:
+                yield batch.to(device)
+
+
+def table(rows: Sequence[Sequence[str]]) -> None:
+    """Print `rows`, the first of them a heading, as Markdown."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |")
+        if not number:
+            print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    sys.stdout.flush()

@@ -1,0 +1,95 @@
+"""A whole training step: ours against the default of transformers' Trainer.
+
+    pytest bench/test_training_step.py --benchmark-json=step.json && python bench/table.py step.json
+
+Ours is the loss in chunks and fastprune.AdamW; the other is the model's own loss over whole logits,
+clip_grad_norm_ and torch.optim.AdamW(fused=True), as Trainer does by default. Sizes as of
+SmolLM2-135M. The peak memory of each (extra_info) is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import LlamaConfig
+
+from fastprune.inspect.perplexity import peak_memory_bytes
+from fastprune.kernels import AdamW
+from fastprune.recover.objective import Objective
+
+SIZES = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+BATCH, SEQ_LEN = 2, 256
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.float32).train()
+
+
+def tokens() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(SIZES["vocab_size"], (BATCH, SEQ_LEN), generator=generator)
+
+
+def fastprune(net: torch.nn.Module, ids: torch.Tensor):
+    optimizer = AdamW(list(net.named_parameters()), lr=1e-5, weight_decay=0.0, max_grad_norm=1.0)
+    objective = Objective(net)
+
+    def step() -> None:
+        objective({"input_ids": ids, "labels": ids}).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def trainer(net: torch.nn.Module, ids: torch.Tensor):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+PROVIDERS = {"fastprune": fastprune, "trainer": trainer}
+
+
+def peak(name: str) -> int:
+    """Bytes at the peak of two steps of a process that does nothing else."""
+    command = [sys.executable, __file__, name, str(torch.get_num_threads())]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_step(measure, name):
+    step = PROVIDERS[name](model(), tokens())
+    moved = 28 * sum(p.numel() for p in model().parameters())  # of the optimizer alone
+    measure(step, f"training step, {BATCH} × {SEQ_LEN} tokens", moved)
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_peak_memory(benchmark, name):
+    benchmark.group = f"peak memory of a training step, {BATCH} × {SEQ_LEN} tokens"
+    benchmark.extra_info["bytes"] = 0
+    found = benchmark.pedantic(peak, args=(name,), rounds=1, iterations=1)
+    benchmark.extra_info["peak_memory_bytes"] = found
+    print(f"{name}: {found / 2**20:.0f} MiB at the peak")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    step = PROVIDERS[sys.argv[1]](model(), tokens())
+    for _ in range(2):
+        step()
+    print(peak_memory_bytes(torch.device("cpu")))
