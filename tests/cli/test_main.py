@@ -119,6 +119,21 @@ def test_json_is_written_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_under_torchrun_the_first_process_speaks(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    file = tmp_path / "result.json"
+    assert cli.main(["echo", "--json", str(file)]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert not file.exists()
+    assert cli.main(["echo", "--fail", "gate"]) == 3
+    assert capsys.readouterr() == ("", "fastprune (process 1): error: too bad\n")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["echo", "--json", str(file)]) == 0
+    assert capsys.readouterr().out
+    assert file.exists()
+
+
 def test_overview_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out

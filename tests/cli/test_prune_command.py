@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TEXT, VOCABULARY, tiny_checkpoint, tiny_tokenizer
+from tiny import TEXT, VOCABULARY, tiny_checkpoint, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from fastprune import cli, progress
@@ -97,6 +97,17 @@ def test_a_dry_run_writes_the_plan_that_prune_applies(prune, tmp_path):
     assert prune("--plan", str(plan), out=tmp_path / "out")[0] == 0
     applied = tmp_path / "out" / "fastprune" / "plan.json"
     assert json.loads(applied.read_text()) == json.loads(plan.read_text())
+
+
+def test_a_dry_run_of_a_config_alone_prints_what_the_run_would_cost(prune, tmp_path):
+    tiny_config("llama").save_pretrained(tmp_path / "bare")
+    flags = ("--ratio", "0.2", "--dry-run", "--ranks", "4", "--layout", "uniform")
+    status, stdout, stderr = prune(*flags, source=tmp_path / "bare", out=None)
+    assert (status, stderr) == (0, "")
+    assert "layout   uniform: MistralForCausalLM in float32" in stdout
+    for way in ("in memory", "--stream"):
+        _, _, lines = stdout.partition(f"computed, not measured: {way}, each of 4 processes\n")
+        assert lines.startswith("stage"), way
 
 
 def test_a_config_file(prune, tmp_path):
