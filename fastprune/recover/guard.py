@@ -45,6 +45,9 @@ class GuardState:
     rate_factor: float = 1.0
 
 
+_SKIPPED = 2  # in the optimizer's control: loss scale, sound steps since it grew, skipped steps
+
+
 class Guard:
     """Watches one training.
 
@@ -128,18 +131,23 @@ class Guard:
 
     @torch.no_grad()
     def _restore(self) -> int:
-        """Bring back what was kept; the loss scale, its counters and the rates stay today's."""
+        """Bring back what was kept, the loss scale too: bad weights had driven it down.
+
+        The count of skipped steps and the rates stay today's.
+        """
         if self._kept is None:
             return 0
         step, weights, optimizer = self._kept
         today = self.optimizer.state_dict()
+        control = optimizer["fastprune"]["control"].clone()
+        control[_SKIPPED] = today["fastprune"]["control"][_SKIPPED].to(control.device)
         for name, parameter in self.params.items():
             _local(parameter).copy_(weights[name])
         self.optimizer.load_state_dict(
             {
                 **optimizer,
                 "param_groups": today["param_groups"],
-                "fastprune": today["fastprune"],
+                "fastprune": {**today["fastprune"], "control": control},
             }
         )
         return step

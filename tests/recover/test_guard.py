@@ -115,6 +115,17 @@ def test_a_loss_scale_that_looks_for_its_place_is_no_trouble():
 # ---------------------------------------------------------------------------- in a run
 
 
+def test_a_return_brings_back_the_loss_scale_and_not_the_count():
+    training = Training(patience=3, scale="dynamic")
+    before = float(training.optimizer.loss_scale)
+    steps = 0
+    while not training.step(math.nan):  # halved at every step, down to 1, then three in a row
+        steps += 1
+        assert steps < 100
+    assert float(training.optimizer.loss_scale) == before
+    assert int(training.optimizer.skipped_steps) == steps + 1
+
+
 @pytest.fixture
 def gradients(monkeypatch):
     """Replace the gradients of some steps of the command's run by a value."""
