@@ -140,8 +140,9 @@ def test_matches_reference(device, monkeypatch, dtype, master):
             patch.setattr(ops, "compiled", lambda device: None)
             train(oracle, plain, 1, step)
     # One ulp of the half type where fp32 differs in the last bit next to a rounding boundary; the
-    # ulp of where the weight was then, up to 3 steps of lr away.
-    ulp = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+    # ulp of where the weight was then, up to 3 steps of lr away. In fp32 each of the 3 steps may
+    # differ by an ulp: whether torch's own loops fuse a multiplication depends on the processor.
+    ulp = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
     different = total = 0
     for a, b in zip(ours, plain):
         torch.testing.assert_close(a, b, rtol=ulp, atol=3 * LR * ulp)
