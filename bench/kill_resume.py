@@ -44,7 +44,12 @@ def steps_done(out: Path) -> int:
 
 def killed(options, out: Path, draw: random.Random, goal: int) -> str:
     """Start or continue the run and kill it some moments after its step number `goal`."""
+    log, begin = out / "fastprune" / "train_log.jsonl", time.time()
+    before = log.stat().st_ino if log.exists() else None
     process = subprocess.Popen(command(options, out))
+    # A continued run begins by writing the log anew, without the steps it will do again.
+    while process.poll() is None and (not log.exists() or log.stat().st_ino == before):
+        time.sleep(0.005)
     while steps_done(out) < goal and process.poll() is None:
         time.sleep(0.005)
     moment = draw.uniform(0, options.spread)
@@ -53,7 +58,8 @@ def killed(options, out: Path, draw: random.Random, goal: int) -> str:
         return "it had ended already"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    saving = (out / "fastprune/state/stage-0/writing").exists()
+    writing = out / "fastprune/state/stage-0/writing"
+    saving = writing.exists() and writing.stat().st_mtime > begin
     return f"killed at step {steps_done(out)}" + (", while saving" if saving else "")
 
 

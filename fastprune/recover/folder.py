@@ -91,6 +91,7 @@ class RunFolder:
                     f"{then.get(key)}, not {now[key]}: give the same to continue it, or "
                     "--overwrite to begin anew"
                 )
+        record["results"] = record["results"][: record["stage"]]
         self.record, self.resumed = record, True
 
     def _newest(self) -> Path | None:
@@ -111,7 +112,7 @@ class RunFolder:
             check_out(self.records.parent, config.overwrite)
         record = json.loads((source / "run.json").read_text(encoding="utf-8"))
         stage = int(path.parent.name.rpartition("-")[2])
-        record |= {"stage": stage, "results": record["results"][:stage]}
+        record["stage"] = stage
         record.pop("finished", None)
         self._adopt(record, config)
         self.checkpoint = path
@@ -144,24 +145,31 @@ class RunFolder:
             raise InputError(f"{file} is missing: begin the run anew (--overwrite)")
         return load_file(file, device="cpu") if number else None
 
-    def next_stage(self, result: dict[str, Any], model: nn.Module | None) -> None:
-        """The stage at work is done: keep its `result`, and the weights the next one begins with.
+    def perplexity(self) -> float | None:
+        """What the weights kept so far have; None where it is not measured."""
+        kept = [r["perplexity"]["after"] for r in self.record["results"] if r["kept"]]
+        return kept[-1] if kept else self.record.get("before")
 
-        `model` is None after the last stage.
+    def add_result(self, result: dict[str, Any]) -> None:
+        """The stage at work is done, and `result` says how it went.
+
+        It stays the stage at work, in run.json too, until `next_stage` or `finish`: killed before
+        that, a continuation finds its last checkpoint and comes to the same result.
         """
-        number = self.record["stage"] + 1
-        if model is not None:
-            file = self.state / f"start-{number}.safetensors"
-            beside = file.with_name(f".{file.name}")
-            tensors = {n: p.detach().contiguous() for n, p in model.named_parameters()}
-            save_file(tensors, beside)
-            os.replace(beside, file)
-        self.record["stage"] = number
         self.record["results"].append(result)
+
+    def next_stage(self, model: nn.Module) -> None:
+        """Another stage begins, with the weights of `model`."""
+        number = self.record["stage"] + 1
+        file = self.state / f"start-{number}.safetensors"
+        beside = file.with_name(f".{file.name}")
+        tensors = {n: p.detach().contiguous() for n, p in model.named_parameters()}
+        save_file(tensors, beside)
+        os.replace(beside, file)
+        self.record["stage"] = number
         self.save()
-        if model is not None:
-            (self.state / f"start-{number - 1}.safetensors").unlink(missing_ok=True)
-            shutil.rmtree(self.stage_folder(number - 1), ignore_errors=True)
+        (self.state / f"start-{number - 1}.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(self.stage_folder(number - 1), ignore_errors=True)
 
     # ------------------------------------------------------------------------ the log
 

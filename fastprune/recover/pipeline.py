@@ -173,11 +173,10 @@ def _finetune(
     if windows is not None and "before" not in record:
         with clock("evaluate"):
             record["before"] = _sound(evaluate(model, windows).perplexity)
-            record["current"] = record["before"]
     total = sum(p.numel() for p in model.parameters())
     model = _stages(model, recipe, course, clock)
     _continue(model, tokenizer, config, folder, None)
-    after = record.get("current")
+    after = folder.perplexity()
     check_weights(model)
     _check_gate(config, record.get("before"), after)
     adapter = hasattr(model, "peft_config")
@@ -228,14 +227,14 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
             log.warning("the state is in %s; the same command continues", folder.state)
             raise KeyboardInterrupt
         result = run.result
-        result["perplexity"] = {"before": record.get("current"), "after": None}
+        standing = folder.perplexity()
+        result["perplexity"] = {"before": standing, "after": None}
         if course.windows is not None:
             with clock("evaluate"):
                 result["perplexity"]["after"] = evaluate(run.model, course.windows).perplexity
-        kept = gate_passed(stage, record.get("current"), result["perplexity"]["after"])
+        kept = gate_passed(stage, standing, result["perplexity"]["after"])
         result["kept"] = kept
         if kept:
-            record["current"] = result["perplexity"]["after"]
             alone = last and all(not r["kept"] for r in record["results"])
             # Another stage follows, or another one came before: a whole model goes on.
             model = run.model if stage.method == "full" or alone else fold(run.model)
@@ -244,7 +243,7 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
                 "%s: perplexity %.2f after, %.2f before, gate %g: rolled back",
                 stage.name,
                 result["perplexity"]["after"],
-                record["current"],
+                standing,
                 stage.gate,
             )
             if before is None:
@@ -254,10 +253,11 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         if not hasattr(model, "peft_config"):
             model.requires_grad_(True)
         ends = last or (not kept and stage.on_worse == "stop")
-        if is_first_process():
-            folder.next_stage(result, None if ends else model)
+        folder.add_result(result)
         if ends:
             break
+        if is_first_process():
+            folder.next_stage(model)
     return model
 
 

@@ -127,7 +127,8 @@ class FinetuneTrainer(Trainer):
         self._start = time.perf_counter()
         with loss_inside(self.objective):
             try:
-                if self.stopped is None:
+                # At its last step the library would do one more.
+                if self.stopped is None and self.state.global_step < self.args.max_steps:
                     self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 elif checkpoint is not None:  # it had ended when its process was killed
                     self._load_from_checkpoint(str(checkpoint))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastprune.recover import pipeline
+from fastprune.recover.folder import RunFolder
 
 KILLED = """
 import os, signal, sys
@@ -26,6 +27,14 @@ original = pipeline.Course
 pipeline.Course = lambda *args, **options: original(*args, **options | {"gradient_hook": kill})
 cli.main(sys.argv[2:])
 """
+
+
+class Killed(BaseException):
+    """What the command line does not catch: nothing is written after it."""
+
+
+def killed(*args, **options):
+    raise Killed
 
 
 @pytest.fixture
@@ -158,3 +167,25 @@ def test_random_weights_where_there_is_only_a_config(finetune, tmp_path, model):
     status, _, stderr = finetune("--max-steps", "2", source=bare)
     assert status == 0, stderr
     assert "starts from random ones" in stderr
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_killed_between_the_last_step_and_the_model(finetune, tmp_path, monkeypatch, stages):
+    """The last stage is done and the prompts are continued: run.json has been written since."""
+    recipe = tmp_path / "recipe.yaml"
+    stage = "  - {max_steps: 3, lr: 1e-3, gate: 10}\n"
+    recipe.write_text("stages:\n" + stage * stages)
+    flags = ["--recipe", str(recipe), "--prompt", "The river"]
+    assert finetune(*flags, out="whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", killed)
+        with pytest.raises(Killed):
+            finetune(*flags)
+    assert not (tmp_path / "out/config.json").exists()
+    assert finetune(*flags)[0] == 0
+    assert_same(tmp_path / "whole", tmp_path / "out")
+    a, b = (
+        json.loads((tmp_path / d / "fastprune/metrics.json").read_text()) for d in ("whole", "out")
+    )
+    assert [s["perplexity"] for s in a["stages"]] == [s["perplexity"] for s in b["stages"]]
+    assert len(a["stages"]) == stages
