@@ -24,7 +24,14 @@ from fastprune.models.foreign import convert_gguf, discard, read_pickled
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
-from fastprune.models.states import NeedsPickle, SavedState, build, read_state, tokenizer_beside
+from fastprune.models.states import (
+    NeedsPickle,
+    SavedState,
+    build,
+    check_complete,
+    read_state,
+    tokenizer_beside,
+)
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -264,10 +271,7 @@ def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Mo
             )
     except Exception as error:  # shape mismatches, unknown classes, unreadable pickles
         raise InputError(f"{folder}: the weights do not load: {_first_line(error)}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise InputError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    if unused := sorted(found["unexpected_keys"]):
-        log.warning("%s: %d weights are not used, first %s", folder, len(unused), unused[0])
+    check_complete(found, folder)
     return model
 
 

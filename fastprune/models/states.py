@@ -157,11 +157,19 @@ def _build_by_config(path: Path, weights: Mapping[str, Tensor]) -> nn.Module:
     except Exception as error:  # unknown types, shapes that do not fit
         reason = str(error).strip().splitlines()
         raise InputError(f"{path}: does not load: {reason[0] if reason else error!r}") from error
+    check_complete(found, path)
+    return model
+
+
+def check_complete(found: Mapping[str, Any], path: Path) -> None:
+    """InputError for weights that transformers' loading info ``found`` says are missing.
+
+    Those that are not used are only warned of.
+    """
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{path}: {len(missing)} weights are missing, first {missing[0]}")
     if unused := sorted(found["unexpected_keys"]):
         log.warning("%s: %d weights are not used, first %s", path, len(unused), unused[0])
-    return model
 
 
 def _cause(error: BaseException) -> str:

@@ -150,7 +150,8 @@ class FinetuneConfig(CommonConfig):
     guard_rollbacks: int = 3
     """give up (exit 4) after bringing it back so many times"""
     guard_snapshot_steps: int = 50
-    """remember a good state every so many steps, in memory of the host; 0 only when saving"""
+    """remember a good state every so many steps, in memory of the host (12 bytes for each parameter
+    that learns, twice that until the next sound step); 0: only at the start and when saving"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
 

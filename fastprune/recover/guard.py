@@ -45,6 +45,7 @@ class GuardState:
     rate_factor: float = 1.0
 
 
+_Kept = tuple[int, dict[str, Tensor], dict[str, Any]]  # step, weights, the optimizer's state
 _SKIPPED = 2  # in the optimizer's control: loss scale, sound steps since it grew, skipped steps
 
 
@@ -74,7 +75,10 @@ class Guard:
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.patience, self.limit, self.interval = patience, rollbacks, interval
         self.state = state or GuardState()
-        self._kept: tuple[int, dict[str, Tensor], dict[str, Any]] | None = None
+        # The newest state may be the very one that overflows: it counts as good when a pass through
+        # it has been sound, and until then the one before it stays.
+        self._newest: _Kept | None = None
+        self._good: _Kept | None = None
 
     def look(self, step: int) -> bool:
         """Look after optimizer step `step`; whether the last good state was brought back.
@@ -87,6 +91,8 @@ class Guard:
         state = self.state
         now = int(self.optimizer.skipped_steps)
         bad, state.skipped = now - state.skipped, now
+        if not bad and self._newest is not None and self._newest[0] < step:
+            self._good, self._newest = self._newest, None
         if bad < self.interval or self._searching():
             state.in_a_row = 0
             return False
@@ -127,7 +133,7 @@ class Guard:
     def keep(self, step: int) -> None:
         """Remember the weights and the optimizer's state, on the host, as those of `step`."""
         weights = {n: _host(p) for n, p in self.params.items()}
-        self._kept = step, weights, _host(self.optimizer.state_dict())
+        self._newest = step, weights, _host(self.optimizer.state_dict())
 
     @torch.no_grad()
     def _restore(self) -> int:
@@ -135,9 +141,10 @@ class Guard:
 
         The count of skipped steps and the rates stay today's.
         """
-        if self._kept is None:
+        self._good, self._newest = self._good or self._newest, None
+        if self._good is None:
             return 0
-        step, weights, optimizer = self._kept
+        step, weights, optimizer = self._good
         today = self.optimizer.state_dict()
         control = optimizer["fastprune"]["control"].clone()
         control[_SKIPPED] = today["fastprune"]["control"][_SKIPPED].to(control.device)

@@ -1,7 +1,7 @@
 """The loss of a batch, computed inside the model's own forward call.
 
 The logits of a batch never stand whole (recover/loss.py), so the loss must be taken between the
-decoder and the head. Wrappers that synchronise gradients or gather weights (DDP, FSDP) act when the
+decoder and the head. DDP, which synchronises gradients, acts when the
 model is called, so it must happen inside that call: while training, the model's `forward` also
 knows `items`, and then returns the loss.
 """

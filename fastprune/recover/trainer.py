@@ -1,6 +1,6 @@
 """transformers' Trainer with our optimizer, loss, guard, monitor and checkpoints inside.
 
-The loop, gradient accumulation, schedules' stepping, data order, DDP and FSDP, loggers, and the
+The loop, gradient accumulation, schedules' stepping, data order, DDP, loggers, and the
 saving and restoring of optimizer and random states are the library's. Ours are: what a step does
 about non-finite numbers, how a checkpoint gets onto the disk whole, and what is said and logged.
 """
@@ -108,6 +108,11 @@ class FinetuneTrainer(Trainer):
             train_dataset=train,
             eval_dataset=validation if validation is not None and len(validation) else None,
         )
+        if self.is_fsdp_enabled:
+            raise InputError(
+                "finetuning under FSDP is not supported: start it with torchrun, without "
+                "accelerate's FSDP settings (--gradient-checkpointing saves memory)"
+            )
         objective.model.config.use_cache = keeps_cache  # it is saved; our calls say what they want
         self.remove_callback(PrinterCallback)
         self._watch = Watch(self)
@@ -161,7 +166,6 @@ class FinetuneTrainer(Trainer):
                 master=self.config.optimizer_master,
                 loss_scale="dynamic" if scaled else None,
                 seed=self.config.seed,
-                reduce_total=torch.distributed.all_reduce if self.is_fsdp_enabled else None,
             )
         return self.optimizer
 
@@ -221,7 +225,7 @@ class FinetuneTrainer(Trainer):
     ) -> Any:
         """The loss of a micro-batch over the tokens of the whole step."""
         loss = model(**inputs, items=num_items_in_batch)["loss"]
-        # DDP and FSDP take the mean over processes, but `items` counts the tokens of all
+        # DDP takes the mean over processes, but `items` counts the tokens of all
         loss = loss * self.args.world_size
         return (loss, None) if return_outputs else loss
 
@@ -385,9 +389,6 @@ class FinetuneTrainer(Trainer):
             save_file(_separate(state_dict or self._learning()), path / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS, device="cpu")
         learning = dict(self.model.named_parameters())
         expected = {n for n, p in learning.items() if p.requires_grad}

@@ -85,6 +85,19 @@ def test_several_in_a_row_bring_back_the_good_state_at_half_the_rate():
     assert not torch.equal(training.weight, good)
 
 
+def test_a_state_that_no_sound_pass_has_proved_is_not_brought_back():
+    training = Training()
+    training.step(1.0)
+    proved = training.weight
+    training.guard.keep(1)
+    training.step(1.0)
+    training.guard.keep(2)  # the weights from which on every pass is bad
+    assert [training.step(math.nan) for _ in range(3)] == [False, False, True]
+    assert torch.equal(training.weight, proved)
+    assert [training.step(math.nan) for _ in range(3)] == [False, False, True]
+    assert torch.equal(training.weight, proved)
+
+
 def test_it_gives_up_with_the_good_state_in_place():
     training = Training(rollbacks=1)
     good = training.weight
@@ -112,9 +125,6 @@ def test_a_loss_scale_that_looks_for_its_place_is_no_trouble():
     assert any(training.step(math.inf) for _ in range(3))  # it cannot get any smaller
 
 
-# ---------------------------------------------------------------------------- in a run
-
-
 def test_a_return_brings_back_the_loss_scale_and_not_the_count():
     training = Training(patience=3, scale="dynamic")
     before = float(training.optimizer.loss_scale)
@@ -124,6 +134,9 @@ def test_a_return_brings_back_the_loss_scale_and_not_the_count():
         assert steps < 100
     assert float(training.optimizer.loss_scale) == before
     assert int(training.optimizer.skipped_steps) == steps + 1
+
+
+# ---------------------------------------------------------------------------- in a run
 
 
 @pytest.fixture

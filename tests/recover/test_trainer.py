@@ -10,6 +10,7 @@ from tiny import tiny_model, token_ids
 from torch.nn import functional as F
 
 from fastprune.data.training import Collator
+from fastprune.errors import InputError
 from fastprune.recover.arguments import training_arguments
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.objective import Objective
@@ -175,3 +176,15 @@ def test_recomputed_activations_give_the_same_gradients(trainer):
         trainer(samples(2), model=model, hook=look, batch_size=2, grad_accum=1, max_steps=1).run()
     for name in found[0]:
         assert torch.equal(found[0][name], found[1][name]), name
+
+
+def test_sharded_weights_are_refused_before_anything_is_trained(trainer, monkeypatch):
+    create = FinetuneTrainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        create(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(FinetuneTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(InputError, match="FSDP is not supported"):
+        trainer(samples(4))
