@@ -5,12 +5,39 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprune.data.text import load_documents, sample_windows, token_stream
 from fastprune.models.load import load_model
+from fastprune.precision import bf16_is_fast
+
+aten = torch.ops.aten
+PRODUCTS = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}
+
+
+class HalfProducts(TorchDispatchMode):
+    """Half-precision matrix products as matrix units make them: fp32 sums, rounded once.
+
+    For processors without such units, whose own half-precision products take minutes a step. The
+    operands and results have the same values; only the order of the sums may differ.
+    """
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op not in PRODUCTS or args[0].dtype not in (torch.bfloat16, torch.float16):
+            return op(*args, **(kwargs or {}))
+        wide = [x.float() if isinstance(x, Tensor) else x for x in args]
+        return op(*wide, **(kwargs or {})).to(args[0].dtype)
+
+
+def half_products(device: str) -> AbstractContextManager[object]:
+    """`HalfProducts` on a processor that has no matrix units, else nothing."""
+    slow = device == "cpu" and not bf16_is_fast(torch.device(device))
+    return HalfProducts() if slow else nullcontext()
 
 
 def parser(about: str) -> argparse.ArgumentParser:

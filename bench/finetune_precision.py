@@ -11,10 +11,12 @@ optimizer). Beside it torch.optim.AdamW on fp16 weights, with the step at which 
 from __future__ import annotations
 
 import copy
+import gc
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from finetune_common import batches, parser, prepared, table
+from finetune_common import batches, half_products, parser, prepared, table
 from torch import Tensor, nn
 
 from fastprune.inspect.health import scan_model
@@ -31,8 +33,10 @@ def broken(model: nn.Module) -> int:
     return sum(int(scan.nan + scan.inf) for scan in scans if scan is not None)
 
 
-def ours(model: nn.Module, rate: float, dtype: torch.dtype | None) -> Callable[[Tensor], float]:
-    """A step with fastprune.AdamW under autocast."""
+def ours(
+    model: nn.Module, rate: float, dtype: torch.dtype | None
+) -> tuple[Callable[[Tensor], float], AdamW]:
+    """A step with fastprune.AdamW under autocast, and the optimizer."""
     objective = Objective(model, dtype)
     half = torch.float16 in (dtype, model.dtype)
     optimizer = AdamW(
@@ -45,10 +49,9 @@ def ours(model: nn.Module, rate: float, dtype: torch.dtype | None) -> Callable[[
         optimizer.scale(poison(loss)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step.skipped = int(optimizer.skipped_steps)
         return loss.item()
 
-    return step
+    return step, optimizer
 
 
 def theirs(model: nn.Module, rate: float) -> Callable[[Tensor], float]:
@@ -90,14 +93,20 @@ def main() -> None:
             model = copy.deepcopy(dense)
             if chosen.half_weights and dtype is not None:
                 model.to(dtype)
-            step = ours(model, rate, dtype)
-            losses = run(step, batches(windows, chosen.batch_size, chosen.device), chosen.steps)
-            rows.append(row(name, rate, losses, str(step.skipped), broken(model)))  # type: ignore[attr-defined]
+            step, optimizer = ours(model, rate, dtype)
+            with half_products(chosen.device):
+                losses = run(step, batches(windows, chosen.batch_size, chosen.device), chosen.steps)
+            skipped = int(optimizer.skipped_steps)
+            rows.append(row(name, rate, losses, str(skipped), broken(model)))
+            print(*rows[-1], sep="\t", file=sys.stderr, flush=True)
+            del model, step, optimizer  # several gigabytes, before the next ones come
+            gc.collect()
     for rate in (1e-7, 1e-5):
         model = copy.deepcopy(dense).half()
         step, data, losses = theirs(model, rate), batches(windows, 1, chosen.device), []
-        while not broken(model) and len(losses) < chosen.steps:
-            losses.append(step(next(data)))
+        with half_products(chosen.device):
+            while not broken(model) and len(losses) < chosen.steps:
+                losses.append(step(next(data)))
         name = f"torch.optim.AdamW, fp16 weights, after step {len(losses)}"
         rows.append(row(name, rate, losses, "—", broken(model)))
     table(rows)
