@@ -110,8 +110,8 @@ class Guard:
             raise NumericalError(
                 f"step {step}: {state.in_a_row} steps in a row had a non-finite loss or gradient, "
                 f"after {state.rollbacks} returns to a good state with the learning rate halved "
-                "each time; the last good state is kept. Lower --lr, use --precision fp32, or look "
-                "at the data and at the model: fastprune diagnose MODEL"
+                f"each time, to {state.rate_factor:g} of what it was. Lower --lr, use --precision "
+                "fp32, or look at the data and at the model: fastprune diagnose MODEL"
             )
         state.rollbacks += 1
         state.rate_factor *= 0.5

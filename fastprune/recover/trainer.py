@@ -96,6 +96,8 @@ class FinetuneTrainer(Trainer):
         self.interrupted = False
         self.bleu: dict[str, Any] | None = None
         """the last one measured, with the step it is of"""
+        self._gave_up: str | None = None
+        """the guard's last words"""
         self._writing: str | None = None
         self._saved_step = -1
         self._evaluated_step = -1
@@ -407,6 +409,7 @@ class FinetuneTrainer(Trainer):
             "step": self.state.global_step,
             "monitor": self.monitor.to_dict(),
             "guard": asdict(self.guard_state),
+            "gave_up": self._gave_up,
             "tokens": self.tokens,
             "masked_batches": self.masked_batches,
             "seconds": self.elapsed(),
@@ -419,6 +422,8 @@ class FinetuneTrainer(Trainer):
         state = json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))
         self.monitor = Monitor(**state["monitor"])
         self.guard_state = GuardState(**state["guard"])
+        if state["gave_up"]:  # who goes on from there wants it to be tried again
+            self.guard_state.rollbacks = self.guard_state.in_a_row = 0
         self.tokens, self.seconds = state["tokens"], state["seconds"]
         self.masked_batches, self.bleu = state["masked_batches"], state["bleu"]
         self.stopped, self._evaluated_step = state["stopped"], state["evaluated_step"]
@@ -434,8 +439,14 @@ class FinetuneTrainer(Trainer):
 
     def give_up(self, error: NumericalError) -> NumericalError:
         """Save the good state that the guard has brought back; the error that says where."""
+        self._gave_up = str(error)
         self._save_checkpoint(self.model)
-        return NumericalError(f"{error}; saved in {self.args.output_dir}")
+        return NumericalError(f"{error}; the last good state is in {self.args.output_dir}")
+
+
+def last_words(checkpoint: Path) -> str | None:
+    """Why the guard gave up where it wrote `checkpoint`; None where it did not."""
+    return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))["gave_up"]
 
 
 def checkpoints(folder: Path) -> list[Path]:

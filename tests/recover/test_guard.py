@@ -144,6 +144,8 @@ def gradients(monkeypatch):
     """Replace the gradients of some steps of the command's run by a value."""
     from fastprune.recover import pipeline
 
+    original = pipeline.Course
+
     def use(value, steps):
         def hook(step, model):
             if step in steps:
@@ -151,7 +153,6 @@ def gradients(monkeypatch):
                     if p.grad is not None:
                         p.grad.fill_(value)
 
-        original = pipeline.Course
         monkeypatch.setattr(
             pipeline, "Course", lambda *a, **o: original(*a, **o | {"gradient_hook": hook})
         )
@@ -188,6 +189,37 @@ def test_a_hopeless_run_stops_and_keeps_the_good_state(finetune, gradients, tmp_
     out = tmp_path / "out"
     assert not (out / "config.json").exists()
     assert list((out / "fastprune/state/stage-0").glob("checkpoint-*"))
+
+
+def test_a_run_that_gave_up_says_so_and_goes_on_when_told(finetune, gradients, tmp_path):
+    flags = ["--max-steps", "12", "--guard-steps", "2", "--guard-rollbacks", "1"]
+    gradients(math.nan, range(4, 100))
+    assert finetune(*flags)[0] == 4
+    (good,) = (tmp_path / "out/fastprune/state/stage-0").glob("checkpoint-*")
+    gradients(math.nan, ())
+    for change in ((), ("--weight-decay", "0.1")):
+        status, _, stderr = finetune(*flags, *change)
+        assert status == 4
+        assert stderr.count("\n") == 1
+        assert "holds a run that gave up at step 8: 2 steps in a row" in stderr
+        assert "--resume never and a lower --lr" in stderr
+        assert f"--resume {good}" in stderr
+    gradients(math.nan, {8, 9})  # it may return once again
+    status, _, stderr = finetune(*flags, "--resume", str(good))
+    assert status == 0, stderr
+    stage = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())["stages"][0]
+    assert (stage["steps"], stage["rollbacks"], stage["lr_factor"]) == (12, 1, 0.25)
+
+
+def test_a_run_that_gave_up_begins_anew(finetune, gradients, tmp_path):
+    flags = ["--max-steps", "4", "--guard-steps", "1", "--guard-rollbacks", "0"]
+    gradients(math.nan, {2})
+    assert finetune(*flags)[0] == 4
+    gradients(math.nan, ())
+    assert finetune(*flags, "--lr", "1e-4", "--resume", "never")[0] == 0
+    assert (
+        json.loads((tmp_path / "out/fastprune/metrics.json").read_text())["stages"][0]["lr"] == 1e-4
+    )
 
 
 def test_batches_without_labels_are_skipped(finetune, tmp_path):
