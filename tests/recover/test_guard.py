@@ -9,6 +9,7 @@ from tiny import tiny_model
 
 from fastprune.errors import NumericalError
 from fastprune.kernels import AdamW
+from fastprune.recover import callbacks
 from fastprune.recover.freeze import make_schedule
 from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
 from fastprune.recover.recipes import Stage
@@ -31,7 +32,7 @@ def test_a_good_loss_is_left_alone():
 class Training:
     """Two weights, an optimizer, a guard; `step` gives the gradient that it is told to."""
 
-    def __init__(self, patience=3, rollbacks=2, interval=1, scale=None):
+    def __init__(self, patience=3, rollbacks=2, delay=0, scale=None):
         self.model = torch.nn.Linear(2, 1, bias=False)
         pairs = list(self.model.named_parameters())
         self.optimizer = AdamW(pairs, lr=0.1, loss_scale=scale)
@@ -40,7 +41,7 @@ class Training:
         )
         self.guard = Guard(
             self.model, self.optimizer, self.schedule,
-            patience=patience, rollbacks=rollbacks, interval=interval,
+            patience=patience, rollbacks=rollbacks, delay=delay,
         )  # fmt: skip
         self.guard.keep(0)
         self.at = 0
@@ -112,11 +113,45 @@ def test_it_gives_up_with_the_good_state_in_place():
     assert torch.equal(training.weight, good)
 
 
-def test_rare_looks_count_only_intervals_that_were_bad_throughout():
-    training = Training(patience=4, interval=4)
-    for gradient in (math.nan, math.nan, math.nan, 1.0):
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("first", range(4))
+def test_bad_steps_in_a_row_are_seen_as_late_as_the_reading(delay, first):
+    """Wherever they begin, and however often."""
+    training = Training(patience=3, delay=delay)
+    good = training.weight
+    for _ in range(first):
+        assert not training.step(1.0)
+    for returns in (1, 2):
+        late = [training.step(math.nan) for _ in range(3 + delay)]
+        assert late == [False] * (2 + delay) + [True]
+        assert training.guard.state.rollbacks == returns
+        assert torch.equal(training.weight, good)
+    assert training.guard.state.skipped == 2 * (3 + delay)
+    assert not any(training.step(math.nan) for _ in range(2))
+    assert not any(training.step(1.0) for _ in range(4))  # not a third time: they were two
+
+
+def test_a_sound_step_ends_what_a_late_reading_would_act_on():
+    training = Training(patience=3, delay=1)
+    for gradient in (1.0, math.nan, math.nan, math.nan):
         assert not training.step(gradient)
+    before = training.weight
+    assert not training.step(1.0)
+    assert not torch.equal(training.weight, before)  # not brought back
+    assert not any(training.step(gradient) for gradient in (math.nan, math.nan, 1.0))
+    assert training.guard.state.rollbacks == 0
+
+
+def test_a_late_reading_proves_no_state_kept_since():
+    training = Training(patience=3, delay=1)
+    training.step(1.0)
+    proved = training.weight
+    training.guard.keep(1)
+    training.step(1.0)
+    training.step(1.0)  # reads that the step after the state was sound
+    training.guard.keep(3)
     assert [training.step(math.nan) for _ in range(4)] == [False, False, False, True]
+    assert torch.equal(training.weight, proved)
 
 
 def test_a_loss_scale_that_looks_for_its_place_is_no_trouble():
@@ -170,8 +205,12 @@ def test_faults_here_and_there(finetune, gradients, tmp_path):
     assert metrics["perplexity"][0]["after"] < metrics["perplexity"][0]["before"]
 
 
-def test_a_run_of_faults_is_survived(finetune, gradients, tmp_path):
-    gradients(math.inf, {3, 4, 5})
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_run_of_faults_is_survived(finetune, gradients, tmp_path, monkeypatch, delay):
+    monkeypatch.setattr(
+        callbacks, "Guard", lambda *args, **options: Guard(*args, **options | {"delay": delay})
+    )
+    gradients(math.inf, range(3, 6 + delay))
     status, _, stderr = finetune("--max-steps", "8", "--guard-steps", "3")
     assert status == 0, stderr
     assert "learning rate halved" in stderr
