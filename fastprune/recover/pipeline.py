@@ -32,7 +32,7 @@ from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
-from fastprune.recover.objective import autocast_dtype
+from fastprune.recover.objective import autocast_dtype, warn_of_slow
 from fastprune.recover.recipes import Recipe, load_recipe
 from fastprune.recover.stage import Course, gate_passed, put_back, run_stage, snapshot
 from fastprune.recover.trainer import GradientHook
@@ -141,7 +141,9 @@ def _finetune(
 ) -> FinetuneResult:
     device = own_device(config.device)
     saved_dtype = model.dtype
-    if any(autocast_dtype(s.precision, device) is None for s in recipe.stages):
+    dtypes = {autocast_dtype(s.precision, device) for s in recipe.stages}
+    warn_of_slow(dtypes, device)
+    if None in dtypes:
         model.float()  # fp32 throughout; what is saved is rounded back
     if (start := folder.start_weights()) is not None:
         put_back(model, start)
