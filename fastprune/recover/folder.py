@@ -2,6 +2,7 @@
 
     DIR/fastprune/
       train_log.jsonl         one line a logged step
+      tensorboard/            with --log-to tensorboard, a folder a stage and start
       state/run.json          settings, results of the finished stages, the stage at work
       state/start-N.safetensors    all weights as stage N began (N > 0; stage 0 begins with MODEL)
       state/stage-N/checkpoint-S   what transformers' Trainer resumes from
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from fastprune.errors import InputError, NumericalError
 from fastprune.models.checkpoint import RECORDS, check_out
 from fastprune.recover.config import FinetuneConfig
+from fastprune.recover.loggers import EVENTS
 from fastprune.recover.trainer import OWN_STATE, checkpoints, last_words
 from fastprune.report.run import settings, write_json
 
@@ -131,6 +133,7 @@ class RunFolder:
         """Make the folder, before the first step: leftovers of an abandoned run go."""
         if not self.resumed:
             shutil.rmtree(self.state, ignore_errors=True)
+            shutil.rmtree(self.records / EVENTS, ignore_errors=True)
             self.log_file.unlink(missing_ok=True)
         self.state.mkdir(parents=True, exist_ok=True)
         self.save()

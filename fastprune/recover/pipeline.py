@@ -26,10 +26,11 @@ from fastprune.inspect.perplexity import (
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.load import load_or_start
 from fastprune.models.seq2seq import is_seq2seq
-from fastprune.recover.arguments import check_logger, is_first_process, own_device, world_size
+from fastprune.recover.arguments import is_first_process, own_device, world_size
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
+from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
 from fastprune.recover.objective import autocast_dtype, warn_of_slow

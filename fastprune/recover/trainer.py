@@ -33,6 +33,7 @@ from fastprune.recover.collate import Counted
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.freeze import make_schedule, parameter_groups
 from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
+from fastprune.recover.loggers import as_input_error, end_run, keep_events
 from fastprune.recover.monitor import ADVICE, Monitor
 from fastprune.recover.objective import Objective, loss_inside
 from fastprune.recover.recipes import Stage
@@ -117,6 +118,7 @@ class FinetuneTrainer(Trainer):
             )
         objective.model.config.use_cache = keeps_cache  # it is saved; our calls say what they want
         self.remove_callback(PrinterCallback)
+        keep_events(self.callback_handler.callbacks, Path(args.output_dir))
         self._watch = Watch(self)
         self.add_callback(self._watch)
         self._step_loss = torch.zeros((), device=args.device)
@@ -139,6 +141,10 @@ class FinetuneTrainer(Trainer):
                     self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 elif checkpoint is not None:  # it had ended when its process was killed
                     self._load_from_checkpoint(str(checkpoint))
+            except Exception as error:
+                if told := as_input_error(self.config.log_to, error):
+                    raise told from error
+                raise
             finally:
                 self._watch.close()
         self.model.zero_grad(set_to_none=True)
@@ -436,6 +442,7 @@ class FinetuneTrainer(Trainer):
             self.evaluate()
         if self._saved_step != step:
             self._save_checkpoint(self.model)
+        end_run(self.config.log_to)
 
     def give_up(self, error: NumericalError) -> NumericalError:
         """Save the good state that the guard has brought back; the error that says where."""
