@@ -2,7 +2,8 @@
 
 A command is one row of COMMANDS. What it needs is imported when it is called, so `fastprune --help`
 answers at once. Exit status: 0 done, 1 unexpected error, 2 bad input or usage, 3 a gate was not
-met, 4 numerical trouble, 130 interrupted.
+met, 4 numerical trouble, 130 interrupted, 141 the reader of stdout went away (`| head`), as a shell
+has it.
 """
 
 import difflib
@@ -11,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -101,9 +103,17 @@ COMMANDS = {
 }
 
 
+STDOUT_CLOSED = 128 + 13  # SIGPIPE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program name); returns the exit status."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    status = _status(list(sys.argv[1:] if argv is None else argv))
+    closed = _stdout_closed()
+    return STDOUT_CLOSED if closed and not status else status
+
+
+def _status(args: list[str]) -> int:
     verbose = "--verbose" in args
     try:
         if not args or args[0] in ("-h", "--help"):
@@ -117,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbose = config.verbose
         _call(command, config)
         return 0
-    except SystemExit:  # --help has been printed
-        return 0
+    except SystemExit as end:  # --help has been printed; rich ends with 1 where stdout is closed
+        return STDOUT_CLOSED if end.code else 0
     except FastpruneError as error:
         _complain("error: " + " ".join(str(error).split()), verbose)
         return error.exit_status
@@ -126,9 +136,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted", verbose=False)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _stdout_closed("\n"):
+            return STDOUT_CLOSED
         hint = "" if verbose else " (unexpected; run again with --verbose to see where)"
         _complain(f"error: {type(error).__name__}: {' '.join(str(error).split())}{hint}", verbose)
         return 1
+
+
+def _stdout_closed(probe: str = "") -> bool:
+    """Whether no one reads stdout any more; then what is yet to be printed goes nowhere.
+
+    `probe` is written to find out: an unbuffered stdout has nothing left to flush.
+    """
+    try:
+        print(end=probe, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _call(command: Command, config: CommonConfig) -> None:
@@ -182,6 +207,11 @@ def _overview() -> str:
 
 
 def _complain(message: str, verbose: bool) -> None:
+    with suppress(BrokenPipeError):  # where no one reads stderr
+        _print_complaint(message, verbose)
+
+
+def _print_complaint(message: str, verbose: bool) -> None:
     if verbose:
         traceback.print_exc()
     process = f" (process {distributed.rank()})" if distributed.rank() else ""

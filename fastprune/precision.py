@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+CPU_UNITS = {
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16", "fp16_arith"),
+}
+"""Any of these features of a processor, as torch names them, multiplies in that precision."""
 
 
 def fast_forward(
@@ -26,3 +33,13 @@ def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def lacks_units(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `device` is a processor without instructions for products in the half-precision
+    `dtype`: they can take it hundreds of times as long as fp32. False where torch cannot tell."""
+    if device.type != "cpu":
+        return False
+    # torch 2.10 does not have it
+    features: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(features) and not any(features.get(name) for name in CPU_UNITS[dtype])

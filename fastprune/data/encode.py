@@ -16,7 +16,9 @@ from fastprune.data.instruct import (
     apply_template,
     chat_messages,
     document_end,
+    has_template,
     is_marked,
+    prompt_text,
     render,
     source_text,
 )
@@ -64,6 +66,18 @@ class Encoder:
                 yield record, ids, learnt
             else:
                 findings.add("all masked", record.where)
+
+    def prompt(self, text: str, kind: str) -> str | list[int]:
+        """What to give a model to answer `text`, as it was taught by data of this `kind`.
+
+        The token ids up to where an answer begins; `text` itself after plain text, and for an
+        encoder–decoder model, which reads bare prompts.
+        """
+        if kind == "text" or self.seq2seq:
+            return text
+        before = [] if has_template(self.tokenizer) else self._affixes[0]
+        asked = prompt_text(self.tokenizer, [{"role": "user", "content": text}])
+        return [*before, *self._ids([asked])[0]]
 
     def _texts(self, batch: list[tuple[Record, str]]) -> Iterator[Encoded]:
         prefix, _ = self._affixes

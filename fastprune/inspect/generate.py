@@ -129,7 +129,7 @@ def run_chat(config: ChatConfig) -> None:
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Sequence[int],
     max_new_tokens: int = 128,
     *,
     temperature: float = 0.0,
@@ -138,9 +138,10 @@ def generate(
 ) -> Generation:
     """Continue `prompt` with up to `max_new_tokens` tokens, using a KV cache; a T5 answers it.
 
-    Greedy at temperature 0; else drawn by `seed`, which leaves torch's own random state alone.
-    `streamer` is given every token as it comes (`transformers.TextStreamer`). Raises InputError
-    for settings out of range and NumericalError when the model's output is not finite.
+    A text is tokenised as the tokenizer does by itself; token ids are taken as they are. Greedy at
+    temperature 0; else drawn by `seed`, which leaves torch's own random state alone. `streamer` is
+    given every token as it comes (`transformers.TextStreamer`). Raises InputError for settings out
+    of range and NumericalError when the model's output is not finite.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -177,7 +178,7 @@ def generate(
     new = output[0, start_length:].tolist()
     seconds = time.perf_counter() - start
     return Generation(
-        prompt=prompt,
+        prompt=prompt if isinstance(prompt, str) else tokenizer.decode(prompt),
         text=tokenizer.decode(new, skip_special_tokens=True),
         new_tokens=len(new),
         seconds=seconds,
@@ -251,8 +252,10 @@ def _conversation(model: nn.Module, tokenizer: Any, messages: Sequence[Mapping[s
     return "\n".join([*lines, "Assistant:"])
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, *, seq2seq: bool) -> torch.Tensor:
+def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, seq2seq: bool) -> torch.Tensor:
     """Token ids (1, n) of `prompt`; for an empty one the token that a text starts from."""
+    if not isinstance(prompt, str):
+        return torch.tensor([prompt], dtype=torch.long)
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     # a chat template writes the start token itself; a second one would confuse the model
     ids = tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from pathlib import Path
@@ -13,8 +12,8 @@ from transformers import TrainingArguments
 
 from fastprune import distributed
 from fastprune.config import resolve_device
-from fastprune.errors import InputError
 from fastprune.recover.config import FinetuneConfig
+from fastprune.recover.loggers import run_name
 from fastprune.recover.recipes import Stage
 
 LOG_LINES = 200  # of a stage, where --log-steps does not say
@@ -82,6 +81,7 @@ def training_arguments(
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         report_to=config.log_to,
+        run_name=run_name(folder),
         disable_tqdm=True,
         log_level="critical",
         log_level_replica="critical",
@@ -92,14 +92,6 @@ def training_arguments(
             arguments.__dict__["_setup_devices"] = device
             torch.cuda.set_device(device)
     return arguments
-
-
-def check_logger(name: str) -> None:
-    """InputError where the package of the logger `name` is missing."""
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-    package = packages.get(name)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise InputError(f"--log-to {name}: it is not installed; run: pip install {package}")
 
 
 def describe(arguments: Any) -> str:

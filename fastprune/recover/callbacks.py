@@ -41,15 +41,13 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, config = self.trainer, self.trainer.config
-        # A look waits for the device; on the CPU it costs nothing.
-        interval = 1 if args.device.type == "cpu" else config.guard_steps
         trainer.guard = Guard(
             trainer.model,
             trainer.adamw,
             trainer.lr_scheduler,
             patience=config.guard_steps,
             rollbacks=config.guard_rollbacks,
-            interval=interval,
+            delay=int(args.device.type != "cpu"),
             state=trainer.guard_state,
         )
         trainer.guard.keep(state.global_step)

@@ -124,7 +124,8 @@ class FinetuneConfig(CommonConfig):
     gate_ppl_ratio: float | None = None
     """exit 3 without writing a checkpoint when perplexity after is more than this times before"""
     prompt: str | None = None
-    """continue this prompt during training, to look at; a .txt file holds one prompt a line"""
+    """continue this prompt during training, to look at, put as the training data put theirs; a .txt
+    file holds one prompt a line"""
     generate_steps: int | None = None
     """continue --prompt every so many steps (default: only at the end)"""
 

@@ -2,6 +2,7 @@
 
     DIR/fastprune/
       train_log.jsonl         one line a logged step
+      tensorboard/            with --log-to tensorboard, a folder a stage and start
       state/run.json          settings, results of the finished stages, the stage at work
       state/start-N.safetensors    all weights as stage N began (N > 0; stage 0 begins with MODEL)
       state/stage-N/checkpoint-S   what transformers' Trainer resumes from
@@ -23,10 +24,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastprune.errors import InputError
+from fastprune.errors import InputError, NumericalError
 from fastprune.models.checkpoint import RECORDS, check_out
 from fastprune.recover.config import FinetuneConfig
-from fastprune.recover.trainer import OWN_STATE, checkpoints
+from fastprune.recover.loggers import EVENTS
+from fastprune.recover.trainer import OWN_STATE, checkpoints, last_words
 from fastprune.report.run import settings, write_json
 
 MARKS = ("config.json", "adapter_config.json")
@@ -59,7 +61,8 @@ class RunFolder:
     def open(cls, config: FinetuneConfig) -> RunFolder:
         """Decide from what lies in --out whether to begin or to continue; nothing is written.
 
-        Raises InputError when --out holds something else, or a run with other settings.
+        Raises InputError when --out holds something else, or a run with other settings, and
+        NumericalError when it holds one that gave up: going on would end where that did.
         """
         out = config.out
         assert out is not None  # run_finetune has seen it
@@ -71,8 +74,14 @@ class RunFolder:
         if begun is None or config.overwrite or config.resume == "never":
             check_out(out, config.overwrite or begun is not None)
             return folder
+        folder.checkpoint = folder._newest(begun["stage"])
+        if folder.checkpoint and (reason := last_words(folder.checkpoint)):
+            raise NumericalError(
+                f"{out} holds a run that gave up at {reason}. Begin anew with --resume never and a "
+                "lower --lr, or let it go on from its last good state: --resume "
+                f"{folder.checkpoint}"
+            )
         folder._adopt(begun, config)
-        folder.checkpoint = folder._newest()
         return folder
 
     def _unfinished(self) -> dict[str, Any] | None:
@@ -94,8 +103,8 @@ class RunFolder:
         record["results"] = record["results"][: record["stage"]]
         self.record, self.resumed = record, True
 
-    def _newest(self) -> Path | None:
-        found = checkpoints(self.stage_folder(self.record["stage"]))
+    def _newest(self, stage: int) -> Path | None:
+        found = checkpoints(self.stage_folder(stage))
         return found[-1] if found else None
 
     def _continue_from(self, path: Path, config: FinetuneConfig) -> None:
@@ -124,6 +133,7 @@ class RunFolder:
         """Make the folder, before the first step: leftovers of an abandoned run go."""
         if not self.resumed:
             shutil.rmtree(self.state, ignore_errors=True)
+            shutil.rmtree(self.records / EVENTS, ignore_errors=True)
             self.log_file.unlink(missing_ok=True)
         self.state.mkdir(parents=True, exist_ok=True)
         self.save()

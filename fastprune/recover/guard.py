@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +40,14 @@ class GuardState:
     """What the guard has seen; saved with every checkpoint."""
 
     skipped: int = 0
-    """steps skipped, at the last look"""
+    """steps skipped, when it was last read"""
     in_a_row: int = 0
     rollbacks: int = 0
     rate_factor: float = 1.0
 
 
 _Kept = tuple[int, dict[str, Tensor], dict[str, Any]]  # step, weights, the optimizer's state
+_Reading = tuple[int, Tensor, Any]  # step; skipped steps and loss scale (2,); when they are here
 _SKIPPED = 2  # in the optimizer's control: loss scale, sound steps since it grew, skipped steps
 
 
@@ -56,8 +58,9 @@ class Guard:
         model, optimizer, schedule: what is trained; the optimizer is a fastprune.AdamW.
         patience: bad steps in a row that bring back the last good state.
         rollbacks: give up after so many.
-        interval: steps between two looks at the device's counter. With one look in `interval`
-            steps, only an interval in which every step was bad counts.
+        delay: each look reads the device's counter as it was so many steps before. With 1 the
+            device does a step while the host waits for the one before, so it never idles; bad
+            steps in a row are then seen one step late, unless a sound one has ended them.
     """
 
     def __init__(
@@ -68,13 +71,15 @@ class Guard:
         *,
         patience: int,
         rollbacks: int,
-        interval: int = 1,
+        delay: int = 0,
         state: GuardState | None = None,
     ) -> None:
         self.optimizer, self.schedule = optimizer, schedule
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.patience, self.limit, self.interval = patience, rollbacks, interval
+        self.patience, self.limit, self.delay = patience, rollbacks, delay
         self.state = state or GuardState()
+        self.state.skipped = int(optimizer.skipped_steps)
+        self._readings: deque[_Reading] = deque()
         # The newest state may be the very one that overflows: it counts as good when a pass through
         # it has been sound, and until then the one before it stays.
         self._newest: _Kept | None = None
@@ -86,19 +91,30 @@ class Guard:
         Raises NumericalError when that has happened too often. The weights are then those of the
         last good state.
         """
-        if step % self.interval:
+        self._readings.append(self._read(step))
+        if len(self._readings) <= self.delay:
             return False
+        at, values, event = self._readings.popleft()
+        if event is not None:
+            event.synchronize()
+        now, scale = values.tolist()
         state = self.state
-        now = int(self.optimizer.skipped_steps)
-        bad, state.skipped = now - state.skipped, now
-        if not bad and self._newest is not None and self._newest[0] < step:
+        bad, state.skipped = now > state.skipped, int(now)
+        if not bad and self._newest is not None and self._newest[0] < at:
             self._good, self._newest = self._newest, None
-        if bad < self.interval or self._searching():
+        # fp16: a skipped step lowers the loss scale until it fits, which is no trouble yet.
+        if not bad or scale > 1.0:
             state.in_a_row = 0
             return False
-        state.in_a_row += bad
+        state.in_a_row += 1
         if state.in_a_row < self.patience:
             return False
+        newest = int(self.optimizer.skipped_steps)  # waits for the device
+        if newest - state.skipped < step - at:
+            return False  # a step since then was sound: the next look will see it
+        state.in_a_row += newest - state.skipped
+        state.skipped = newest
+        self._readings.clear()
         culprits = self.optimizer.culprits()
         log.warning(
             "%d steps in a row had a non-finite loss or gradient (%s)",
@@ -110,8 +126,8 @@ class Guard:
             raise NumericalError(
                 f"step {step}: {state.in_a_row} steps in a row had a non-finite loss or gradient, "
                 f"after {state.rollbacks} returns to a good state with the learning rate halved "
-                "each time; the last good state is kept. Lower --lr, use --precision fp32, or look "
-                "at the data and at the model: fastprune diagnose MODEL"
+                f"each time, to {state.rate_factor:g} of what it was. Lower --lr, use --precision "
+                "fp32, or look at the data and at the model: fastprune diagnose MODEL"
             )
         state.rollbacks += 1
         state.rate_factor *= 0.5
@@ -126,9 +142,16 @@ class Guard:
         )
         return True
 
-    def _searching(self) -> bool:
-        """fp16: a skipped step lowers the loss scale until it fits, which is no trouble yet."""
-        return float(self.optimizer.loss_scale) > 1.0
+    def _read(self, step: int) -> _Reading:
+        """Ask the device for what `step` comes to, without waiting for it."""
+        optimizer = self.optimizer
+        seen = torch.stack([optimizer.skipped_steps, optimizer.loss_scale])
+        values = seen.to("cpu", non_blocking=True)  # into pinned memory
+        event = None
+        if seen.is_cuda:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(seen.device))
+        return step, values, event
 
     def keep(self, step: int) -> None:
         """Remember the weights and the optimizer's state, on the host, as those of `step`."""

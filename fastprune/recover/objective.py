@@ -8,7 +8,8 @@ knows `items`, and then returns the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from fastprune.errors import InputError
 from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.models.seq2seq import is_seq2seq, response_states
-from fastprune.precision import bf16_is_fast
+from fastprune.precision import bf16_is_fast, lacks_units
 from fastprune.recover.loss import next_token_loss
+
+log = logging.getLogger("fastprune")
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +33,17 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         precision = "bf16" if bf16_is_fast(device) else "fp32"
     return DTYPES[precision]
+
+
+def warn_of_slow(dtypes: Collection[torch.dtype | None], device: torch.device) -> None:
+    """Say so where `device` has no units for products in one of `dtypes` (None is fp32)."""
+    for name, dtype in DTYPES.items():
+        if dtype is not None and dtype in dtypes and lacks_units(device, dtype):
+            log.warning(
+                "--precision %s: this processor has no units for %s products; fp32 is faster here",
+                name,
+                name,
+            )
 
 
 class Objective:

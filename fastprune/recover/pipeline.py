@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprune.data.encode import Encoder
 from fastprune.data.text import load_documents
 from fastprune.errors import GateError, InputError, NumericalError
 from fastprune.inspect.generate import generate, read_prompts
@@ -25,13 +26,14 @@ from fastprune.inspect.perplexity import (
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.load import load_or_start
 from fastprune.models.seq2seq import is_seq2seq
-from fastprune.recover.arguments import check_logger, is_first_process, own_device, world_size
+from fastprune.recover.arguments import is_first_process, own_device, world_size
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
+from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
-from fastprune.recover.objective import autocast_dtype
+from fastprune.recover.objective import autocast_dtype, warn_of_slow
 from fastprune.recover.recipes import Recipe, load_recipe
 from fastprune.recover.stage import Course, gate_passed, put_back, run_stage, snapshot
 from fastprune.recover.trainer import GradientHook
@@ -124,6 +126,8 @@ def _checked(config: FinetuneConfig) -> Recipe:
     if not config.data:
         raise InputError("--data DATA is needed: a file, a folder, hf:NAME or a short name")
     check_logger(config.log_to)
+    if config.prompt is not None:
+        read_prompts(config.prompt)  # an unreadable file is told now
     return load_recipe(config)
 
 
@@ -138,7 +142,9 @@ def _finetune(
 ) -> FinetuneResult:
     device = own_device(config.device)
     saved_dtype = model.dtype
-    if any(autocast_dtype(s.precision, device) is None for s in recipe.stages):
+    dtypes = {autocast_dtype(s.precision, device) for s in recipe.stages}
+    warn_of_slow(dtypes, device)
+    if None in dtypes:
         model.float()  # fp32 throughout; what is saved is rounded back
     if (start := folder.start_weights()) is not None:
         put_back(model, start)
@@ -160,7 +166,7 @@ def _finetune(
         windows=windows,
         teacher=teacher,
         seq2seq=is_seq2seq(model),
-        sample=lambda m, step: _continue(m, tokenizer, config, folder, step),
+        sample=lambda m, step: _continue(m, course, step),
         gradient_hook=gradient_hook,
     )
     with clock("data"):
@@ -175,7 +181,7 @@ def _finetune(
             record["before"] = _sound(evaluate(model, windows).perplexity)
     total = sum(p.numel() for p in model.parameters())
     model = _stages(model, recipe, course, clock)
-    _continue(model, tokenizer, config, folder, None)
+    _continue(model, course, None)
     after = folder.perplexity()
     check_weights(model)
     _check_gate(config, record.get("before"), after)
@@ -295,16 +301,20 @@ def _check_gate(config: FinetuneConfig, before: float | None, after: float | Non
         )
 
 
-def _continue(
-    model: nn.Module, tokenizer: Any, config: FinetuneConfig, folder: RunFolder, step: int | None
-) -> None:
-    """Note how the model as it is now continues the prompts; `step` None at the end."""
+def _continue(model: nn.Module, course: Course, step: int | None) -> None:
+    """Note how the model as it is now continues the prompts; `step` None at the end.
+
+    They are put to it as the training data put theirs.
+    """
+    config, folder, tokenizer = course.config, course.folder, course.tokenizer
     if config.prompt is None or not is_first_process():
         return
+    encoder, kind = Encoder(tokenizer, course.seq2seq), next(iter(course.data.values())).kind
     stage = folder.record["stage"] if step is not None else None
     kept = [s for s in folder.record.get("samples", []) if (s["stage"], s["step"]) != (stage, step)]
     for prompt in read_prompts(config.prompt):
-        text = generate(model, tokenizer, prompt, SAMPLE_TOKENS, seed=config.seed).text
+        asked = encoder.prompt(prompt, kind)
+        text = generate(model, tokenizer, asked, SAMPLE_TOKENS, seed=config.seed).text
         log.info("step %s: %r → %r", "end" if step is None else step, prompt, text)
         kept.append({"stage": stage, "step": step, "prompt": prompt, "text": text})
     folder.record["samples"] = kept

@@ -2,9 +2,10 @@
 
 A short training whose learning rate grows geometrically from LOWEST to HIGHEST. After every few
 steps the loss on a probe batch, which is not trained on, is measured. It falls while the rate is
-useful and rises when it destroys more than it teaches. The rate of the lowest probe loss is the
-edge; a fraction of it is used, since a real run stays at its rate for much longer. (Leslie Smith,
-arXiv 1506.01186, with a probe in place of the noisy training loss.)
+useful and rises when it destroys more than it teaches. The rate at which it falls fastest is used,
+as learning rate finders do (Leslie Smith, arXiv 1506.01186; fastai's `steep`, Lightning's
+`suggestion`); where it is lowest the next step does harm. The probe takes the place of the noisy
+training loss.
 """
 
 from __future__ import annotations
@@ -31,9 +32,6 @@ LOWEST, HIGHEST = 1e-7, 1e-2
 RATES = 16  # three to a decade
 STEPS_PER_RATE = 3
 PROBE_SAMPLES = 8
-SHARE = 0.2
-"""Of the edge. Adam's steps have the size of the rate whatever the gradients are, so the edge
-depends on how many steps are taken; the test takes tens, a run hundreds and more."""
 WORSE = 1.3
 """The test ends when the probe loss is this many times the first."""
 GAIN = 0.002
@@ -68,10 +66,12 @@ def choose(before: float, rates: Sequence[float], losses: Sequence[float]) -> tu
             f"{before:.3f} by more than {GAIN:.1%}: the lowest is used; this data may have nothing "
             "to teach this model"
         )
-    chosen = float(f"{SHARE * rates[edge]:.1e}")
-    return chosen, (
+    seen = [before, *finite[: edge + 1]]  # seen[i] before the steps at rates[i], seen[i + 1] after
+    falls = [seen[max(i - 1, 0)] - seen[min(i + 2, edge + 1)] for i in range(edge + 1)]
+    steepest = max(range(edge + 1), key=falls.__getitem__)  # with the rates beside it: less noise
+    return float(f"{rates[steepest]:.1e}"), (
         f"the probe loss fell from {before:.3f} to {finite[edge]:.3f} as the rate rose to "
-        f"{rates[edge]:.1e} and then no further: {SHARE:g} of that is used"
+        f"{rates[edge]:.1e}, and fastest around this one, which is used"
     )
 
 

@@ -33,6 +33,7 @@ from fastprune.recover.collate import Counted
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.freeze import make_schedule, parameter_groups
 from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
+from fastprune.recover.loggers import as_input_error, end_run, keep_events
 from fastprune.recover.monitor import ADVICE, Monitor
 from fastprune.recover.objective import Objective, loss_inside
 from fastprune.recover.recipes import Stage
@@ -96,6 +97,8 @@ class FinetuneTrainer(Trainer):
         self.interrupted = False
         self.bleu: dict[str, Any] | None = None
         """the last one measured, with the step it is of"""
+        self._gave_up: str | None = None
+        """the guard's last words"""
         self._writing: str | None = None
         self._saved_step = -1
         self._evaluated_step = -1
@@ -115,6 +118,7 @@ class FinetuneTrainer(Trainer):
             )
         objective.model.config.use_cache = keeps_cache  # it is saved; our calls say what they want
         self.remove_callback(PrinterCallback)
+        keep_events(self.callback_handler.callbacks, Path(args.output_dir))
         self._watch = Watch(self)
         self.add_callback(self._watch)
         self._step_loss = torch.zeros((), device=args.device)
@@ -137,6 +141,10 @@ class FinetuneTrainer(Trainer):
                     self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 elif checkpoint is not None:  # it had ended when its process was killed
                     self._load_from_checkpoint(str(checkpoint))
+            except Exception as error:
+                if told := as_input_error(self.config.log_to, error):
+                    raise told from error
+                raise
             finally:
                 self._watch.close()
         self.model.zero_grad(set_to_none=True)
@@ -407,6 +415,7 @@ class FinetuneTrainer(Trainer):
             "step": self.state.global_step,
             "monitor": self.monitor.to_dict(),
             "guard": asdict(self.guard_state),
+            "gave_up": self._gave_up,
             "tokens": self.tokens,
             "masked_batches": self.masked_batches,
             "seconds": self.elapsed(),
@@ -419,6 +428,8 @@ class FinetuneTrainer(Trainer):
         state = json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))
         self.monitor = Monitor(**state["monitor"])
         self.guard_state = GuardState(**state["guard"])
+        if state["gave_up"]:  # who goes on from there wants it to be tried again
+            self.guard_state.rollbacks = self.guard_state.in_a_row = 0
         self.tokens, self.seconds = state["tokens"], state["seconds"]
         self.masked_batches, self.bleu = state["masked_batches"], state["bleu"]
         self.stopped, self._evaluated_step = state["stopped"], state["evaluated_step"]
@@ -431,11 +442,18 @@ class FinetuneTrainer(Trainer):
             self.evaluate()
         if self._saved_step != step:
             self._save_checkpoint(self.model)
+        end_run(self.config.log_to)
 
     def give_up(self, error: NumericalError) -> NumericalError:
         """Save the good state that the guard has brought back; the error that says where."""
+        self._gave_up = str(error)
         self._save_checkpoint(self.model)
-        return NumericalError(f"{error}; saved in {self.args.output_dir}")
+        return NumericalError(f"{error}; the last good state is in {self.args.output_dir}")
+
+
+def last_words(checkpoint: Path) -> str | None:
+    """Why the guard gave up where it wrote `checkpoint`; None where it did not."""
+    return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))["gave_up"]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
+from tiny import tiny_checkpoint
 
 from fastprune import cli
 from fastprune.config import CommonConfig
@@ -163,3 +165,47 @@ def test_python_m_fastprune():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith("fastprune: error: no command 'nothing'")
+
+
+@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
+def buffering(request, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", request.param)
+
+
+def with_closed_stdout(*args, stderr=subprocess.PIPE):
+    """Run the command while no one reads what it prints; (status, stderr)."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        target = closed if stderr is subprocess.STDOUT else stderr
+        command = [sys.executable, "-m", "fastprune", *map(str, args)]
+        done = subprocess.run(command, stdout=closed, stderr=target, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("args", [["--help"], ["prune", "--help"]])
+def test_a_closed_stdout_ends_quietly(buffering, args):
+    assert with_closed_stdout(*args) == (141, "")
+
+
+def test_a_closed_stdout_of_a_longer_command(tmp_path, monkeypatch):
+    """What is printed at the end by a table, and bit by bit; the result is written all the same."""
+    folder = tiny_checkpoint(tmp_path / "model", layers=2)
+    result = tmp_path / "result.json"
+    eval_ = ["eval", folder, "--windows", "1", "--seq-len", "32", "--json", result]
+    assert with_closed_stdout(*eval_) == (141, "")
+    assert json.loads(result.read_text())["windows"] == 1
+    (tmp_path / "prompts.txt").write_text("a\nb\n" * 3)
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")  # else it is all printed at the end
+    generate = ["generate", folder, "--prompt", tmp_path / "prompts.txt", "--max-new-tokens", "2"]
+    assert with_closed_stdout(*generate) == (141, "")
+
+
+def test_a_failure_keeps_its_status_where_no_one_reads():
+    assert with_closed_stdout("nothing", stderr=subprocess.STDOUT) == (2, None)
+
+
+def test_another_broken_pipe_is_a_bug(capsys, monkeypatch):
+    monkeypatch.setitem(ERRORS, "bug", BrokenPipeError("of a worker"))
+    assert cli.main(["echo", "--fail", "bug"]) == 1
+    assert "BrokenPipeError: of a worker" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from tiny import TEXT, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
+from fastprune.data.encode import Encoder
 from fastprune.data.instruct import prompt_text
 from fastprune.data.training import Collator, training_data
 from fastprune.errors import InputError
@@ -238,6 +239,23 @@ def test_prompts_are_put_as_in_training(tmp_path, tokenizer):
         prompt = prompt_text(tokenizer, asked, ENGLISH["input"])
         assert tokenizer.decode(item["input_ids"][item["labels"] == IGNORED]).startswith(prompt)
         assert prompt.endswith("Response:\n" if template is None else "<|assistant|>\n")
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, MARKED, "{{ bos_token }}" + TEMPLATE])
+def test_a_prompt_is_the_beginning_of_its_training_item(tmp_path, tokenizer, template):
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+    )
+    tokenizer.chat_template = template
+    path = write(tmp_path / "a.jsonl", [{"prompt": "Who built the dam?", "response": "Nobody."}])
+    item = training_data(path, tokenizer, seq_len=512).train[0]
+    asked = Encoder(tokenizer, seq2seq=False).prompt("Who built the dam?", "instructions")
+    assert asked == item["input_ids"][item["labels"] == IGNORED].tolist()[: len(asked)]
+    assert item["labels"][len(asked)] != IGNORED
+    assert Encoder(tokenizer, seq2seq=False).prompt("The river", "text") == "The river"
+    assert Encoder(tokenizer, seq2seq=True).prompt("The river", "chat") == "The river"
 
 
 def test_long_examples_keep_the_start_of_the_response(tmp_path, tokenizer):

@@ -24,6 +24,14 @@ def test_greedy_is_the_likeliest_token_each_time(family):
     assert result.new_tokens == 6
 
 
+def test_token_ids_are_taken_as_they_are():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    ids = tokenizer(PROMPT).input_ids
+    result = generate(model, tokenizer, ids, 6)
+    assert result.text == generate(model, tokenizer, PROMPT, 6).text
+    assert result.prompt == PROMPT
+
+
 def test_sampling_follows_the_seed_alone():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     state = torch.get_rng_state()

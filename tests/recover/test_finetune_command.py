@@ -100,6 +100,27 @@ def test_half_precision_weights_keep_their_dtype(finetune, tmp_path, dtype):
     assert p["after"] < p["before"]
 
 
+@pytest.mark.parametrize(
+    ("features", "precision", "warned"),
+    [
+        ({"avx2": True}, "bf16", True),
+        ({"avx2": True, "avx512_fp16": True}, "bf16", True),
+        ({"avx2": True, "avx512_bf16": True}, "bf16", False),
+        ({"neon": True, "bf16": True}, "fp16", True),
+        ({"avx2": True}, "fp32", False),
+        ({"avx2": True}, "auto", False),
+        ({}, "bf16", False),
+    ],
+)
+def test_products_without_units_are_warned_of(finetune, monkeypatch, features, precision, warned):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    status, _, stderr = finetune("--max-steps", "1", "--precision", precision)
+    assert status == 0, stderr
+    line = f"--precision {precision}: this processor has no units for {precision} products"
+    assert stderr.count(line) == int(warned)
+    assert stderr.count("no units") == int(warned)
+
+
 def test_lora_leaves_an_adapter(finetune, tmp_path):
     status, _, stderr = finetune("--max-steps", "4", "--method", "lora", "--save-steps", "2")
     assert status == 0, stderr

@@ -9,6 +9,7 @@ from tiny import tiny_model
 
 from fastprune.errors import NumericalError
 from fastprune.kernels import AdamW
+from fastprune.recover import callbacks
 from fastprune.recover.freeze import make_schedule
 from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
 from fastprune.recover.recipes import Stage
@@ -31,7 +32,7 @@ def test_a_good_loss_is_left_alone():
 class Training:
     """Two weights, an optimizer, a guard; `step` gives the gradient that it is told to."""
 
-    def __init__(self, patience=3, rollbacks=2, interval=1, scale=None):
+    def __init__(self, patience=3, rollbacks=2, delay=0, scale=None):
         self.model = torch.nn.Linear(2, 1, bias=False)
         pairs = list(self.model.named_parameters())
         self.optimizer = AdamW(pairs, lr=0.1, loss_scale=scale)
@@ -40,7 +41,7 @@ class Training:
         )
         self.guard = Guard(
             self.model, self.optimizer, self.schedule,
-            patience=patience, rollbacks=rollbacks, interval=interval,
+            patience=patience, rollbacks=rollbacks, delay=delay,
         )  # fmt: skip
         self.guard.keep(0)
         self.at = 0
@@ -112,11 +113,45 @@ def test_it_gives_up_with_the_good_state_in_place():
     assert torch.equal(training.weight, good)
 
 
-def test_rare_looks_count_only_intervals_that_were_bad_throughout():
-    training = Training(patience=4, interval=4)
-    for gradient in (math.nan, math.nan, math.nan, 1.0):
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("first", range(4))
+def test_bad_steps_in_a_row_are_seen_as_late_as_the_reading(delay, first):
+    """Wherever they begin, and however often."""
+    training = Training(patience=3, delay=delay)
+    good = training.weight
+    for _ in range(first):
+        assert not training.step(1.0)
+    for returns in (1, 2):
+        late = [training.step(math.nan) for _ in range(3 + delay)]
+        assert late == [False] * (2 + delay) + [True]
+        assert training.guard.state.rollbacks == returns
+        assert torch.equal(training.weight, good)
+    assert training.guard.state.skipped == 2 * (3 + delay)
+    assert not any(training.step(math.nan) for _ in range(2))
+    assert not any(training.step(1.0) for _ in range(4))  # not a third time: they were two
+
+
+def test_a_sound_step_ends_what_a_late_reading_would_act_on():
+    training = Training(patience=3, delay=1)
+    for gradient in (1.0, math.nan, math.nan, math.nan):
         assert not training.step(gradient)
+    before = training.weight
+    assert not training.step(1.0)
+    assert not torch.equal(training.weight, before)  # not brought back
+    assert not any(training.step(gradient) for gradient in (math.nan, math.nan, 1.0))
+    assert training.guard.state.rollbacks == 0
+
+
+def test_a_late_reading_proves_no_state_kept_since():
+    training = Training(patience=3, delay=1)
+    training.step(1.0)
+    proved = training.weight
+    training.guard.keep(1)
+    training.step(1.0)
+    training.step(1.0)  # reads that the step after the state was sound
+    training.guard.keep(3)
     assert [training.step(math.nan) for _ in range(4)] == [False, False, False, True]
+    assert torch.equal(training.weight, proved)
 
 
 def test_a_loss_scale_that_looks_for_its_place_is_no_trouble():
@@ -144,6 +179,8 @@ def gradients(monkeypatch):
     """Replace the gradients of some steps of the command's run by a value."""
     from fastprune.recover import pipeline
 
+    original = pipeline.Course
+
     def use(value, steps):
         def hook(step, model):
             if step in steps:
@@ -151,7 +188,6 @@ def gradients(monkeypatch):
                     if p.grad is not None:
                         p.grad.fill_(value)
 
-        original = pipeline.Course
         monkeypatch.setattr(
             pipeline, "Course", lambda *a, **o: original(*a, **o | {"gradient_hook": hook})
         )
@@ -169,8 +205,12 @@ def test_faults_here_and_there(finetune, gradients, tmp_path):
     assert metrics["perplexity"][0]["after"] < metrics["perplexity"][0]["before"]
 
 
-def test_a_run_of_faults_is_survived(finetune, gradients, tmp_path):
-    gradients(math.inf, {3, 4, 5})
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_run_of_faults_is_survived(finetune, gradients, tmp_path, monkeypatch, delay):
+    monkeypatch.setattr(
+        callbacks, "Guard", lambda *args, **options: Guard(*args, **options | {"delay": delay})
+    )
+    gradients(math.inf, range(3, 6 + delay))
     status, _, stderr = finetune("--max-steps", "8", "--guard-steps", "3")
     assert status == 0, stderr
     assert "learning rate halved" in stderr
@@ -188,6 +228,37 @@ def test_a_hopeless_run_stops_and_keeps_the_good_state(finetune, gradients, tmp_
     out = tmp_path / "out"
     assert not (out / "config.json").exists()
     assert list((out / "fastprune/state/stage-0").glob("checkpoint-*"))
+
+
+def test_a_run_that_gave_up_says_so_and_goes_on_when_told(finetune, gradients, tmp_path):
+    flags = ["--max-steps", "12", "--guard-steps", "2", "--guard-rollbacks", "1"]
+    gradients(math.nan, range(4, 100))
+    assert finetune(*flags)[0] == 4
+    (good,) = (tmp_path / "out/fastprune/state/stage-0").glob("checkpoint-*")
+    gradients(math.nan, ())
+    for change in ((), ("--weight-decay", "0.1")):
+        status, _, stderr = finetune(*flags, *change)
+        assert status == 4
+        assert stderr.count("\n") == 1
+        assert "holds a run that gave up at step 8: 2 steps in a row" in stderr
+        assert "--resume never and a lower --lr" in stderr
+        assert f"--resume {good}" in stderr
+    gradients(math.nan, {8, 9})  # it may return once again
+    status, _, stderr = finetune(*flags, "--resume", str(good))
+    assert status == 0, stderr
+    stage = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())["stages"][0]
+    assert (stage["steps"], stage["rollbacks"], stage["lr_factor"]) == (12, 1, 0.25)
+
+
+def test_a_run_that_gave_up_begins_anew(finetune, gradients, tmp_path):
+    flags = ["--max-steps", "4", "--guard-steps", "1", "--guard-rollbacks", "0"]
+    gradients(math.nan, {2})
+    assert finetune(*flags)[0] == 4
+    gradients(math.nan, ())
+    assert finetune(*flags, "--lr", "1e-4", "--resume", "never")[0] == 0
+    assert (
+        json.loads((tmp_path / "out/fastprune/metrics.json").read_text())["stages"][0]["lr"] == 1e-4
+    )
 
 
 def test_batches_without_labels_are_skipped(finetune, tmp_path):

@@ -100,11 +100,19 @@ def test_a_stage_that_makes_it_worse_is_rolled_back(finetune, tmp_path, on_worse
         assert metrics["stages"][2]["perplexity"]["before"] == good["perplexity"]["after"]
 
 
-def test_the_rate_is_a_fraction_of_the_edge():
+def test_the_rate_is_where_the_loss_falls_fastest():
     rates = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
     chosen, reason = choose(4.0, rates, [4.0, 3.9, 3.5, 3.2, float("nan")])
-    assert chosen == pytest.approx(2e-4)
+    assert chosen == 1e-4
     assert "4.000 to 3.200" in reason
+    assert choose(4.0, rates, [3.9, 3.7, 3.4, 3.0, 2.4])[0] == 1e-3  # it ended while falling
+    # a single lucky stage among bad ones does not outweigh a steady fall
+    wide = [1e-7, *rates, 1e-1]
+    assert choose(4.0, wide, [4.05, 3.9, 3.95, 3.85, 3.73, 3.6, 3.7])[0] == 1e-3
+
+
+def test_a_fall_at_the_first_rate_needs_nothing_before_it():
+    assert choose(4.0, [1e-6, 1e-5], [3.0, float("inf")])[0] == 1e-6
 
 
 def test_a_model_that_learns_nothing_gets_the_lowest_rate():
