@@ -178,7 +178,7 @@ def test_recomputed_activations_give_the_same_gradients(trainer):
         assert torch.equal(found[0][name], found[1][name]), name
 
 
-def test_sharded_weights_are_refused_before_anything_is_trained(trainer, monkeypatch):
+def test_sharding_by_accelerate_is_refused_before_anything_is_trained(trainer, monkeypatch):
     create = FinetuneTrainer.create_accelerator_and_postprocess
 
     def sharded(self):
@@ -186,5 +186,5 @@ def test_sharded_weights_are_refused_before_anything_is_trained(trainer, monkeyp
         self.is_fsdp_enabled = True
 
     monkeypatch.setattr(FinetuneTrainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(InputError, match="FSDP is not supported"):
+    with pytest.raises(InputError, match="give --shard"):
         trainer(samples(4))
