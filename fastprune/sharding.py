@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastprune.errors import InputError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -94,8 +96,15 @@ def is_sharded(model: nn.Module) -> bool:
 def spread(module: nn.Module, device: torch.device) -> None:
     """Shard `module` in place over all processes, its layers one by one, onto `device`.
 
-    The parameters must be the same in all processes. Collective.
+    The parameters must be the same in all processes. Collective. Raises InputError when those that
+    learn have several dtypes, whose gradients cannot be reduced together.
     """
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        raise InputError(
+            f"--shard: what learns has several dtypes ({', '.join(sorted(dtypes))}); bring the "
+            "model to one with --dtype, or train all in fp32 with --precision fp32"
+        )
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
-from training import RUNS, Runner
+from training import RUNS, Runner, guarded
 
+from fastprune.errors import InputError
 from fastprune.recover import pipeline, range_test
+from fastprune.sharding import spread
 
 pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores
 SCRIPT = Path(__file__).parent.with_name("training.py")
@@ -111,6 +113,23 @@ def test_a_sharded_run_resumes_unsharded(two):
     for key, value in weights(two / "resumed" / "ddp").items():
         # two steps of a run that differs in the order of fp32 sums
         assert (value - expected[key]).abs().mean() < 2e-5, key
+
+
+def test_the_guard_brings_every_shard_back(one, two, files):
+    alone = guarded(files, 4)
+    assert (alone["rollbacks"], alone["skipped_steps"], alone["lr_factor"]) == (1, 3, 0.5)
+    for rank in range(2):
+        found = torch.load(two / f"guarded-{rank}.pt")
+        for key, value in found.pop("weights").items():
+            # as above, with three steps that count
+            assert (value - alone["weights"][key]).abs().mean() < 2e-5, key
+        assert found == {key: value for key, value in alone.items() if key != "weights"}
+
+
+def test_several_dtypes_cannot_be_sharded():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).half())
+    with pytest.raises(InputError, match="several dtypes"):
+        spread(model, torch.device("cpu"))
 
 
 def test_what_accelerate_launch_says_about_sharding_is_heard(two):
