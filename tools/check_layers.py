@@ -21,7 +21,7 @@ LEVELS = (
     ("inspect", "report"),
     ("models", "data"),
     ("kernels",),
-    ("flags", "config", "precision", "progress", "distributed", "errors"),
+    ("flags", "config", "precision", "progress", "distributed", "sharding", "errors"),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 STRANGERS = {("prune", "recover"), ("recover", "prune")}

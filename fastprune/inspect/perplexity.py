@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fastprune.kernels.reference import IGNORED
 from fastprune.models.load import load_model
 from fastprune.models.seq2seq import halves, is_seq2seq, response_states
 from fastprune.progress import track
+from fastprune.sharding import inside
 
 CHUNK_LOGITS = 2**24
 """Logits computed at a time: 64 MB in fp32, large enough to keep a device busy."""
@@ -126,10 +128,10 @@ def evaluate(
     exp of the mean negative log-likelihood over all n * (s - 1) scored tokens, summed in float64.
     The encoder of a T5 reads the first half of a window, and the second half is scored. Not a
     number, or infinite, when the model's output is: the caller decides what that means.
-    Where several processes share the work, each runs its own batches.
+    Where several processes share the work, each runs its own batches. A model that is sharded all
+    must evaluate, each all batches.
     """
     device = next(model.parameters()).device
-    decoder, head = decoder_and_head(model)
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -137,18 +139,23 @@ def evaluate(
     start = time.perf_counter()
     try:
         for batch in track(distributed.share(batches(windows, batch_size)), description):
-            ids = batch.to(device)
-            if is_seq2seq(model):
-                hidden, labels = response_states(model, *halves(ids))
-            else:
-                hidden, labels = decoder(input_ids=ids, use_cache=False).last_hidden_state, ids
-            loss, scored = chunked_loss(hidden, head, labels)
+            loss, scored = inside(model, partial(_summed_loss, model, batch.to(device)))
             total += loss
             tokens += scored
     finally:
         model.train(training)
     distributed.sum_(total)
     return measured(total, windows, start, round(distributed.sums([tokens])[0]))
+
+
+def _summed_loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
+    """Summed negative log-likelihood of the windows `ids` (n, s), and of how many tokens."""
+    decoder, head = decoder_and_head(model)
+    if is_seq2seq(model):
+        hidden, labels = response_states(model, *halves(ids))
+    else:
+        hidden, labels = decoder(input_ids=ids, use_cache=False).last_hidden_state, ids
+    return chunked_loss(hidden, head, labels)
 
 
 def batches(windows: Tensor, batch_size: int | None = None) -> Sequence[Tensor]:

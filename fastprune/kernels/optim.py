@@ -11,18 +11,15 @@ import torch
 from torch import Tensor
 
 from fastprune.kernels.ops import MASTERS, adamw_states, adamw_step, adamw_workspace
+from fastprune.sharding import add_up, as_shard, local, shard_of
 
 _NO_STATE: dict[str, Tensor | None] = {"exp_avg": None, "exp_avg_sq": None}
 _DYNAMIC_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
 
-def _local(t: Tensor) -> Tensor:
-    """This process's shard of a DTensor; any other tensor as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
 class _Part:
-    """The parameters that share a device, with the buffers that belong to them all."""
+    """The parameters that share a device, and are spread over the same processes if over several,
+    with the buffers that belong to them all."""
 
     def __init__(self, device: torch.device, loss_scale: float) -> None:
         self.device = device
@@ -52,8 +49,8 @@ class _Part:
         self.stats = torch.zeros(n, 2, dtype=torch.float64, device=self.device)
         self.states = [_NO_STATE] * n
         self.with_grad = [False] * n
-        self.sharded = any(_local(p) is not p for p in self.params)
-        self.workspace = adamw_workspace([_local(p).detach() for p in self.params])
+        self.sharded = local(self.params[0]) is not self.params[0]
+        self.workspace = adamw_workspace([local(p).detach() for p in self.params])
 
 
 class AdamW(torch.optim.Optimizer):
@@ -62,6 +59,9 @@ class AdamW(torch.optim.Optimizer):
     Moments and arithmetic are float32 whatever the weights are, so `eps` and small squared
     gradients survive. A step whose gradients are not all finite changes nothing but the counter
     `skipped_steps`; `culprits()` names the tensors. The step never waits for the device.
+
+    Parameters that are DTensors (FSDP2) are updated shard by shard; norm and count of non-finite
+    gradients are those of all shards, by one all-reduce, so that all processes clip and skip alike.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either.
@@ -74,8 +74,9 @@ class AdamW(torch.optim.Optimizer):
             steps in a row, halves after a skipped one. Backpropagate `optimizer.scale(loss)`.
         seed: of the stochastic rounding; the draws depend on seed, step and position only.
         reduce_total: called between the passes with a float64 tensor [sum of squares, non-finite
-            count] of the local gradients. Where gradients are sharded (FSDP2) sum it over the
-            shards: `lambda total: dist.all_reduce(total, group=shard_group)`.
+            count] of the gradients here, instead of the all-reduce of DTensors. Where gradients are
+            sharded by other means, sum it over the shards:
+            `lambda total: dist.all_reduce(total, group=shard_group)`.
 
     Raises:
         ValueError: an option is out of range, or a parameter is not float32, bfloat16 or float16.
@@ -141,8 +142,8 @@ class AdamW(torch.optim.Optimizer):
             self._add_states(part, with_grad)
         params = part.params
         if part.sharded:
-            params = [_local(p) for p in params]
-            grads = [None if g is None else _local(g) for g in grads]
+            params = [local(p) for p in params]
+            grads = [None if g is None else local(g) for g in grads]
         step = self._kernel_step(part, params, grads, groups)
         misfits = step.misfits()
         if misfits:
@@ -179,6 +180,9 @@ class AdamW(torch.optim.Optimizer):
         )
 
     def _combine_totals(self, parts: list[_Part]) -> None:
+        if self.reduce_total is None:
+            for part in parts:
+                add_up(part.total, part.params[0])
         if len(parts) > 1:
             total = parts[0].total.clone()
             for part in parts[1:]:
@@ -217,15 +221,18 @@ class AdamW(torch.optim.Optimizer):
     def culprits(self) -> dict[str, int]:
         """Names of the tensors whose last gradients were not finite, with how many values.
 
-        A tensor whose squares alone exceed float32 is named with 0. Waits for the device.
+        A tensor whose squares alone exceed float32 is named with 0. Waits for the device; with
+        DTensors all processes must call it.
         """
         largest = torch.finfo(torch.float32).max
-        return {
-            name: int(count)
-            for part in self._arranged()
-            for name, (squares, count) in zip(part.names, part.stats.tolist())
-            if count > 0 or squares > largest
-        }
+        found = {}
+        for part in self._arranged():
+            stats = part.stats.clone()
+            add_up(stats, part.params[0])
+            for name, (squares, count) in zip(part.names, stats.tolist()):
+                if count > 0 or squares > largest:
+                    found[name] = int(count)
+        return found
 
     # ------------------------------------------------------------------------ state
 
@@ -241,8 +248,17 @@ class AdamW(torch.optim.Optimizer):
             self.load_state_dict(super().state_dict() | {"fastprune": self._extra()})
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's format, with the loss scale and the counter of skipped steps in "fastprune"."""
-        return super().state_dict() | {"fastprune": self._extra()}
+        """torch's format, with the loss scale and the counter of skipped steps in "fastprune".
+
+        Moments and master weights of a DTensor are DTensors spread alike.
+        """
+        packed = super().state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]
+        packed["state"] = {
+            i: {key: as_shard(value, params[i]) for key, value in state.items()}
+            for i, state in packed["state"].items()
+        }
+        return packed | {"fastprune": self._extra()}
 
     def _extra(self) -> dict[str, Any]:
         return {"control": self._arranged()[0].control.clone(), "seed": self.seed}
@@ -251,7 +267,8 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues bit for bit. Moments and master weights stay float32 whatever the weights are.
 
-        States of torch.optim.AdamW are accepted too; missing master weights are the weights.
+        States of torch.optim.AdamW are accepted too; missing master weights are the weights. For a
+        DTensor the state may be whole, a DTensor, or this process's part.
         """
         super().load_state_dict({**state_dict, "state": {}})
         extra = state_dict.get("fastprune", {})
@@ -268,21 +285,23 @@ class AdamW(torch.optim.Optimizer):
             for p in part.params:
                 for key, value in saved.get(p, {}).items():
                     if key in self.state[p]:
-                        self.state[p][key].copy_(_local(torch.as_tensor(value)))
+                        self.state[p][key].copy_(shard_of(torch.as_tensor(value), p))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__  # torch's own would leave our options out of copies
 
     def _arranged(self) -> list[_Part]:
-        """The parameters by device; made at the first use, when all groups are known."""
+        """The parameters by device and sharding; made at the first use, with all groups known."""
         if self._parts is None:
-            parts: dict[torch.device, _Part] = {}
+            parts: dict[Any, _Part] = {}
             for number, group in enumerate(self.param_groups):
                 names = group.get("param_names")
                 for position, p in enumerate(group["params"]):
-                    part = parts.get(p.device)
+                    mesh = getattr(p, "device_mesh", None)
+                    key = (p.device, mesh, getattr(p, "placements", None))
+                    part = parts.get(key)
                     if part is None:
-                        part = parts[p.device] = _Part(p.device, self._loss_scale)
+                        part = parts[key] = _Part(p.device, self._loss_scale)
                     part.params.append(p)
                     part.group_of.append(number)
                     part.names.append(
@@ -297,14 +316,14 @@ class AdamW(torch.optim.Optimizer):
         """Moments (and master weights) for parameters that have a gradient for the first time."""
         for slot, (p, needed) in enumerate(zip(part.params, wanted)):
             if needed and part.states[slot] is _NO_STATE:
-                local = _local(p).detach()
+                own = local(p).detach()
                 state = {
                     "step": part.steps[slot],
-                    "exp_avg": torch.zeros_like(local, dtype=torch.float32),
-                    "exp_avg_sq": torch.zeros_like(local, dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(own, dtype=torch.float32),
+                    "exp_avg_sq": torch.zeros_like(own, dtype=torch.float32),
                 }
                 if self.master == "fp32" and p.dtype != torch.float32:
-                    state["master"] = local.to(torch.float32, copy=True)
+                    state["master"] = own.to(torch.float32, copy=True)
                 self.state[p] = part.states[slot] = state
         part.with_grad = wanted
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
+from fastprune.sharding import whole
 
 
 def align_layers(student: nn.Module, teacher: nn.Module) -> list[int]:
@@ -43,7 +44,7 @@ def _layers(decoder: nn.Module) -> list[dict[str, Tensor]]:
         )
     return [
         {
-            name: p.detach().float().cpu()
+            name: whole(p.detach()).float().cpu()
             for name, p in layer.named_parameters()
             if p.shape == (size,)
         }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,44 @@ def own_device(name: str) -> torch.device:
     if device.type == "cuda" and world_size() > 1:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
+
+
+def shards(config: FinetuneConfig) -> bool:
+    """Whether the weights are spread over the processes while they train."""
+    return config.shard and world_size() > 1
+
+
+def take_over_sharding(config: FinetuneConfig) -> FinetuneConfig:
+    """`config` with `shard` where `accelerate launch` was told to use FSDP.
+
+    The library is told no more: it would load the weights in one process only, and wrap the model.
+    """
+    wanted = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    return replace(config, shard=True) if wanted else config
+
+
+def meet(device: torch.device) -> None:
+    """Of several processes none goes on before all have come this far."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        state = PartialState(cpu=device.type == "cpu", timeout=distributed.TIMEOUT)
+        state.wait_for_everyone()
+
+
+@contextmanager
+def first_of_node_first(device: torch.device) -> Iterator[None]:
+    """The first process of each node runs the body, then the others do, after an error too."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not first:
+        meet(device)
+    try:
+        yield
+    finally:
+        if first:
+            meet(device)
 
 
 def is_first_process() -> bool:

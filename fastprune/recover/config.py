@@ -143,6 +143,9 @@ class FinetuneConfig(CommonConfig):
 
     optimizer_master: Literal["fp32", "stochastic", "none"] = "fp32"
     """half-precision weights: an fp32 copy in the optimizer, stochastic rounding, or neither"""
+    shard: bool = False
+    """under torchrun, spread weights, gradients and optimizer over the processes (FSDP) instead of
+    a copy of all in each (DDP); with one process it changes nothing"""
     gradient_checkpointing: bool = False
     """compute activations twice instead of keeping them: less memory, a third more time"""
     guard_steps: int = 5

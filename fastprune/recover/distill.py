@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fastprune.kernels.ops import cross_entropy
 from fastprune.models.load import load_model
 from fastprune.recover.align import align_layers
 from fastprune.recover.loss import head_loss, product_dtype, scored_tokens
+from fastprune.sharding import inside, spread, whole
 
 TINY = 1e-12  # below the square of any hidden state that is not zero
 
@@ -38,18 +40,24 @@ def load_teacher(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
+    shard: bool = False,
 ) -> nn.Module:
     """The teacher that `source` names, in eval mode and without gradients.
 
-    Raises InputError when it cannot be loaded or reads other tokens than the student's `tokenizer`.
+    With `shard` it is spread over all processes, which must all call this. Raises InputError when
+    it cannot be loaded or reads other tokens than the student's `tokenizer`.
     """
-    teacher, own = load_model(source, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    place = "cpu" if shard else device
+    teacher, own = load_model(source, dtype=dtype, device=place, allow_pickle=allow_pickle)
     if tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"--teacher {source}: its vocabulary is not the student's ({len(own.get_vocab())} and "
             f"{len(tokenizer.get_vocab())} tokens); distillation compares them word by word"
         )
-    return teacher.requires_grad_(False)
+    teacher.requires_grad_(False)
+    if shard:
+        spread(teacher, torch.device(device))
+    return teacher
 
 
 class Distiller:
@@ -149,12 +157,14 @@ class Distiller:
     def _teacher_states(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Sequence[Tensor] | None]:
         device = self.head.weight.device
         mask = inputs.get("attention_mask")
-        output = self.decoder(
+        call = partial(
+            self.decoder,
             input_ids=inputs["input_ids"].to(device),
             attention_mask=None if mask is None else mask.to(device),
             use_cache=False,
             output_hidden_states=self.wants_hidden_states,
         )
+        output = inside(self.teacher, call)
         return output.last_hidden_state, output.hidden_states
 
     def _check_vocabulary(self, head: nn.Module) -> None:
@@ -200,8 +210,8 @@ class _Divergence:
         self.states = states.reshape(-1, states.shape[-1])
         self.weight, self.temperature = weight, temperature
         dtype = product_dtype(head.weight)  # read here: inside the loss autocast is off
-        self.matrix = head.weight.to(dtype)
-        self.bias = None if head.bias is None else head.bias.to(dtype)
+        self.matrix = whole(head.weight).to(dtype)
+        self.bias = None if head.bias is None else whole(head.bias).to(dtype)
         self.labels = torch.zeros((), dtype=torch.float64, device=states.device)
         self.divergence = torch.zeros_like(self.labels)
 

@@ -35,7 +35,7 @@ MARKS = ("config.json", "adapter_config.json")
 """Files that make a folder a model; they are moved last."""
 NOT_COMPARED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "log_to", "log_steps",
-    "save_steps", "keep_last", "prompt", "generate_steps", "guard_snapshot_steps",
+    "save_steps", "keep_last", "prompt", "generate_steps", "guard_snapshot_steps", "shard",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change the result."""
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import NumericalError
 from fastprune.recover.freeze import halve_rates
+from fastprune.sharding import local
 
 LOSS_LIMIT = 1e6
 """A loss beyond this counts as non-finite: no language model is worse than its vocabulary's log."""
@@ -172,7 +173,7 @@ class Guard:
         control = optimizer["fastprune"]["control"].clone()
         control[_SKIPPED] = today["fastprune"]["control"][_SKIPPED].to(control.device)
         for name, parameter in self.params.items():
-            _local(parameter).copy_(weights[name])
+            local(parameter).copy_(weights[name])
         self.optimizer.load_state_dict(
             {
                 **optimizer,
@@ -189,15 +190,10 @@ def _names(culprits: dict[str, int], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def _local(t: Tensor) -> Tensor:
-    """This process's shard of a DTensor; any other tensor as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
 def _host(value: Any) -> Any:
-    """A copy of nested `value` with every tensor on the host."""
+    """A copy of nested `value` with every tensor on the host; of a DTensor this process's part."""
     if isinstance(value, Tensor):
-        return _local(value).detach().to("cpu", copy=True)
+        return local(value).detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _host(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
 """The loss of a batch, computed inside the model's own forward call.
 
 The logits of a batch never stand whole (recover/loss.py), so the loss must be taken between the
-decoder and the head. DDP, which synchronises gradients, acts when the
-model is called, so it must happen inside that call: while training, the model's `forward` also
+decoder and the head. DDP, which synchronises gradients, and FSDP, which gathers weights, act when
+the model is called, so it must happen inside that call: while training, the model's `forward` also
 knows `items`, and then returns the loss.
 """
 
@@ -22,6 +22,7 @@ from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.models.seq2seq import is_seq2seq, response_states
 from fastprune.precision import bf16_is_fast, lacks_units
 from fastprune.recover.loss import next_token_loss
+from fastprune.sharding import inside
 
 log = logging.getLogger("fastprune")
 
@@ -70,6 +71,10 @@ class Objective:
         `inputs` holds input_ids and labels (n, s), -100 where not scored, and attention_mask where
         there is padding. For an encoder-decoder model labels (n, t) are the responses.
         """
+        return inside(self.model, lambda: self.within(inputs, items))
+
+    def within(self, inputs: Mapping[str, Any], items: int | Tensor | None = None) -> Tensor:
+        """The same, from within a call of the model."""
         labels = inputs["labels"]
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         device = labels.device.type
@@ -114,7 +119,7 @@ def loss_inside(objective: Objective) -> Iterator[None]:
         if "items" not in kwargs:
             return usual(*args, **kwargs)
         items = kwargs.pop("items")
-        return {"loss": objective(kwargs, items)}
+        return {"loss": objective.within(kwargs, items)}
 
     model.forward = forward
     try:

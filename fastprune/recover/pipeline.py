@@ -26,7 +26,13 @@ from fastprune.inspect.perplexity import (
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.load import load_or_start
 from fastprune.models.seq2seq import is_seq2seq
-from fastprune.recover.arguments import is_first_process, own_device, world_size
+from fastprune.recover.arguments import (
+    is_first_process,
+    meet,
+    own_device,
+    shards,
+    take_over_sharding,
+)
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
@@ -39,6 +45,7 @@ from fastprune.recover.stage import Course, gate_passed, put_back, run_stage, sn
 from fastprune.recover.trainer import GradientHook
 from fastprune.report.finetune import write_finetune_report
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
+from fastprune.sharding import is_sharded
 
 log = logging.getLogger("fastprune")
 
@@ -73,17 +80,17 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
         raise InputError("no MODEL given: name a directory, a hub id, a .gguf file or smollm2-135m")
     if config.out is None:
         raise InputError("--out DIR is needed")
+    config = take_over_sharding(config)
     recipe = _checked(config)
     folder = RunFolder.open(config)
-    _meet(config)
+    meet(own_device(config.device))  # all have seen the folder as it was
     clock = Clock()
     with RunLog() as run_log:
         with clock("load"):
-            device = own_device(config.device)
             model, tokenizer = load_or_start(
                 config.model,
                 dtype=config.dtype,
-                device=device,
+                device=torch.device("cpu") if shards(config) else own_device(config.device),
                 allow_pickle=config.allow_pickle,
             )
         result = _finetune(model, tokenizer, config, recipe, folder, clock)
@@ -115,7 +122,9 @@ def finetune(
     ``gradient_hook`` is called with (step, model) when the gradients of a step are complete. Raises
     as `run_finetune`.
     """
+    config = take_over_sharding(config)
     recipe = _checked(config)
+    meet(own_device(config.device))
     with tempfile.TemporaryDirectory(prefix="fastprune-") as records:
         folder = RunFolder(Path(records), config)
         return _finetune(model, tokenizer, config, recipe, folder, Clock(), gradient_hook)
@@ -156,7 +165,11 @@ def _finetune(
     if config.teacher is not None:
         with clock("load"):
             teacher = load_teacher(
-                config.teacher, tokenizer, device=device, allow_pickle=config.allow_pickle
+                config.teacher,
+                tokenizer,
+                device=device,
+                allow_pickle=config.allow_pickle,
+                shard=shards(config),
             )
     course = Course(
         config,
@@ -178,10 +191,11 @@ def _finetune(
         folder.begin()
     if windows is not None and "before" not in record:
         with clock("evaluate"):
-            record["before"] = _sound(evaluate(model, windows).perplexity)
+            record["before"] = _sound(evaluate(course.placed(model), windows).perplexity)
     total = sum(p.numel() for p in model.parameters())
     model = _stages(model, recipe, course, clock)
-    _continue(model, course, None)
+    if config.prompt is not None:
+        course.sample(course.placed(model), None)
     after = folder.perplexity()
     check_weights(model)
     _check_gate(config, record.get("before"), after)
@@ -237,7 +251,8 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         result["perplexity"] = {"before": standing, "after": None}
         if course.windows is not None:
             with clock("evaluate"):
-                result["perplexity"]["after"] = evaluate(run.model, course.windows).perplexity
+                measured = evaluate(course.placed(run.model), course.windows)
+                result["perplexity"]["after"] = measured.perplexity
         kept = gate_passed(stage, standing, result["perplexity"]["after"])
         result["kept"] = kept
         if kept:
@@ -307,7 +322,7 @@ def _continue(model: nn.Module, course: Course, step: int | None) -> None:
     They are put to it as the training data put theirs.
     """
     config, folder, tokenizer = course.config, course.folder, course.tokenizer
-    if config.prompt is None or not is_first_process():
+    if config.prompt is None or not (is_first_process() or is_sharded(model)):
         return
     encoder, kind = Encoder(tokenizer, course.seq2seq), next(iter(course.data.values())).kind
     stage = folder.record["stage"] if step is not None else None
@@ -318,7 +333,8 @@ def _continue(model: nn.Module, course: Course, step: int | None) -> None:
         log.info("step %s: %r → %r", "end" if step is None else step, prompt, text)
         kept.append({"stage": stage, "step": step, "prompt": prompt, "text": text})
     folder.record["samples"] = kept
-    folder.save()
+    if is_first_process():
+        folder.save()
 
 
 def _write(directory: Path, result: FinetuneResult, base: str) -> None:
@@ -334,11 +350,3 @@ def _record(directory: Path, result: FinetuneResult, folder: RunFolder) -> None:
     directory.mkdir()
     write_json(directory / "metrics.json", result.metrics)
     write_finetune_report(directory / "report.html", result.metrics, folder.lines())
-
-
-def _meet(config: FinetuneConfig) -> None:
-    """Several processes: none goes on before all have seen the folder as it was."""
-    if world_size() > 1:
-        from accelerate import PartialState
-
-        PartialState(cpu=own_device(config.device).type == "cpu").wait_for_everyone()

@@ -164,7 +164,8 @@ def _given(config: FinetuneConfig) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(Stage)}
     names &= {field.name for field in dataclasses.fields(config)}
     values = {name: getattr(config, name) for name in names}
-    return {name: value for name, value in values.items() if value not in (None, (), False)}
+    # False is a switch left alone; a zero is a choice, though it equals False
+    return {n: v for n, v in values.items() if v is not None and v is not False and v != ()}
 
 
 def _find(name: str) -> Path:

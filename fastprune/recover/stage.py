@@ -19,7 +19,9 @@ from fastprune.models.families import PRUNED_PREFIX
 from fastprune.progress import log as progress_log
 from fastprune.recover.arguments import (
     describe,
+    first_of_node_first,
     is_first_process,
+    shards,
     steps_per_epoch,
     total_steps,
     training_arguments,
@@ -36,11 +38,12 @@ from fastprune.recover.range_test import range_test
 from fastprune.recover.recipes import Stage
 from fastprune.recover.trainer import FinetuneTrainer, GradientHook
 from fastprune.report.format import duration
+from fastprune.sharding import bring_back, sharded_copy
 
 log = logging.getLogger("fastprune")
 
-Sampler = Callable[[nn.Module, int], None]
-"""(model, optimizer step) -> None: continues the prompts."""
+Sampler = Callable[[nn.Module, int | None], None]
+"""(model, optimizer step, None at the end) -> None: continues the prompts."""
 
 
 @dataclass
@@ -61,20 +64,31 @@ class Course:
     data: dict[tuple[Any, ...], TrainingData] = field(default_factory=dict)
 
     def data_of(self, stage: Stage) -> TrainingData:
-        """The training data of `stage`; stages that want the same share it."""
+        """The training data of `stage`; stages that want the same share it.
+
+        Of several processes the first on each node tokenises, the others read what it has cached.
+        """
         key = (stage.seq_len, stage.samples, stage.val_size)
         if key not in self.data:
-            self.data[key] = training_data(
-                self.config.data,
-                self.tokenizer,
-                seq_len=stage.seq_len,
-                samples=stage.samples,
-                val_size=stage.val_size,
-                kind=self.config.kind,
-                seed=self.config.seed,
-                seq2seq=self.seq2seq,
-            )
+            with first_of_node_first(self.device):
+                self.data[key] = training_data(
+                    self.config.data,
+                    self.tokenizer,
+                    seq_len=stage.seq_len,
+                    samples=stage.samples,
+                    val_size=stage.val_size,
+                    kind=self.config.kind,
+                    seed=self.config.seed,
+                    seq2seq=self.seq2seq,
+                )
         return self.data[key]
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """`model` where it can run: itself, or under --shard a copy spread over the processes.
+
+        Such a copy has weights of its own. All processes must call it.
+        """
+        return sharded_copy(model, self.device) if shards(self.config) else model
 
 
 @dataclass
@@ -95,10 +109,12 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     data = course.data_of(stage)
     stage = _with_answers(stage, data)
     if stage.method == "lora":
+        torch.manual_seed(course.config.seed)  # the same matrices in all processes
         model = attach(model, stage)
     learning = freeze(model, stage.freeze)
+    trained = course.placed(model)
     if course.config.gradient_checkpointing:
-        _recompute_activations(model)
+        _recompute_activations(trained)
     dtype = autocast_dtype(stage.precision, course.device)
     distiller = None
     if course.teacher is not None:
@@ -109,7 +125,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
             hidden_weight=stage.distill_hidden_weight,
             student=model,
         )
-    objective = Objective(model, dtype, distiller)
+    objective = Objective(trained, dtype, distiller)
     collate = Collator(_pad_token(course.tokenizer))
     folder = course.folder.stage_folder(number)
     found = None
@@ -129,7 +145,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         tokenizer=course.tokenizer,
         windows=course.windows,
         on_line=_line_writer(course.folder, number),
-        on_sample=lambda step: course.sample(model, step),
+        on_sample=lambda step: course.sample(trained, step),
         gradient_hook=course.gradient_hook,
     )
     steps = total_steps(stage, len(data.train))
@@ -144,6 +160,8 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if best is not None and best != trainer.state.global_step and not trainer.interrupted:
         log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
         trainer.load_best()
+    if trained is not model:
+        bring_back(trained, model)
     return StageRun(
         model, _result(trainer, stage, steps, learning, found, best), trainer.interrupted
     )

@@ -1,8 +1,11 @@
 """transformers' Trainer with our optimizer, loss, guard, monitor and checkpoints inside.
 
 The loop, gradient accumulation, schedules' stepping, data order, DDP, loggers, and the
-saving and restoring of optimizer and random states are the library's. Ours are: what a step does
-about non-finite numbers, how a checkpoint gets onto the disk whole, and what is said and logged.
+saving and restoring of random states are the library's. Ours are: what a step does about non-finite
+numbers, how a checkpoint gets onto the disk whole, and what is said and logged.
+
+A sharded model (FSDP2) is trained as it is given. Its checkpoints hold whole tensors, which all
+processes gather and the first one writes: they continue on any number of processes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,8 +42,10 @@ from fastprune.recover.monitor import ADVICE, Monitor
 from fastprune.recover.objective import Objective, loss_inside
 from fastprune.recover.recipes import Stage
 from fastprune.report.run import write_json
+from fastprune.sharding import collected, is_sharded, local, shard_of
 
 WEIGHTS, OWN_STATE, BEST = "weights.safetensors", "fastprune.json", "best.safetensors"
+OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
 
 log = logging.getLogger("fastprune")
 
@@ -113,9 +119,11 @@ class FinetuneTrainer(Trainer):
         )
         if self.is_fsdp_enabled:
             raise InputError(
-                "finetuning under FSDP is not supported: start it with torchrun, without "
-                "accelerate's FSDP settings (--gradient-checkpointing saves memory)"
+                "accelerate is set up to shard the model itself, which saves and measures it in "
+                "parts only: leave its FSDP settings out and give --shard"
             )
+        if is_sharded(self.model):
+            self.model._is_accelerate_prepared = True  # it would put DDP around it
         objective.model.config.use_cache = keeps_cache  # it is saved; our calls say what they want
         self.remove_callback(PrinterCallback)
         keep_events(self.callback_handler.callbacks, Path(args.output_dir))
@@ -296,8 +304,8 @@ class FinetuneTrainer(Trainer):
             log.info("step %d: eval_bleu %.2f", step, bleu)
         by_bleu = bleu is not None and self.stage.best_by == "bleu"
         finding = self.monitor.validation(step, -bleu if by_bleu and bleu is not None else figure)
-        if self.monitor.best_step == step and self.args.should_save:
-            _save_tensors(self._learning(), Path(self.args.output_dir) / BEST, step)
+        if self.monitor.best_step == step:
+            self._write_learning(Path(self.args.output_dir) / BEST, {"step": str(step)})
         self.on_line(line)
         log.info("step %d: %s %.4f", step, name, figure)
         self._say(finding)
@@ -347,15 +355,29 @@ class FinetuneTrainer(Trainer):
 
     def load_best(self) -> int:
         """Put the best evaluated weights back; the step they are of."""
-        self.model.load_state_dict(
-            load_file(Path(self.args.output_dir) / BEST, device="cpu"), strict=False
-        )
+        self._put(load_file(Path(self.args.output_dir) / BEST, device="cpu"))
         return self.monitor.best_step
 
     # ------------------------------------------------------------------------ checkpoints
 
     def _learning(self) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        """Give what learns the whole tensors `weights`."""
+        for name, parameter in self._learning().items():
+            local(parameter).copy_(shard_of(weights[name], parameter))
+
+    def _write_learning(self, path: Path, metadata: dict[str, str] | None = None) -> None:
+        """Write what learns to `path`, whole or not at all. All processes must call it."""
+        tensors = collected(self._learning(), keep=self.args.should_save)
+        if self.args.should_save:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}")
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, beside, metadata=metadata)
+            os.replace(beside, path)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._writing or self.args.output_dir
@@ -387,27 +409,31 @@ class FinetuneTrainer(Trainer):
             shutil.rmtree(work, ignore_errors=True)
         self._saved_step = self.state.global_step
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The weights that learn; the others are where they came from."""
-        if output_dir is not None and self.args.should_save:
-            path = Path(output_dir)
-            path.mkdir(parents=True, exist_ok=True)
-            save_file(_separate(state_dict or self._learning()), path / WEIGHTS)
+        self._write_learning(Path(output_dir or self.args.output_dir) / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = collected(self.adamw.state_dict(), keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(optimizer, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:  # mapped, for it is whole: a process may need a part of it only
+            read = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+            self.adamw.load_state_dict(read(Path(checkpoint) / OPTIMIZER))
+            self.lr_scheduler.load_state_dict(read(Path(checkpoint) / SCHEDULE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS, device="cpu")
-        learning = dict(self.model.named_parameters())
-        expected = {n for n, p in learning.items() if p.requires_grad}
+        expected = set(self._learning())
         if set(weights) != expected:
             raise InputError(
                 f"{resume_from_checkpoint}: it holds {len(weights)} weights, this run learns "
                 f"{len(expected)} others; was it begun from another model or method?"
             )
-        with torch.no_grad():
-            for weight, value in weights.items():
-                learning[weight].copy_(value)
+        self._put(weights)
 
     def _own_state(self) -> dict[str, Any]:
         return {
@@ -460,15 +486,3 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if (p / OWN_STATE).is_file()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path, step: int) -> None:
-    """Write `tensors` to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    save_file(_separate(tensors), beside, metadata={"step": str(step)})
-    os.replace(beside, path)

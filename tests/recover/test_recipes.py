@@ -52,6 +52,12 @@ def test_flags_apply_to_every_stage():
     assert (low.warmup_steps, low.warmup_ratio) == (None, 0.2)
 
 
+def test_a_zero_is_a_choice():
+    config = FinetuneConfig(recipe="instruct", lora_dropout=0.0, weight_decay=0.0, max_grad_norm=0)
+    (stage,) = load_recipe(config).stages
+    assert (stage.lora_dropout, stage.weight_decay, stage.max_grad_norm) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
