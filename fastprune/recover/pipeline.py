@@ -276,6 +276,8 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         ends = last or (not kept and stage.on_worse == "stop")
         folder.add_result(result)
         if ends:
+            if left_out := [s.name for s in recipe.stages[number + 1 :]]:
+                log.warning("left out: %s", ", ".join(left_out))
             break
         if is_first_process():
             folder.next_stage(model)
