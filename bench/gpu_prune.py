@@ -60,7 +60,7 @@ def main() -> int:
     clock = Clock()
     config = PruneConfig(ratio=RATIO)
     budget = Budget("ratio", RATIO, round(RATIO * before))
-    plan, _ = make_plan(model, windows, budget, config, clock)
+    plan = make_plan(model, windows, budget, config, clock).plan
     with clock("surgery"):
         apply_plan(model, plan)
         torch.cuda.synchronize()

@@ -55,6 +55,11 @@ class _Thinning:
     levels: list[int]
 
 
+def judging(windows: Tensor) -> Tensor:
+    """The calibration windows (n, s) that measure divergences; the others fit the refits."""
+    return windows[: max(1, len(windows) // KL_SHARE)]
+
+
 @torch.no_grad()
 def measure_curves(
     model: nn.Module,
@@ -74,8 +79,8 @@ def measure_curves(
     device = next(model.parameters()).device
     blocks, head = Blocks(model), decoder_and_head(model)[1]
     size = max(1, BATCH_TOKENS // windows.shape[1])
-    judged = max(1, len(windows) // KL_SHARE)
-    kl = [blocks.embed(ids.to(device)) for ids in windows[:judged].split(size)]
+    judged = len(judging(windows))
+    kl = [blocks.embed(ids.to(device)) for ids in judging(windows).split(size)]
     batches = windows[judged:].split(size)
     fit = [blocks.embed(ids.to(device)) for ids in distributed.share(batches)]
     held_out = distributed.share(

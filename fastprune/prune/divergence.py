@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from fastprune.inspect.perplexity import batches, decoder_and_head
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
 from fastprune.precision import fast_forward
@@ -59,6 +62,34 @@ class DenseTargets:
             with fast_forward(hidden.device, self.head.weight.dtype):
                 logits = self.head(states)
             yield logits
+
+
+class Yardstick:
+    """How far a model has gone from what it was, on fixed text.
+
+    Args:
+        model: as it is now; its distributions are kept, not its weights.
+        windows: token ids (n, s).
+    """
+
+    def __init__(self, model: nn.Module, windows: Tensor) -> None:
+        self.windows = windows
+        self._dense = DenseTargets(decoder_and_head(model)[1])
+        for hidden in self._states(model):
+            self._dense.append(hidden)
+
+    def divergence(self, model: nn.Module) -> float:
+        """KL divergence of ``model`` from what it was, in nats a token."""
+        states = enumerate(self._states(model))
+        return sum(self._dense.divergence(n, hidden) for n, hidden in states) / self.windows.numel()
+
+    @torch.no_grad()
+    def _states(self, model: nn.Module) -> Iterator[Tensor]:
+        decoder, head = decoder_and_head(model)
+        for ids in batches(self.windows):
+            ids = ids.to(head.weight.device)
+            with fast_forward(ids.device, head.weight.dtype):
+                yield decoder(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _log_normaliser(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fastprune.prune.budget import Budget
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.masking import mask, preserved
 from fastprune.prune.plan import Plan
-from fastprune.prune.planning import make_plan
+from fastprune.prune.planning import Planned, make_plan
 from fastprune.report.run import Clock
 
 log = logging.getLogger("fastprune")
@@ -29,7 +29,7 @@ def plan_in_steps(
     config: PruneConfig,
     clock: Clock,
     source: StreamedModel | None = None,
-) -> tuple[Plan, list[float] | None]:
+) -> Planned:
     """What `make_plan` gives, reached in ``config.iterations`` equal parts of ``budget``.
 
     Each step plans for its whole part of the budget with what went before ranked lowest; the
@@ -45,10 +45,11 @@ def plan_in_steps(
         for step in range(1, steps):
             part = budget.part(step / steps)
             made = make_plan(model, windows, part, config, clock, gone=plan)
-            plan, _ = distributed.from_first(made)
+            plan = distributed.from_first(made).plan
             restore()
             with clock("compensate"):
                 mask(model, plan, refit)
             log.info("step %d of %d is planned", step, steps)
         made = make_plan(model, windows, budget, config, clock, gone=plan)
-        return distributed.from_first(made)
+        # the last step's divergence is the one from the model as masked before it
+        return distributed.from_first(made)._replace(divergence=None)

@@ -32,11 +32,13 @@ from fastprune.prune import latency, stream
 from fastprune.prune.budget import Budget, budget_of, saved_bytes
 from fastprune.prune.compensation import compensate
 from fastprune.prune.config import PruneConfig
+from fastprune.prune.curves import judging
+from fastprune.prune.divergence import Yardstick
 from fastprune.prune.dryrun import facts, lacks_weights, sizes_only
 from fastprune.prune.iterate import plan_in_steps
 from fastprune.prune.latency import CostTable
 from fastprune.prune.plan import Plan
-from fastprune.prune.planning import parameters_removed
+from fastprune.prune.planning import Planned, parameters_removed
 from fastprune.prune.sensitivity import save_layer_importance
 from fastprune.prune.surgery import apply_plan
 from fastprune.report.html import write_prune_report
@@ -163,16 +165,21 @@ def prune(
     if planning is None:
         test, calibration = _texts(config, model, tokenizer, calibrate=plan is None or refit)
     device = next(model.parameters()).device if source is None else source.device
-    dense = pruned = importance = None
+    dense = pruned = yardstick = None
     if not config.dry_run:
         with clock("evaluate"):
             measured = evaluate(model, test) if source is None else stream.evaluate(source, test)
             dense = _sound(measured, "the model")
     if plan is None:
         assert budget is not None  # config.check() has seen a budget or a plan
-        plan, importance = plan_in_steps(
-            model, calibration, budget, planning or config, clock, source
-        )
+        made = plan_in_steps(model, calibration, budget, planning or config, clock, source)
+        plan = made.plan
+    else:
+        made = Planned(plan)
+    if made.divergence is not None and dense is not None:
+        assert calibration is not None  # the search has used it
+        with clock("evaluate"):
+            yardstick = Yardstick(model, judging(calibration))
     removed = parameters_removed(model, plan)
     if dense is not None and source is not None:
         assert directory is not None  # run_prune has seen --out or --dry-run
@@ -191,6 +198,10 @@ def prune(
         with clock("evaluate"):
             pruned = _sound(evaluate(model, test), "the pruned model")
         _check_gate(config, dense, pruned)
+    actual = None
+    if yardstick is not None:
+        with clock("evaluate"):
+            actual = yardstick.divergence(model)
     metrics: dict[str, Any] = {
         "model": config.model or type(model).__name__,
         "params": {
@@ -221,6 +232,8 @@ def prune(
         "command": command_line(),
         "settings": settings(config),
     }
+    if made.divergence is not None:
+        metrics["divergence"] = {"predicted": made.divergence, "actual": actual}
     if table is not None:
         with clock("evaluate"):
             measured_now = not config.dry_run and distributed.rank() == 0
@@ -241,7 +254,7 @@ def prune(
         metrics |= facts(model, plan, config)
     for line in prune_lines(metrics):
         log.info("%s", line)
-    return PruneResult(model, tokenizer, plan, metrics, importance)
+    return PruneResult(model, tokenizer, plan, metrics, made.layer_importance)
 
 
 def _ratio(budget: Budget | None, block: int) -> float | None:

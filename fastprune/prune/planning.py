@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,15 @@ from fastprune.report.run import Clock
 log = logging.getLogger("fastprune")
 
 
+class Planned(NamedTuple):
+    """What `make_plan` decided, and what it went by."""
+
+    plan: Plan
+    layer_importance: list[float] | None = None
+    divergence: float | None = None
+    """what `search` foresees, in nats a token"""
+
+
 def make_plan(
     model: nn.Module,
     windows: Tensor,
@@ -65,8 +75,8 @@ def make_plan(
     clock: Clock,
     source: StreamedModel | None = None,
     gone: Plan | None = None,
-) -> tuple[Plan, list[float] | None]:
-    """A plan that meets ``budget``; also the layer sensitivities, where used.
+) -> Planned:
+    """A plan that meets ``budget``, with the layer sensitivities and the prediction, where used.
 
     ``windows`` are calibration token ids (n, s). ``source`` has the weights when ``model`` has
     sizes only. ``gone`` is a plan by which ``model`` is masked already: what it removes goes
@@ -78,7 +88,7 @@ def make_plan(
         layer_size(layer, config.structures if i in selected else ())
         for i, layer in enumerate(decoder_layers(model))
     ]
-    importance = None
+    importance = divergence = None
     with clock("score"):
         if source is None:
             scores = score(model, windows, config.importance, seed=config.seed)
@@ -91,7 +101,7 @@ def make_plan(
     try:
         if config.allocation == "search":
             with clock("plan"):
-                removals = _search(model, windows, scores, costs, budget, config)
+                removals, divergence = _search(model, windows, scores, costs, budget, config)
         else:
             thin = Thinning(config, selected, scores, importance)
             spread = _spread(model, windows, costs, budget, thin, clock, source, gone)
@@ -99,7 +109,7 @@ def make_plan(
                 removals = meet(budget, costs, spread, limits_of(config))
     except BudgetError as error:
         raise budget.unreachable(error, block_parameters(model)) from error
-    return _plan(model, scores, removals), importance
+    return Planned(_plan(model, scores, removals), importance, divergence)
 
 
 def _plan(model: nn.Module, scores: Scores, removals: Sequence[Removal]) -> Plan:
@@ -207,8 +217,11 @@ def _search(
     costs: list[LayerSize],
     budget: Budget,
     config: PruneConfig,
-) -> list[Removal]:
-    """The mix of thinning levels that diverges least; measured levels are kept for a next run."""
+) -> tuple[list[Removal], float]:
+    """The mix of thinning levels that diverges least, and by how much, as `choose` foresees it.
+
+    Measured levels are kept for a next run.
+    """
     limits = limits_of(config)
     target, saved = budget.need, None
     if budget.table is not None or (budget.at_least and not any(s.prunable for s in costs)):
@@ -219,7 +232,7 @@ def _search(
     curves = measure_curves(model, windows, scores, costs, cache_directory() / "levels")
     removals, divergence = choose(curves, costs, target, limits, saved)
     log.info("search: predicted divergence %.4f nats a token", divergence)
-    return removals
+    return removals, divergence
 
 
 def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:

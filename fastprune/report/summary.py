@@ -17,7 +17,7 @@ def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
         f"achieved ratio: {ratio['achieved']:.2%} of the block parameters{asked}",
         f"parameters: {params['before']:,} -> {params['after']:,}",
         gqa_line(metrics["layers"]),
-        *filter(None, [budget_line(metrics)]),
+        *filter(None, [budget_line(metrics), divergence_line(metrics)]),
         *(
             f"perplexity on {p['text']} ({p['windows']} windows of {p['seq_len']}): "
             f"{format.perplexity(p['before'])} -> {format.perplexity(p['after'])}"
@@ -50,3 +50,14 @@ def budget_line(metrics: Mapping[str, Any]) -> str | None:
     if budget["unit"] == "ms/token" and latency:
         line += f", {format.milliseconds(latency['predicted'])} predicted"
     return line
+
+
+def divergence_line(metrics: Mapping[str, Any]) -> str | None:
+    """What a search foresaw and what came of it, on the calibration text; None without a search."""
+    found = metrics.get("divergence")
+    if not found:
+        return None
+    actual = "" if found["actual"] is None else f", {found['actual']:.4f} measured"
+    return (
+        f"divergence from the dense model: {found['predicted']:.4f} nats a token foreseen{actual}"
+    )

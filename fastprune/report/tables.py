@@ -8,7 +8,7 @@ from rich.text import Text
 
 from fastprune.report import format
 from fastprune.report.costs import show_costs
-from fastprune.report.summary import budget_line, gqa_line
+from fastprune.report.summary import budget_line, divergence_line, gqa_line
 
 
 def show_prune(result: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ def show_prune(result: dict[str, Any]) -> None:
         table.add_row(Text(name), *row)
     out.print(_layers(result["layers"]), table, sep="\n")
     out.print(Text(gqa_line(result["layers"])), soft_wrap=True)
-    if line := budget_line(result):
+    for line in filter(None, [budget_line(result), divergence_line(result)]):
         out.print(Text(line), soft_wrap=True)
     if "costs" in result:
         show_costs(out, result)

@@ -81,9 +81,9 @@ def test_each_step_scores_the_thinned_model(settings, monkeypatch) -> None:
     make = planning.make_plan
 
     def make_plan(*args, **options):
-        plan, importance = make(*args, **options)
-        plans.append(plan)
-        return plan, importance
+        made = make(*args, **options)
+        plans.append(made.plan)
+        return made
 
     monkeypatch.setattr(planning, "score", score)
     monkeypatch.setattr("fastprune.prune.iterate.make_plan", make_plan)

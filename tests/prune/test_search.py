@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, token_ids
+from tiny import tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.families import decoder_layers
-from fastprune.prune.curves import measure_curves
+from fastprune.prune import divergence, pipeline
+from fastprune.prune.config import PruneConfig
+from fastprune.prune.curves import judging, measure_curves
 from fastprune.prune.divergence import DenseTargets
 from fastprune.prune.importance import score
 from fastprune.prune.planning import layer_size
 from fastprune.prune.search import Curve, choose, predicted
 from fastprune.prune.sizes import LayerSize, Limits, Removal, removed_parameters
+from fastprune.report.summary import divergence_line
 
 SIZE = LayerSize(groups=3, group_cost=300, channels=100, channel_cost=10)
 
@@ -127,3 +132,28 @@ def test_a_cache_of_another_model_is_not_used(measured) -> None:
     first = measure_curves(model, windows, scores, sizes, cache)
     model.model.layers[0].mlp.down_proj.weight.data *= 2
     assert measure_curves(model, windows, scores, sizes, cache) != first
+
+
+def test_the_run_says_what_was_foreseen_and_what_came(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(divergence, "TOP", 10**6)  # of the whole vocabulary
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 400)
+    settings = {
+        "ratio": 0.3, "allocation": "search", "compensate": "least-squares",
+        "calib": str(text), "eval": str(text), "calib_samples": 16, "calib_seq_len": 32,
+        "eval_seq_len": 32, "eval_windows": 2,
+    }  # fmt: skip
+    model = tiny_model("llama")
+    dense = copy.deepcopy(model)
+    result = pipeline.prune(model, tiny_tokenizer(), PruneConfig(**settings))
+    found = result.metrics["divergence"]
+    assert 0 < found["predicted"] < math.inf
+    _, windows = pipeline._texts(PruneConfig(**settings), dense, tiny_tokenizer(), calibrate=True)
+    with torch.no_grad():
+        logs = [m(judging(windows)).logits.double().log_softmax(-1) for m in (dense, model)]
+    whole = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item()
+    assert found["actual"] == pytest.approx(whole, rel=2e-3)
+    assert f"{found['actual']:.4f} measured" in divergence_line(result.metrics)
+    repeated = PruneConfig(**settings | {"ratio": None}, plan=tmp_path / "plan.json")
+    result.plan.save(repeated.plan)
+    assert "divergence" not in pipeline.prune(dense, tiny_tokenizer(), repeated).metrics
