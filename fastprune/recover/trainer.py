@@ -454,7 +454,7 @@ class FinetuneTrainer(Trainer):
         state = json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))
         self.monitor = Monitor(**state["monitor"])
         self.guard_state = GuardState(**state["guard"])
-        if state["gave_up"]:  # who goes on from there wants it to be tried again
+        if state.get("gave_up"):  # who goes on from there wants it to be tried again
             self.guard_state.rollbacks = self.guard_state.in_a_row = 0
         self.tokens, self.seconds = state["tokens"], state["seconds"]
         self.masked_batches, self.bleu = state["masked_batches"], state["bleu"]
@@ -479,7 +479,7 @@ class FinetuneTrainer(Trainer):
 
 def last_words(checkpoint: Path) -> str | None:
     """Why the guard gave up where it wrote `checkpoint`; None where it did not."""
-    return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))["gave_up"]
+    return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8")).get("gave_up")
 
 
 def checkpoints(folder: Path) -> list[Path]:
