@@ -94,7 +94,7 @@ def test_a_stage_that_makes_it_worse_is_rolled_back(finetune, tmp_path, on_worse
     status, stdout, stderr = finetune("--recipe", str(file))
     assert status == 0, stderr
     assert "rolled back" in stdout
-    assert ("left out: third" in stdout) == (on_worse == "stop")
+    assert ("left out: third" in stderr) == (on_worse == "stop")
     metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
     kept = [stage["kept"] for stage in metrics["stages"]]
     assert kept == [True, False, True][:names]
