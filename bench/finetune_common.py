@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprune.data.text import load_documents, sample_windows, token_stream
 from fastprune.models.load import load_model
-from fastprune.precision import bf16_is_fast
+from fastprune.precision import lacks_units
 
 aten = torch.ops.aten
 PRODUCTS = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}
@@ -34,9 +34,9 @@ class HalfProducts(TorchDispatchMode):
         return op(*wide, **(kwargs or {})).to(args[0].dtype)
 
 
-def half_products(device: str) -> AbstractContextManager[object]:
-    """`HalfProducts` on a processor that has no matrix units, else nothing."""
-    slow = device == "cpu" and not bf16_is_fast(torch.device(device))
+def half_products(device: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """`HalfProducts` on a processor without units for `dtype` (None is fp32), else nothing."""
+    slow = dtype is not None and lacks_units(torch.device(device), dtype)
     return HalfProducts() if slow else nullcontext()
 
 

@@ -6,6 +6,8 @@ For fp32, bf16 and fp16 and learning rates from 1e-7 to 1e-3, so many steps with
 first and last loss, skipped steps, and how many weights are not finite afterwards. fp32 weights
 with autocast; --half-weights trains weights that are bf16 or fp16 themselves (an fp32 copy in the
 optimizer). Beside it torch.optim.AdamW on fp16 weights, with the step at which its weights broke.
+A processor without units for half-precision products gets them from the same rounded operands in
+fp32 (finetune_common.HalfProducts).
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def main() -> None:
             if chosen.half_weights and dtype is not None:
                 model.to(dtype)
             step, optimizer = ours(model, rate, dtype)
-            with half_products(chosen.device):
+            with half_products(chosen.device, dtype):
                 losses = run(step, batches(windows, chosen.batch_size, chosen.device), chosen.steps)
             skipped = int(optimizer.skipped_steps)
             rows.append(row(name, rate, losses, str(skipped), broken(model)))
@@ -104,7 +106,7 @@ def main() -> None:
     for rate in (1e-7, 1e-5):
         model = copy.deepcopy(dense).half()
         step, data, losses = theirs(model, rate), batches(windows, 1, chosen.device), []
-        with half_products(chosen.device):
+        with half_products(chosen.device, torch.float16):
             while not broken(model) and len(losses) < chosen.steps:
                 losses.append(step(next(data)))
         name = f"torch.optim.AdamW, fp16 weights, after step {len(losses)}"

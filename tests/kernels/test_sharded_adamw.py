@@ -1,30 +1,16 @@
 """AdamW on DTensors: two processes with half the batch each do what one does with all of it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import in_two
 from sharded import DTYPES, train
-
-SCRIPT = Path(__file__).parent.with_name("sharded.py")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     """What each of two processes found; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", SCRIPT, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,  # seconds: a process that waits in vain is ended with its error
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_two("sharded.py", folder)
     return [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
 
 

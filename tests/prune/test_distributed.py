@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import in_two
 from safetensors.torch import load_file
 from sharing import RUNS, measure, prune
 from tiny import TEXT, tiny_checkpoint
 
 from fastprune import distributed
 from fastprune.errors import InputError
-
-SHARING = Path(__file__).parent.with_name("sharing.py")
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +33,7 @@ def two(checkpoint, text, tmp_path_factory) -> Path:
     """The folder that two processes left; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("two")
     # as many threads as here: torch's matrix products may depend on that
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", SHARING, checkpoint, text, folder],
-        env={**os.environ, **threads},
-        timeout=240,  # seconds: a process that waits in vain is ended with its error
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_two("sharing.py", checkpoint, text, folder, threads=torch.get_num_threads())
     return folder
 
 

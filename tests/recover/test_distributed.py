@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import in_two
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from training import RUNS, Runner, guarded
@@ -19,7 +17,6 @@ from fastprune.recover import pipeline, range_test
 from fastprune.sharding import spread
 
 pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores
-SCRIPT = Path(__file__).parent.with_name("training.py")
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +29,7 @@ def files(model, text, held_out, tmp_path_factory) -> list[Path]:
 def two(files, tmp_path_factory) -> Path:
     """The folder that two processes left; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", SCRIPT, *files, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=560,  # seconds: a process that waits in vain is ended with its error
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_two("training.py", *files, folder, timeout=560)
     return folder
 
 
