@@ -22,6 +22,9 @@ from fastprune.inspect.perplexity import scored_chunks
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
 
+PRODUCT_ELEMENTS = 1 << 20
+"""Of the output layer's gradient, computed at a time on the CPU."""
+
 Criterion = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """(logits (c, vocabulary), targets (c,), positions (c,), gradient) -> summed loss, fp64 scalar.
 
@@ -157,6 +160,11 @@ def _accumulate(
         # The product of a chunk is rounded to half precision; a sum over hundreds of tokens could
         # leave the range of fp16, their mean cannot. A power of two costs no rounding.
         tokens = 2.0 ** len(states).bit_length()
-        head.add_(logit_grads.t() @ (states / tokens), alpha=tokens)
+        means = states / tokens
+        # Row blocks on the CPU: fresh memory for a product of the weight's size takes longer to get
+        # than to fill.
+        rows = len(head) if head.is_cuda else max(1, PRODUCT_ELEMENTS // head.shape[1])
+        for part, columns in zip(head.split(rows), logit_grads.split(rows, dim=1)):
+            part.add_(columns.t() @ means, alpha=tokens)
     if bias is not None:
         bias.add_(logit_grads.sum(0, dtype=torch.float32))

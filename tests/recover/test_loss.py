@@ -60,6 +60,20 @@ def test_equals_cross_entropy_of_whole_logits(chunk, bias, items, monkeypatch):
         torch.testing.assert_close(ours_of, exact.float(), atol=2e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("elements", [32 * 300, 32 * 7, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_blocks_of_rows(elements, dtype, monkeypatch):
+    """All rows of the weight's gradient at once, 7 (which divides no 300), and one at a time."""
+    monkeypatch.setattr(module, "PRODUCT_ELEMENTS", elements)
+    hidden, head = inputs(dtype=dtype)
+    loss = next_token_loss(hidden, head, labels_with_gaps())
+    _, (_, exact) = whole(hidden, head, labels_with_gaps())
+    (ours,) = torch.autograd.grad(loss, [head.weight])
+    assert ours.dtype == dtype
+    error = (ours.double() - exact).norm() / exact.norm()
+    assert error < 4 * torch.finfo(dtype).eps  # logits, products and their sum are each rounded
+
+
 def test_matches_a_numerical_derivative():
     """A step of the hidden states changes the loss as the gradient says."""
     hidden, head = inputs()
