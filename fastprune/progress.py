@@ -1,4 +1,4 @@
-"""What a long step shows while it runs: a bar on a terminal, a log line elsewhere.
+"""What a long step shows while it runs: a bar on a terminal, a log line a minute elsewhere.
 
 Nothing appears before DELAY seconds, so quick steps stay silent. Bars go to stderr through the
 console below, which the log handler shares, so that the two never overwrite each other;
@@ -26,6 +26,7 @@ from rich.progress import (
 T = TypeVar("T")
 
 DELAY = 2.0  # seconds before anything is shown
+INTERVAL = 60.0  # seconds between the lines of a step that has no bar
 console = Console(stderr=True)
 log = logging.getLogger("fastprune.progress")
 
@@ -34,7 +35,8 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     """Yield the items of `iterable`, showing how far the loop has come.
 
     `total` is the number of items where `iterable` has no length. On a terminal a bar appears after
-    DELAY seconds; elsewhere one plain log line does.
+    DELAY seconds; elsewhere a log line does, and another every INTERVAL, with the time that the
+    remaining items will take if they are like those before.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
@@ -73,13 +75,24 @@ def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator
 
 def _announced(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
     start = time.monotonic()
-    announced = False
+    due = start + DELAY
     for done, item in enumerate(iterable, start=1):
         yield item
-        if not announced and time.monotonic() - start > DELAY:
-            whole = "" if total is None else f" of {total}"
-            log.info("%s: %d%s so far", description, done, whole)
-            announced = True
+        now = time.monotonic()
+        if now <= due:
+            continue
+        due = now + INTERVAL
+        if total is None:
+            log.info("%s: %d so far", description, done)
+        elif done < total:
+            left = round((now - start) / done * (total - done))
+            log.info(
+                "%s: %d of %d so far, about %d:%02d left",
+                description,
+                done,
+                total,
+                *divmod(left, 60),
+            )
 
 
 @contextmanager

@@ -43,7 +43,30 @@ def test_a_plain_line_elsewhere(screen, caplog):
         for _ in progress.track(range(3), "counting"):
             pass
     assert text.getvalue() == ""
-    assert [record.message for record in caplog.records] == ["counting: 1 of 3 so far"]
+    assert [record.message for record in caplog.records] == [
+        "counting: 1 of 3 so far, about 0:00 left"
+    ]
+
+
+def test_further_lines_say_what_is_left(screen, caplog, monkeypatch):
+    screen(terminal=False)
+    now = iter([0.0, 30, 60, 95, 120, 150, 190, 210])  # before all, then after each of seven
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(progress, "INTERVAL", 60.0)
+    with caplog.at_level(logging.INFO, "fastprune"):
+        assert list(progress.track(range(7), "counting")) == list(range(7))
+    assert [record.message for record in caplog.records] == [
+        "counting: 1 of 7 so far, about 3:00 left",
+        "counting: 3 of 7 so far, about 2:07 left",
+        "counting: 6 of 7 so far, about 0:32 left",
+    ]
+
+
+def test_lines_without_a_total(screen, caplog):
+    screen(terminal=False)
+    with caplog.at_level(logging.INFO, "fastprune"):
+        list(progress.track(iter(range(3)), "counting"))
+    assert [record.message for record in caplog.records] == ["counting: 1 so far"]
 
 
 def test_nothing_when_quick_or_quiet(screen, caplog):
