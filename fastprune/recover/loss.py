@@ -163,7 +163,7 @@ def _accumulate(
         means = states / tokens
         # Row blocks on the CPU: fresh memory for a product of the weight's size takes longer to get
         # than to fill.
-        rows = len(head) if head.is_cuda else max(1, PRODUCT_ELEMENTS // head.shape[1])
+        rows = max(1, PRODUCT_ELEMENTS // head.shape[1]) if head.is_cpu else len(head)
         for part, columns in zip(head.split(rows), logit_grads.split(rows, dim=1)):
             part.add_(columns.t() @ means, alpha=tokens)
     if bias is not None:
