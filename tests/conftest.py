@@ -6,3 +6,5 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 sys.path.insert(0, str(Path(__file__).parent))
+
+import precise  # noqa: F401

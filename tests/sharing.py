@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import precise  # noqa: F401
 import torch
 from tiny import tiny_model, token_ids
 

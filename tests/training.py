@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+import precise  # noqa: F401
 import torch
 
 from fastprune import FinetuneConfig, cli, distributed, finetune

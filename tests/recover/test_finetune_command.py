@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import fastprune
 from fastprune.models.load import load_model
+from fastprune.recover.objective import autocast_dtype
 
 
 def metrics_of(out):
@@ -119,6 +120,22 @@ def test_products_without_units_are_warned_of(finetune, monkeypatch, features, p
     line = f"--precision {precision}: this processor has no units for {precision} products"
     assert stderr.count(line) == int(warned)
     assert stderr.count("no units") == int(warned)
+
+
+@pytest.mark.parametrize(
+    ("features", "fast"),
+    [
+        ({"avx2": True, "amx_bf16": True}, True),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx2": True, "avx512_bf16": False}, False),
+        ({"neon": True, "bf16": True}, False),  # not measured
+        ({}, False),
+    ],
+)
+def test_bf16_where_it_is_fast(monkeypatch, features, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert autocast_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else None)
+    assert autocast_dtype("fp32", torch.device("cpu")) is None
 
 
 def test_lora_leaves_an_adapter(finetune, tmp_path):
