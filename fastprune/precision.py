@@ -47,6 +47,6 @@ def lacks_units(device: torch.device, dtype: torch.dtype) -> bool:
 
 def cpu_features() -> set[str]:
     """What this processor has, by torch's names; empty where torch cannot tell."""
-    # torch 2.10 does not have it
+    # torch 2.10 does not have it: products stay in fp32 there
     features: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return {name for name, present in features.items() if present}

@@ -1,4 +1,4 @@
-"""What every test needs: no network, few threads, and `tiny` importable."""
+"""What every test needs: no network, fp32 products, and `tiny` importable."""
 
 import os
 import sys
