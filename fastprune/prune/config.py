@@ -53,6 +53,9 @@ class PruneConfig(CommonConfig):
     """criterion that ranks the units of a layer"""
     allocation: Literal["uniform", "inverse", "proportional", "global", "search"] = "uniform"
     """how the ratio is spread over the layers"""
+    exchange_rounds: int = 2
+    """rounds after the search in which layers trade units while the whole model's divergence
+    falls; 0 for none"""
     layer_importance: str = "removal"
     """sensitivity for inverse and proportional: removal, activation (how much a layer changes its
     input), or a layer_importance.json"""
@@ -117,6 +120,7 @@ class PruneConfig(CommonConfig):
         if not self.structures:
             raise InputError("--structures names nothing; use attention, mlp, sublayer, or several")
         for name, least in (
+            ("exchange_rounds", 0),
             ("iterations", 1),
             ("latency_context", 1),
             ("calib_samples", 1),

@@ -10,6 +10,7 @@ that weigh whole sublayers against thinned ones are not among the stages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -79,6 +80,8 @@ class Costs:
         if not self.stream:
             search = self.config.allocation == "search"
             found.append(replace(_times(self.search(), steps), runs=search))
+            rounds = search and self.config.exchange_rounds > 0
+            found.append(replace(_times(self.exchange(), steps), runs=rounds))
         found += [
             replace(_times(self.compensate(), steps), runs=refit),
             self.surgery(),
@@ -132,10 +135,38 @@ class Costs:
         return Stage("sensitivity", cost, device, host)
 
     def search(self) -> Stage:
-        """Divergence curves of every sublayer, each level refitted and run to the end."""
-        m, s = self.model, self.s
+        """Divergence curves of every sublayer, each level run to the end."""
+        cost, device = self._sweep(self._levels)
+        return Stage("search", cost, device, 0)
+
+    def exchange(self) -> Stage:
+        """What follows the search, at most: when both mixes of every round are tried and fail.
+
+        A trial is counted as a compensation of the result, on all windows.
+        """
+        rounds, m = self.config.exchange_rounds, self.model
+        if not rounds or not any(map(self._thinned, m.layers)):
+            return Stage("exchange", Cost(), m.bytes, 0)
+        judged = max(1, self.n // KL_SHARE) * self.s
+        layers = total(m.forward(layer, 1, judged) for layer in m.layers)
+        trial = layers + m.head(judged)
+        outputs = (x[-1] for layer in m.layers for x in (layer.attention, layer.mlp) if x)
+        device, host = m.bytes, m.item * sum(rows * columns for rows, columns in outputs)
+        if self.config.compensate != "none":
+            refit = self.compensate()
+            trial += refit.cost
+            device, host = refit.device_bytes, host + refit.host_bytes
+        sweep, swept = self._sweep(self._beside)
+        again = 3 + 3 * rounds
+        return Stage("exchange", sweep * rounds + trial * again, max(device, swept), host)
+
+    def _sweep(
+        self, levels_of: Callable[[LayerShape], list[tuple[int, int, int]]]
+    ) -> tuple[Cost, int]:
+        """Cost and bytes on the device of `measure_curves` at the levels of every layer."""
+        m, s, refits = self.model, self.s, self.config.compensate != "none"
         judged = max(1, self.n // KL_SHARE)
-        fit = _split(self.n - judged, self.batch)[:: self.ranks]
+        fit = _split(self.n - judged, self.batch)[:: self.ranks] if refits else []
         kl = _split(judged, self.batch)
         tail = [Cost()]  # of the layers from the end, over all windows that judge
         for layer in reversed(m.layers):
@@ -143,15 +174,16 @@ class Costs:
         tail.reverse()
         head = total(m.head(n * s) for n in kl)
         cost = tail[0] + head  # the dense distributions
-        widest = 0
-        moments = 0
+        widest = moments = aside = 0
         for index in self.config.selected_layers(len(m.layers)):
-            levels = self._levels(m.layers[index])
+            levels = levels_of(m.layers[index])
             mine = levels[:: self.ranks]
-            cost += total(_refit(*level) for level in mine if level[2]) + (
-                tail[index] + head
-            ) * len(mine)
+            cost += (tail[index] + head) * len(mine)
             cost += Cost(reduced=self._reduced(8 * len(levels)))
+            aside = max([aside, *(m.item * rows * columns for rows, columns, _ in levels)])
+            if not refits:
+                continue
+            cost += total(_refit(*level) for level in mine if level[2])
             widest = max([widest, *(_refit_bytes(*level) for level in levels)])
             # attention and MLP apart, even where they are of one width
             inputs = [m[-1][1] for m in self._thinned(m.layers[index])]
@@ -166,8 +198,9 @@ class Costs:
         states = m.states((judged + sum(fit)) * s)
         targets = judged * s * (TOP * 8 + (TOP + 1) * FP32)
         wide = max(self._live(m, n * s) for n in [*kl, *fit])
-        device = m.bytes + states + targets + moments + max(widest, wide, m.logits(judged * s))
-        return Stage("search", cost, device, 0)
+        most = max(widest, aside + max(wide, m.logits(judged * s)))
+        device = m.bytes + states + targets + moments + most
+        return cost, device
 
     def compensate(self) -> Stage:
         """Refits of o_proj and down_proj of every layer that loses units."""
@@ -315,6 +348,10 @@ class Costs:
         if "sublayer" in self.config.structures:
             found += [(*m[-1], 0) for m in (layer.attention, layer.mlp) if m]
         return found
+
+    def _beside(self, layer: LayerShape) -> list[tuple[int, int, int]]:
+        """One level less and one more of every sublayer, as wide as can be."""
+        return [(*matrices[-1], matrices[-1][1]) for matrices in self._thinned(layer)] * 2
 
     def _resident(self, model: ModelShape, *, head: bool = True) -> int:
         """Bytes of weights on the device at a time."""

@@ -1,8 +1,8 @@
 """What each sublayer costs at each thinning level, in divergence from the dense model.
 
 For every sublayer and a few levels the KL divergence to the dense model is measured with only that
-sublayer changed (and refitted by least squares, as the final compensation will): the hidden states
-before it are those of the dense model, computed once. `search` chooses among the curves.
+sublayer changed, and refitted where the final compensation will: the hidden states before it are
+those of the model as it stands, computed once. `search` chooses among the curves.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.errors import InputError
-from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.models.blocks import Blocks
 from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
 from fastprune.precision import fast_forward
 from fastprune.progress import track
 from fastprune.prune.compensation import BATCH_TOKENS, HELD_OUT, Moments, refit
-from fastprune.prune.divergence import DenseTargets
+from fastprune.prune.divergence import Yardstick
 from fastprune.prune.importance import Scores
+from fastprune.prune.masking import DenseOutputs, zero_removed
 from fastprune.prune.search import Curve
-from fastprune.prune.sizes import LayerSize
+from fastprune.prune.sizes import LayerSize, Removal
 from fastprune.prune.surgery import kept_entries
 from fastprune.report.run import write_json
 
@@ -53,6 +53,20 @@ class _Thinning:
     last: Slice
     order: list[int]
     levels: list[int]
+    now: int = 0
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """That a model is thinned already, as `mask` does it, and how far to look around."""
+
+    removals: Sequence[Removal]
+    dense: DenseOutputs
+    yardstick: Yardstick
+    share: float
+    """of a layer's channels: so many fewer and more are tried, and a KV group fewer and more"""
+    align: int
+    """channels are kept in multiples of this"""
 
 
 def judging(windows: Tensor) -> Tensor:
@@ -67,42 +81,45 @@ def measure_curves(
     scores: Scores,
     sizes: Sequence[LayerSize],
     cache: Path | None = None,
+    *,
+    refits: bool = True,
+    thinned: Thinned | None = None,
 ) -> list[Curve]:
     """Divergence curves of every sublayer that ``sizes`` allows to thin.
 
-    ``windows`` (n, s) are calibration token ids, n >= 2. Levels are kept in the folder ``cache``,
-    in a file for this model, text and ranking of units, and are not measured again: an interrupted
-    search goes on where it was. The model is left as it was. Raises InputError for one window.
+    ``windows`` (n, s) are calibration token ids, n >= 2. Of a model that is ``thinned`` the curves
+    hold what a sublayer's change adds to its divergence, at the level it has, one less and one
+    more. Levels are kept in the folder ``cache``, in a file for this model, text and ranking of
+    units, and are not measured again: an interrupted search goes on where it was. The model is
+    left as it was. Raises InputError for one window.
     """
     if len(windows) < 2:
         raise InputError("the search needs two calibration windows; use more --calib-samples")
     device = next(model.parameters()).device
-    blocks, head = Blocks(model), decoder_and_head(model)[1]
-    size = max(1, BATCH_TOKENS // windows.shape[1])
-    judged = len(judging(windows))
-    kl = [blocks.embed(ids.to(device)) for ids in judging(windows).split(size)]
-    batches = windows[judged:].split(size)
-    fit = [blocks.embed(ids.to(device)) for ids in distributed.share(batches)]
+    blocks = Blocks(model)
+    yardstick = thinned.yardstick if thinned else Yardstick(model, judging(windows))
+    kl = [blocks.embed(ids.to(device)) for ids in yardstick.batches]
+    batches = windows[len(judging(windows)) :].split(max(1, BATCH_TOKENS // windows.shape[1]))
+    fit = [blocks.embed(ids.to(device)) for ids in distributed.share(batches) if refits]
     held_out = distributed.share(
         [n % HELD_OUT == HELD_OUT - 1 or n == len(batches) - 1 for n in range(len(batches))]
     )
-    known = _Cache(cache, model, windows, scores)
-    targets = DenseTargets(head)
-    for hidden in kl:
-        targets.append(_suffix(blocks, 0, hidden))
+    known = _Cache(cache, model, windows, scores, refits)
 
     def divergence(start: int) -> float:
-        total = sum(
-            targets.divergence(number, _suffix(blocks, start, hidden))
-            for number, hidden in enumerate(kl)
-        )
-        return total / (judged * windows.shape[1])
+        return yardstick.mean(_suffix(blocks, start, hidden) for hidden in kl)
 
+    whole = divergence(0) if thinned else 0.0
     curves = []
     for index in track(range(len(blocks)), "measuring sublayers"):
-        thinnings = _thinnings(decoder_layers(model)[index], sizes[index], scores, index)
+        layer = decoder_layers(model)[index]
+        if thinned:
+            thinnings = _around(thinned, layer, sizes[index], scores, index)
+        else:
+            thinnings = _thinnings(layer, sizes[index], scores, index)
         missing = [t for t in thinnings if not known.complete(index, t)]
-        moments = _moments(blocks, index, fit, held_out, [t.linear for t in missing if t.order])
+        refitted = [t.linear for t in missing if t.order] if refits else []
+        moments = _moments(blocks, index, fit, held_out, refitted)
         levels = [
             (t, removed)
             for t in missing
@@ -112,15 +129,15 @@ def measure_curves(
         values = [0.0] * len(levels)
         for n in distributed.share(range(len(levels))):  # a level is measured by one process
             t, removed = levels[n]
-            seen = moments.get(t.linear, ())
-            values[n] = _changed(t, removed, seen, partial(divergence, index))
+            dense = thinned.dense if thinned else None
+            with _changed(t, removed, moments.get(t.linear) if t.order else None, dense):
+                values[n] = divergence(index)
         for (t, removed), value in zip(levels, distributed.sums(values), strict=True):
             known.put(index, t.kind, removed, value)
         for t in thinnings:
-            points = {0: 0.0}
-            for removed in t.levels:
-                points[removed] = max(known.value(index, t.kind, removed), *points.values())
-            curves.append(Curve(index, t.kind, tuple(points), tuple(points.values())))
+            points = {t.now: 0.0}
+            points |= {n: known.value(index, t.kind, n) - whole for n in t.levels}
+            curves.append(Curve.rising(index, t.kind, points))
         known.save()
         for states in (kl, fit):
             for number, hidden in enumerate(states):
@@ -137,20 +154,28 @@ def _suffix(blocks: Blocks, start: int, hidden: Tensor) -> Tensor:
         return blocks.norm(hidden)
 
 
+@contextmanager
 def _changed(
-    t: _Thinning, removed: int, moments: tuple[Moments, ...], measure: Callable[[], float]
-) -> float:
-    """``measure()`` with the ``removed`` lowest units of a sublayer gone and the rest refitted."""
+    t: _Thinning,
+    removed: int,
+    moments: tuple[Moments, Moments] | None,
+    dense: DenseOutputs | None,
+) -> Iterator[None]:
+    """A sublayer without its ``removed`` lowest units, and with ``moments`` the rest refitted.
+
+    ``dense`` has its weights where it is thinned already.
+    """
     linear = t.linear
     before = {name: p.clone() for name, p in linear.named_parameters()}
     try:
-        if t.order:
-            kept = kept_entries(t.last, tuple(sorted(t.order[removed:]))).to(linear.weight.device)
+        if dense is not None:
+            dense.restore(linear)
+        kept = kept_entries(t.last, tuple(sorted(t.order[removed:]))).to(linear.weight.device)
+        if moments is not None and removed:
             refit(linear, kept, *moments).write(linear)
         else:
-            for p in linear.parameters():
-                p.zero_()
-        return measure()
+            zero_removed(linear, kept)
+        yield
     finally:
         for name, p in linear.named_parameters():
             p.copy_(before[name])
@@ -176,6 +201,38 @@ def _thinnings(layer: nn.Module, size: LayerSize, scores: Scores, index: int) ->
             last = slices(layer)[-1]
             found.append(_Thinning(kind, layer.get_submodule(last.module), last, [], [1]))
     return found
+
+
+def _around(
+    thinned: Thinned, layer: nn.Module, size: LayerSize, scores: Scores, index: int
+) -> list[_Thinning]:
+    """The sublayers still there, with the levels next to those that they are at."""
+    found, now, align = [], thinned.removals[index], thinned.align
+    if size.groups > 1:
+        slices, span = attention_slices(layer), range(size.groups)
+        gone = now.groups
+        found.append(_beside("groups", layer, slices, scores.attention, index, gone, 1, span))
+    if size.channels > 1:
+        slices, span = mlp_slices(layer), range(size.channels % align, size.channels, align)
+        move = max(align, round(thinned.share * size.channels / align) * align)
+        gone = now.channels
+        found.append(_beside("channels", layer, slices, scores.mlp, index, gone, move, span))
+    return found
+
+
+def _beside(
+    kind: str,
+    layer: nn.Module,
+    slices: list[Slice],
+    scores: list[Tensor],
+    index: int,
+    now: int,
+    move: int,
+    span: range,
+) -> _Thinning:
+    """Levels of ``span`` at most ``move`` below and above what is gone ``now``."""
+    levels = {max(now - move, span[0]), min(now + move, span[-1])} - {now}
+    return replace(_thinning(kind, layer, slices, scores, index, sorted(levels)), now=now)
 
 
 def _thinning(
@@ -223,8 +280,15 @@ def _moments(
 class _Cache:
     """Measured levels in a file, so that an interrupted search goes on where it was."""
 
-    def __init__(self, folder: Path | None, model: nn.Module, windows: Tensor, scores: Scores):
-        name = f"{_fingerprint(model, windows, scores)}.json"
+    def __init__(
+        self,
+        folder: Path | None,
+        model: nn.Module,
+        windows: Tensor,
+        scores: Scores,
+        refits: bool,
+    ) -> None:
+        name = f"{_fingerprint(model, windows, scores)}{'' if refits else '-plain'}.json"
         self.path = None if folder is None else folder / name
         self.values: dict[str, float] = {}
         if self.path is not None and self.path.is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,15 +78,24 @@ class Yardstick:
         for hidden in self._states(model):
             self._dense.append(hidden)
 
+    @property
+    def batches(self) -> Sequence[Tensor]:
+        """The windows in the batches by which `mean` counts."""
+        return batches(self.windows)
+
     def divergence(self, model: nn.Module) -> float:
         """KL divergence of ``model`` from what it was, in nats a token."""
-        states = enumerate(self._states(model))
-        return sum(self._dense.divergence(n, hidden) for n, hidden in states) / self.windows.numel()
+        return self.mean(self._states(model))
+
+    def mean(self, states: Iterable[Tensor]) -> float:
+        """The same from a model's final hidden states (n, s, h), batch after batch."""
+        sums = (self._dense.divergence(n, hidden) for n, hidden in enumerate(states))
+        return sum(sums) / self.windows.numel()
 
     @torch.no_grad()
     def _states(self, model: nn.Module) -> Iterator[Tensor]:
         decoder, head = decoder_and_head(model)
-        for ids in batches(self.windows):
+        for ids in self.batches:
             ids = ids.to(head.weight.device)
             with fast_forward(ids.device, head.weight.dtype):
                 yield decoder(input_ids=ids, use_cache=False).last_hidden_state

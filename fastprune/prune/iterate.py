@@ -41,12 +41,12 @@ def plan_in_steps(
         return distributed.from_first(make_plan(model, windows, budget, config, clock, source))
     refit = None if config.compensate == "none" else windows
     plan: Plan | None = None
-    with preserved(model) as restore:
+    with preserved(model) as dense:
         for step in range(1, steps):
             part = budget.part(step / steps)
             made = make_plan(model, windows, part, config, clock, gone=plan)
             plan = distributed.from_first(made).plan
-            restore()
+            dense.restore()
             with clock("compensate"):
                 mask(model, plan, refit)
             log.info("step %d of %d is planned", step, steps)

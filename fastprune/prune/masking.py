@@ -5,7 +5,7 @@ Only o_proj and down_proj change, as in compensation, so only they are kept asid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,28 +17,34 @@ from fastprune.prune.plan import Plan
 from fastprune.prune.surgery import kept_entries
 
 
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """What the block does to o_proj and down_proj is undone at its end, bit for bit.
+class DenseOutputs:
+    """The o_proj and down_proj of ``model`` as they are now, to be put back bit for bit.
 
-    Yields a function that undoes it at once. The values wait on the host: about a third of the
-    block parameters.
+    The values wait on the host: about a third of the block parameters.
     """
-    saved = {
-        parameter: parameter.detach().to("cpu", copy=True)
-        for linear in _outputs(model)
-        for parameter in linear.parameters()
-    }
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = {
+            parameter: parameter.detach().to("cpu", copy=True)
+            for linear in _outputs(model)
+            for parameter in linear.parameters()
+        }
 
     @torch.no_grad()
-    def restore() -> None:
-        for parameter, value in saved.items():
-            parameter.copy_(value)
+    def restore(self, linear: nn.Linear | None = None) -> None:
+        """Put back one of the layers, or all of them."""
+        for parameter in self._saved if linear is None else linear.parameters():
+            parameter.copy_(self._saved[parameter])
 
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[DenseOutputs]:
+    """What the block does to o_proj and down_proj is undone at its end; yields what undoes it."""
+    dense = DenseOutputs(model)
     try:
-        yield restore
+        yield dense
     finally:
-        restore()
+        dense.restore()
 
 
 def mask(model: nn.Module, plan: Plan, windows: Tensor | None) -> None:
@@ -58,11 +64,17 @@ def mask(model: nn.Module, plan: Plan, windows: Tensor | None) -> None:
                 if not slices:
                     continue
                 linear = layer.get_submodule(slices[-1].module)
-                removed = torch.ones(linear.in_features, dtype=torch.bool)
-                removed[kept_entries(slices[-1], units)] = False
-                linear.weight[:, removed.to(linear.weight.device)] = 0
-                if not units and linear.bias is not None:
-                    linear.bias.zero_()
+                zero_removed(linear, kept_entries(slices[-1], units))
+
+
+@torch.no_grad()
+def zero_removed(linear: nn.Linear, kept: Tensor) -> None:
+    """Zero all columns but ``kept`` (int64); without any left the sublayer is gone, bias too."""
+    removed = torch.ones(linear.in_features, dtype=torch.bool, device=linear.weight.device)
+    removed[kept.to(removed.device)] = False
+    linear.weight[:, removed] = 0
+    if removed.all() and linear.bias is not None:
+        linear.bias.zero_()
 
 
 def _outputs(model: nn.Module) -> Iterator[nn.Linear]:

@@ -28,10 +28,11 @@ from fastprune.prune.budget import Budget
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import measure_curves
 from fastprune.prune.depth import cheapest_first
+from fastprune.prune.exchange import Problem, exchange
 from fastprune.prune.importance import Scores, score
 from fastprune.prune.masking import mask, preserved
 from fastprune.prune.plan import LayerPlan, Plan
-from fastprune.prune.search import choose
+from fastprune.prune.search import choose, predicted
 from fastprune.prune.sensitivity import activation, load_layer_importance, removal
 from fastprune.prune.sizes import (
     BudgetError,
@@ -109,10 +110,10 @@ def make_plan(
                 removals = meet(budget, costs, spread, limits_of(config))
     except BudgetError as error:
         raise budget.unreachable(error, block_parameters(model)) from error
-    return Planned(_plan(model, scores, removals), importance, divergence)
+    return Planned(plan_of(model, scores, removals), importance, divergence)
 
 
-def _plan(model: nn.Module, scores: Scores, removals: Sequence[Removal]) -> Plan:
+def plan_of(model: nn.Module, scores: Scores, removals: Sequence[Removal]) -> Plan:
     """The plan that keeps the best-scored units of every layer."""
     return Plan(
         tuple(geometries(model)),
@@ -180,7 +181,7 @@ def _price_of_thinning(
     dense = mean_loss(model, some)
     with preserved(model):
         refit = None if config.compensate == "none" else windows
-        mask(model, _plan(model, thin.scores, removals), refit)
+        mask(model, plan_of(model, thin.scores, removals), refit)
         return max(mean_loss(model, some) - dense, 0.0) / more
 
 
@@ -229,10 +230,22 @@ def _search(
     else:
         target += half_unit(costs, limits) if budget.at_least else 0
         check_reachable(costs, round(target), limits)
-    curves = measure_curves(model, windows, scores, costs, cache_directory() / "levels")
+    levels, refits = cache_directory() / "levels", config.compensate != "none"
+    curves = measure_curves(model, windows, scores, costs, levels, refits=refits)
     removals, divergence = choose(curves, costs, target, limits, saved)
     log.info("search: predicted divergence %.4f nats a token", divergence)
-    return removals, divergence
+    removals = exchange(
+        model,
+        windows,
+        scores,
+        removals,
+        Problem(costs, limits, target, saved),
+        partial(plan_of, model, scores),
+        rounds=config.exchange_rounds,
+        refits=refits,
+        cache=levels,
+    )
+    return removals, predicted(curves, removals)
 
 
 def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,7 +32,8 @@ class Curve:
     """Divergence per token, in nats, of one sublayer with ``removed[i]`` units gone.
 
     ``kind`` is groups or channels, or attention or mlp for the whole sublayer, which then is the
-    one unit. The first point is (0, 0), and values never fall.
+    one unit. Values never fall. Of the dense model the first point is (0, 0); of a thinned model
+    the point it is at has divergence 0, and what gives units back less than that.
     """
 
     layer: int
@@ -40,9 +41,16 @@ class Curve:
     removed: tuple[int, ...]
     divergence: tuple[float, ...]
 
+    @classmethod
+    def rising(cls, layer: int, kind: str, points: Mapping[int, float]) -> Curve:
+        """The curve through ``points``; one below its predecessor is noise, and raised to that."""
+        removed = sorted(points)
+        values = itertools.accumulate((points[n] for n in removed), max)
+        return cls(layer, kind, tuple(removed), tuple(values))
+
     def at(self, units: int) -> float:
         """Divergence with any number of units gone: linear between measured levels."""
-        if units > self.removed[-1]:
+        if not self.removed[0] <= units <= self.removed[-1]:
             return math.inf
         return float(np.interp(units, self.removed, self.divergence))
 
@@ -110,13 +118,8 @@ def predicted(curves: Sequence[Curve], removals: Sequence[Removal]) -> float:
 def _options(curves: list[Curve], size: LayerSize, limits: Limits) -> list[tuple[Removal, float]]:
     """Combinations of levels of one layer within its limits, with their divergences."""
     by_kind = {c.kind: c for c in curves}
-    groups, channels = by_kind.get("groups"), by_kind.get("channels")
-    step = max(limits.align, round(size.channels / STEPS / limits.align) * limits.align)
-    offset = size.channels % limits.align
-    attention = [Removal(g, 0) for g in (groups.removed if groups else (0,))]
-    mlp = [
-        Removal(0, c) for c in (range(offset, channels.removed[-1] + 1, step) if channels else (0,))
-    ]
+    attention = [Removal(groups=g) for g in _groups(by_kind)]
+    mlp = [Removal(channels=c) for c in _channels(by_kind, size, limits)]
     if "attention" in by_kind:
         attention.append(Removal(attention=True))
     if "mlp" in by_kind:
@@ -127,6 +130,21 @@ def _options(curves: list[Curve], size: LayerSize, limits: Limits) -> list[tuple
         (left,) = remaining([size], [removal])
         share = (parameters(left, Removal(a.groups, m.channels))) / max(left.prunable, 1)
         lowest = limits.lowest if left.prunable else 0.0
-        if share <= limits.highest and share >= lowest - 1 / STEPS:
-            found.append((removal, sum(c.at(getattr(removal, c.kind)) for c in curves)))
-    return found or [(Removal(), 0.0)]
+        value = sum(c.at(getattr(removal, c.kind)) for c in curves)
+        found.append((removal, value, lowest - 1 / STEPS <= share <= limits.highest))
+    return [(r, v) for r, v, legal in found if legal] or [found[0][:2]]
+
+
+def _groups(by_kind: Mapping[str, Curve]) -> Sequence[int]:
+    return by_kind["groups"].removed if "groups" in by_kind else (0,)
+
+
+def _channels(by_kind: Mapping[str, Curve], size: LayerSize, limits: Limits) -> Sequence[int]:
+    """Channel levels: a grid, and what was measured as far as ``limits`` allow it."""
+    if "channels" not in by_kind:
+        return (0,)
+    removed, align = by_kind["channels"].removed, limits.align
+    offset = size.channels % align
+    step = max(align, round(size.channels / STEPS / align) * align)
+    grid = range(max(removed[0], offset), removed[-1] + 1, step)
+    return sorted({*grid, *(c for c in removed if c >= offset and (c - offset) % align == 0)})

@@ -117,9 +117,10 @@ def costs(model: torch.nn.Module, *, ranks: int = 1, stream: bool = False, **mor
     )
 
 
-def search(model: torch.nn.Module) -> None:
+def search(model: torch.nn.Module, refits: bool) -> None:
     sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
-    measure_curves(model, WINDOWS, score(model, WINDOWS, "magnitude-l2"), sizes)
+    scores = score(model, WINDOWS, "magnitude-l2")
+    measure_curves(model, WINDOWS, scores, sizes, refits=refits)
 
 
 STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str, str]]] = {
@@ -135,7 +136,12 @@ STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str
         lambda m: activation(m, WINDOWS[:3]),
         {"layer_importance": "activation"},
     ),
-    "search": (Costs.search, search, {}),
+    "search": (Costs.search, lambda m: search(m, False), {}),
+    "search, refitted": (
+        Costs.search,
+        lambda m: search(m, True),
+        {"compensate": "least-squares"},
+    ),
     "compensate": (Costs.compensate, lambda m: compensate(m, half(m), WINDOWS), {}),
     "evaluate": (lambda c: c.evaluate("", c.model), lambda m: evaluate(m, WINDOWS[:5]), {}),
 }
