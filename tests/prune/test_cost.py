@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from fastprune.prune.compensation import compensate
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.cost import Costs, Stage
 from fastprune.prune.curves import measure_curves
+from fastprune.prune.exchange import Problem, exchange
 from fastprune.prune.importance import score
 from fastprune.prune.pipeline import run_prune
 from fastprune.prune.plan import LayerPlan, Plan, keep_all
-from fastprune.prune.planning import layer_size
+from fastprune.prune.planning import layer_size, plan_of
 from fastprune.prune.products import ModelShape
 from fastprune.prune.sensitivity import activation, removal
+from fastprune.prune.sizes import Limits, Removal, removed_parameters
 
 aten = torch.ops.aten
 WINDOWS = token_ids(9, 256)  # a full batch of eight, and one more
@@ -145,6 +148,27 @@ STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str
     "compensate": (Costs.compensate, lambda m: compensate(m, half(m), WINDOWS), {}),
     "evaluate": (lambda c: c.evaluate("", c.model), lambda m: evaluate(m, WINDOWS[:5]), {}),
 }
+
+
+@pytest.mark.parametrize("compensate", ["none", "least-squares"])
+def test_an_exchange_costs_no_more_than_is_said(model, compensate):
+    sizes = [layer_size(layer, ("mlp",)) for layer in decoder_layers(model)]
+    scores = score(model, WINDOWS, "magnitude-l2")
+    start = [Removal(channels=280), Removal()]
+    target = removed_parameters(sizes, start)
+    with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as flops:
+        exchange(
+            model,
+            WINDOWS,
+            scores,
+            start,
+            Problem(sizes, Limits(), target),
+            partial(plan_of, model, scores),
+            rounds=2,
+            refits=compensate != "none",
+        )
+    bound = costs(model, compensate=compensate, structures=("mlp",)).exchange().cost.flops
+    assert bound / 5 < flops.get_total_flops() < bound
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -275,6 +299,11 @@ class TestDryRun:
         runs = {stage["name"]: stage["runs"] for stage in metrics["costs"]["memory"]}
         assert runs["search"] and not runs["sensitivity"]
         assert "search" not in [stage["name"] for stage in metrics["costs"]["stream"]]
+
+    def test_no_round_of_exchange_costs_nothing(self, folder):
+        metrics = self.run(folder, ratio=0.2, allocation="search", exchange_rounds=0)
+        stages = {stage["name"]: stage for stage in metrics["costs"]["memory"]}
+        assert not stages["exchange"]["runs"] and stages["exchange"]["flops"] == 0
 
     def test_a_sensitivity_from_a_file(self, folder, tmp_path, caplog):
         file = tmp_path / "importance.json"
