@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fastprune import distributed
 from fastprune.prune.allocation import allocate, fit_channels
 from fastprune.prune.curves import Thinned, judging, measure_curves
 from fastprune.prune.divergence import Yardstick
@@ -89,10 +90,13 @@ class Trial:
     refit: Tensor | None
 
     def __call__(self, removals: Sequence[Removal]) -> float:
-        """Divergence of the model thinned by ``removals``, in nats a token; it stays so."""
+        """Divergence of the model thinned by ``removals``, in nats a token; it stays so.
+
+        All processes go by what the first one measures: they must take the same turns.
+        """
         self.dense.restore()
         mask(self.model, self.plan_of(removals), self.refit)
-        return self.yardstick.divergence(self.model)
+        return distributed.from_first(self.yardstick.divergence(self.model))
 
 
 def exchange(

@@ -124,34 +124,21 @@ def test_a_saving_that_is_not_parameters_is_kept() -> None:
 
 
 def test_curves_of_a_thinned_model_are_what_the_change_adds(tmp_path: Path) -> None:
-    """Of the last layer: nothing after it is fitted to what it gives."""
     case = Case(("mlp",), refits=False)
     now = [Removal(0, 8)] * len(case.sizes)
     with preserved(case.model) as dense:
         mask(case.model, case.plan_of(now), None)
-        thinned = Thinned(now, dense, case.yardstick, 1 / 8, 1)
         masked = {name: p.clone() for name, p in case.model.state_dict().items()}
-        found = measure_curves(
-            case.model,
-            case.windows,
-            case.scores,
-            case.sizes,
-            tmp_path,
+        measure = partial(
+            measure_curves,
+            *(case.model, case.windows, case.scores, case.sizes, tmp_path),
             refits=False,
-            thinned=thinned,
+            thinned=Thinned(now, dense, case.yardstick, 1 / 8, 1),
         )
+        found = measure()
         for name, p in case.model.state_dict().items():
             assert torch.equal(p, masked[name]), name
-        again = measure_curves(
-            case.model,
-            case.windows,
-            case.scores,
-            case.sizes,
-            tmp_path,
-            refits=False,
-            thinned=thinned,
-        )
-    assert again == found
+        assert measure() == found
     base = case.divergence(now)
     for curve in found:
         assert 8 in curve.removed and len(curve.removed) == 3
