@@ -9,7 +9,7 @@ divergence of the whole model falls.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -139,7 +139,7 @@ def exchange(
         for number in range(rounds):
             thinned = Thinned(best, dense, yardstick, share, problem.limits.align)
             aim = _cheapest(model, windows, scores, problem, thinned, refits, cache)
-            moved = next(_better(trial, problem, best, aim, least), None)
+            moved = _better(trial, problem, best, aim, least)
             if moved is None:
                 log.info("exchange: round %d found nothing better", number + 1)
                 if number + 1 < rounds:
@@ -153,14 +153,15 @@ def exchange(
 
 def _better(
     trial: Trial, problem: Problem, best: list[Removal], aim: list[Removal], least: float
-) -> Iterator[tuple[list[Removal], float]]:
-    """Mixes on the way to ``aim`` that diverge less than ``least``: the whole way, then half."""
+) -> tuple[list[Removal], float] | None:
+    """``aim``, or else the mix halfway to it, if it diverges less than ``least``; and how much."""
     ways = [aim]
     if problem.saved is None:  # else half the way need not save half
         ways.append(problem.between(best, aim, 0.5))
     for removals in ways:
         if removals != best and (value := trial(removals)) < least:
-            yield removals, value
+            return removals, value
+    return None
 
 
 def _cheapest(
