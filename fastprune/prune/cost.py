@@ -3,9 +3,9 @@
 A stage's cost is the sum of its matrix products (`products`), its copies and its peak memory, for
 the process that has most to do. Operations, copies and bytes of weights are exact for this code;
 peaks count what is large (weights, activations kept for the backward pass, one gradient, moment
-matrices and their factors, a chunk of logits) and leave out the allocator's own losses. How much the
-exchange tries depends on what it finds: its cost is an upper bound. The losses
-that weigh whole sublayers against thinned ones are not among the stages.
+matrices and their factors, a chunk of logits) and leave out the allocator's own losses. How much
+the exchange tries depends on what it finds: its cost is an upper bound. The losses that weigh whole
+sublayers against thinned ones are not among the stages.
 `tests/prune/test_cost.py` measures them on small models.
 """
 
