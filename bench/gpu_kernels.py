@@ -1,6 +1,6 @@
 """Time every kernel on a CUDA device against what torch offers for the same result.
 
-    python bench/gpu_kernels.py [--gib 1.0] [--only taylor,gather,...] [--json FILE]
+    python bench/gpu_kernels.py [--gib 1.0] [--only taylor,gather,...] [--no-peers] [--json FILE]
 
 Kernel time is taken with CUDA events over rotating buffers far larger than the L2 cache, while the
 host runs ahead. "of copy" is the bandwidth (each input byte read once, each output byte written
@@ -288,6 +288,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.0, help="bytes of one weight, in GiB")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--only", default=",".join(CASES))
+    parser.add_argument("--no-peers", action="store_true", help="time fastprune and the copy only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if compiled(torch.device("cuda", 0)) is None:
@@ -303,6 +304,8 @@ def main() -> None:
     copy_rate = rows[0].bytes / rows[0].ms[1]
     for name in options.only.split(","):
         for case in CASES[name](size):
+            if options.no_peers:
+                case.providers = {"fastprune": case.providers["fastprune"]}
             rows += measure(case, options.repeats, copy_rate)
             del case
             torch.cuda.empty_cache()

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
       const Unit* row = src + from * m.src_stride;
 #pragma unroll
       for (int c = 0; c < kColumnsInFlight; ++c)
-        if (inside[c] && i < m.rows) values[r][c] = __ldcs(row + from_column[c]);
+        if (inside[c] && i < m.rows) values[r][c] = row[from_column[c]];
     }
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; ++r) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
       Unit* row = dst + std::int64_t{i} * m.columns;
 #pragma unroll
       for (int c = 0; c < kColumnsInFlight; ++c)
-        if (inside[c] && i < m.rows) __stcs(row + c * kWarp, values[r][c]);
+        if (inside[c] && i < m.rows) row[c * kWarp] = values[r][c];
     }
   }
 }

@@ -49,12 +49,12 @@ struct Pack {
   // p: N elements, aligned to a word
   __device__ __forceinline__ void load(const T* p) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = __ldcs(reinterpret_cast<const word*>(p) + i);
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const word*>(p)[i];
   }
 
   __device__ __forceinline__ void store(T* p) const {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) __stcs(reinterpret_cast<word*>(p) + i, words[i]);
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<word*>(p)[i] = words[i];
   }
 
   __device__ __forceinline__ float operator[](int i) const { return to_float(elements[i]); }
