@@ -124,6 +124,22 @@ def wait() -> None:
     sums([0.0])
 
 
+def own_gpu() -> int:
+    """The number of this process's GPU: its own among the processes of this machine.
+
+    Raises InputError.
+    """
+    import torch
+
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise InputError(
+            f"torchrun started more processes than there are GPUs here ({count}); "
+            f"use --nproc-per-node {count}, or --device cpu"
+        )
+    return number
+
+
 def _started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -139,11 +155,5 @@ def _take_gpu(device: str) -> bool:
             f"--device {device}: under torchrun each process takes a GPU of its own; "
             "leave --device out"
         )
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= count:
-        raise InputError(
-            f"torchrun started more processes than there are GPUs here ({count}); "
-            f"use --nproc-per-node {count}"
-        )
-    torch.cuda.set_device(number)
+    torch.cuda.set_device(own_gpu())
     return True

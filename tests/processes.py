@@ -14,7 +14,7 @@ def in_two(script: str, *arguments: object, threads: int = 1, timeout: int = 240
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*torchrun, "--nproc-per-node", "2", Path(__file__).with_name(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
         timeout=timeout,
         capture_output=True,
         text=True,

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr std::int64_t kNormChunk = 65536;
-constexpr std::int64_t kUpdateChunk = 4096;  // divides 2^32: a chunk has one random key
+constexpr std::int64_t kUpdateChunk = 2048;  // divides 2^32: a chunk has one random key
 
 struct Part {
   double squares;

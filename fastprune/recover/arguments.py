@@ -34,7 +34,7 @@ def own_device(name: str) -> torch.device:
     """
     device = resolve_device(name)
     if device.type == "cuda" and world_size() > 1:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", distributed.own_gpu())
     return device
 
 

@@ -11,7 +11,7 @@ from fastprune.kernels import backend, cpu_level
 def python(code, **environment):
     """Runs code in a fresh interpreter, where import-time choices are made anew."""
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],  # what is installed, not the folder
         env=os.environ | environment,
         capture_output=True,
         text=True,

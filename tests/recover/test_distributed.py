@@ -14,6 +14,7 @@ from training import RUNS, Runner, guarded
 
 from fastprune.errors import InputError
 from fastprune.recover import pipeline, range_test
+from fastprune.recover.arguments import own_device
 from fastprune.sharding import spread
 
 pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores
@@ -130,3 +131,15 @@ def test_what_accelerate_launch_says_about_sharding_is_heard(two):
 
 def test_the_first_process_tokenises_for_all(two):
     assert (two / "tokenised").read_text().split() == ["0"]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="--nproc-per-node 1, or --device cpu"):
+        own_device("auto")
+    assert own_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert own_device("auto") == torch.device("cuda", 0)

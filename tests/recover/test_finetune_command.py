@@ -115,7 +115,8 @@ def test_half_precision_weights_keep_their_dtype(finetune, tmp_path, dtype):
 )
 def test_products_without_units_are_warned_of(finetune, monkeypatch, features, precision, warned):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-    status, _, stderr = finetune("--max-steps", "1", "--precision", precision)
+    flags = ["--max-steps", "1", "--precision", precision, "--device", "cpu"]
+    status, _, stderr = finetune(*flags)
     assert status == 0, stderr
     line = f"--precision {precision}: this processor has no units for {precision} products"
     assert stderr.count(line) == int(warned)
