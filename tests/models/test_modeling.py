@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_config, tiny_model, token_ids
+from tiny import FAMILIES, compute_activations_twice, tiny_config, tiny_model, token_ids
 from torch import nn
 
 from fastprune.models import modeling
@@ -119,9 +119,7 @@ def test_gradients_with_checkpointing_equal_those_without(family):
     for checkpointing in (False, True):
         model = per_layer_model(family).train()
         if checkpointing:
-            # the name since transformers 5.2x; the other one is older
-            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-            getattr(model, new if hasattr(model, new) else old)()
+            compute_activations_twice(model)
         model(token_ids(), labels=token_ids()).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):

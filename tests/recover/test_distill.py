@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer, token_ids
+from tiny import (
+    compute_activations_twice,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+    token_ids,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -98,7 +104,7 @@ def test_checkpointed_layers_give_the_same_gradients():
     for checkpointing in (False, True):
         student = tiny_model("llama").train()
         if checkpointing:
-            student.activation_checkpointing_enable()
+            compute_activations_twice(student)
         distiller = Distiller(teacher, hidden_weight=1.0, student=student)
         student_loss(student, distiller, batch()).backward()
         gradients.append([p.grad for p in student.parameters()])

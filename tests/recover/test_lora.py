@@ -8,7 +8,7 @@ import pytest
 import torch
 from adapters import cut, logits, per_layer_model, saved, settings, trained, training_loss
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, tiny_model, tiny_tokenizer, token_ids
+from tiny import FAMILIES, compute_activations_twice, tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.errors import InputError
 from fastprune.models.adapter import BASE_FILE, Fingerprint
@@ -28,7 +28,7 @@ def test_only_the_adapter_trains_on_a_per_layer_model(family, checkpointing):
     frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
     adapted = attach(model, settings()).train()
     if checkpointing:
-        adapted.activation_checkpointing_enable()
+        compute_activations_twice(adapted)
     assert torch.equal(logits(adapted), before)  # it starts as no change at all
     first = training_loss(adapted)
     first.backward()
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_merged_weight(checkpointing):
     adapted = trained(per_layer_model())
     adapted.zero_grad()
     if checkpointing:
-        adapted.activation_checkpointing_enable()
+        compute_activations_twice(adapted)
     training_loss(adapted.train()).backward()
     low_rank = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
     a = {name: p.detach() for name, p in adapted.named_parameters() if ".lora_A" in name}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model, token_ids
+from tiny import compute_activations_twice, tiny_model, token_ids
 from torch import nn
 from torch.nn import functional as F
 
@@ -99,7 +99,7 @@ def test_every_gradient_of_a_model(tied, checkpointing):
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        compute_activations_twice(model)
     decoder, head = decoder_and_head(model)
     hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
     next_token_loss(hidden, head, labels).backward()
