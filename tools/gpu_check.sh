@@ -13,7 +13,7 @@ export OUT=${OUT:-gpu-results} PYTHONUNBUFFERED=1
 mkdir -p "$OUT" build/gpu
 steps=" ${*:-build tests sanitize kernels prune} "
 
-# step NAME SECONDS LOG: runs on after a failure, so that one session shows them all.
+# step NAME SECONDS LOG: runs on after a failure, so that one run shows them all.
 step() {
   local name=$1 limit=$2 log=$3 begin=$SECONDS status
   [[ $steps == *" $name "* ]] || return 0
@@ -23,7 +23,7 @@ step() {
   [ $status -eq 0 ] || tail -n 25 "$OUT/$log"
 }
 
-# What .whl/ brings is not built again; nor is a driver that is already there.
+# What .whl/ brings is not built again; nor is a driver newer than its sources.
 build() {
   if compgen -G '.whl/*.whl' >/dev/null; then
     python3 -m pip install --quiet --no-index --no-deps .whl/*.whl || return
@@ -33,7 +33,7 @@ build() {
       --config-settings=cmake.define.FASTPRUNE_CUDA=ON \
       --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$arch" . || return
   fi
-  [ -x build/gpu/driver ] ||
+  [ -x build/gpu/driver ] && [ -z "$(find csrc tools/gpu_driver.cu -newer build/gpu/driver)" ] ||
     nvcc -std=c++17 -O3 -arch="sm_$arch" -lineinfo --expt-relaxed-constexpr -Icsrc \
       -o build/gpu/driver tools/gpu_driver.cu csrc/cuda/*.cu csrc/core/check.cpp || return
   python3 -P -m fastprune info
