@@ -2,10 +2,13 @@
 
     python bench/quality.py smollm2-135m --calib c4.jsonl --test wikitext2-test.txt \\
         --second wiki.jsonl --out runs/quality
+    python bench/quality.py ... --ratios 0.2 --methods uniform --importance taylor-first obs \\
+        -- --structures mlp --layers 3:27
 
 Every cell is one `fastprune prune` in a process of its own (so its time and peak memory are its
-own), then `fastprune eval` on further windows and texts. Cells that are there already, in OUT, are
-not run again: an interrupted table goes on where it was. Prints Markdown, and writes OUT/table.md.
+own) with the flags that follow `--`, then `fastprune eval` on further windows and texts. Cells that
+are there already, in OUT, are not run again: an interrupted table goes on where it was. Prints
+Markdown, and writes OUT/table.md.
 """
 
 from __future__ import annotations
@@ -14,38 +17,34 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
-METHODS = {
-    "uniform": ["--allocation", "uniform", "--importance", "taylor-first"],
-    "inverse": ["--allocation", "inverse", "--importance", "taylor-first"],
-    "global": ["--allocation", "global", "--importance", "taylor-first"],
-    "search": ["--allocation", "search"],
-}
-"""Options of each row; what they leave out is the command's default."""
+METHODS = ("uniform", "inverse", "global", "search")
 COMPENSATION = ("none", "least-squares")
-WINDOWS = ((1024, 16), (128, 64))
-"""(tokens, windows) in which every model is read."""
+LONG, SHORT = (1024, 16), (128, 64)
+"""(tokens, windows) in which every model is read on the test text, and in the first on another."""
 
 
 def main() -> None:
     options = _options()
     dense = options.out / "dense"
     cells = {
-        (ratio, method, compensation): options.out / f"{ratio:g}-{method}-{compensation}"
-        for ratio in options.ratios
-        for method in options.methods
-        for compensation in options.compensation
+        cell: options.out / "-".join((f"{cell[0]:g}", *cell[1:]))
+        for cell in product(
+            options.ratios, options.methods, options.importance, options.compensation
+        )
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    figures = {None: _perplexities(options, options.model, dense)}
-    for (ratio, method, compensation), folder in cells.items():
+    readings = [(options.test, *LONG), (options.test, *SHORT), (options.second, *LONG)]
+    figures = {None: _perplexities(options, options.model, dense, readings)}
+    for cell, folder in cells.items():
         if not (folder / "fastprune" / "metrics.json").is_file():
-            flags = [*METHODS[method], "--ratio", str(ratio), "--compensate", compensation]
-            _fastprune(
-                options, "prune", options.model, "--out", str(folder), *flags, *_prune(options)
-            )
-        figures[ratio, method, compensation] = _perplexities(options, str(folder), folder)
+            flags = _prune(options, cell)
+            _fastprune(options, "prune", options.model, "--out", str(folder), *flags)
+        metrics = json.loads((folder / "fastprune" / "metrics.json").read_text(encoding="utf-8"))
+        first = metrics["perplexity"][0]["after"]  # `prune` has read it itself
+        figures[cell] = [first, *_perplexities(options, str(folder), folder, readings[1:])]
         table = _table(options, cells, figures)
         (options.out / "table.md").write_text(table, encoding="utf-8")
     print(table)
@@ -59,27 +58,37 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--second", required=True, help="a text that no choice was made on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--importance", nargs="+", default=["taylor-first"])
     parser.add_argument("--compensation", nargs="+", default=COMPENSATION, choices=COMPENSATION)
     parser.add_argument("--calib-samples", type=int, default=128)
     parser.add_argument("--calib-seq-len", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    own, prune = sys.argv[1:], []
+    if "--" in own:
+        own, prune = own[: own.index("--")], own[own.index("--") + 1 :]
+    options = parser.parse_args(own)
+    options.prune = prune
+    return options
 
 
-def _prune(options: argparse.Namespace) -> list[str]:
-    seq_len, windows = WINDOWS[0]
+def _prune(options: argparse.Namespace, cell: tuple) -> list[str]:
+    ratio, method, importance, compensation = cell
+    seq_len, windows = LONG
     return [
+        *("--ratio", str(ratio), "--allocation", method, "--importance", importance),
+        *("--compensate", compensation, *options.prune),
         *("--calib", options.calib, "--calib-samples", str(options.calib_samples)),
         *("--calib-seq-len", str(options.calib_seq_len), "--eval", options.test),
         *("--eval-seq-len", str(seq_len), "--eval-windows", str(windows)),
     ]
 
 
-def _perplexities(options: argparse.Namespace, model: str, folder: Path) -> list[float]:
-    """On the test text in all WINDOWS, then on the second text in the first of them."""
+def _perplexities(
+    options: argparse.Namespace, model: str, folder: Path, readings: list[tuple[str, int, int]]
+) -> list[float]:
+    """Perplexity in each of `readings`: text, tokens of a window, windows."""
     found = []
-    readings = [(options.test, *w) for w in WINDOWS] + [(options.second, *WINDOWS[0])]
     for text, seq_len, windows in readings:
         record = folder.parent / f"{folder.name}-{Path(text).stem}-{seq_len}x{windows}.json"
         if not record.is_file():
@@ -96,22 +105,23 @@ def _fastprune(options: argparse.Namespace, *arguments: str) -> None:
 
 
 def _table(options: argparse.Namespace, cells: dict, figures: dict) -> str:
-    names = [f"{s} × {n}" for s, n in WINDOWS] + [f"second text, {WINDOWS[0][0]} × {WINDOWS[0][1]}"]
-    lines = [
-        "| removed | allocation | compensation | " + " | ".join(names) + " | × dense, test | "
-        "× dense, second | minutes | peak GB |",
-        "|---|---|---|" + "---:|" * (len(names) + 4),
+    names = [f"{s} × {n}" for s, n in (LONG, SHORT)] + [f"second text, {LONG[0]} × {LONG[1]}"]
+    columns = [
+        *("removed", "allocation", "score", "compensation", *names),
+        *("× dense, test", "× dense, second", "minutes", "peak GB"),
     ]
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|---|---|" + "---:|" * (len(columns) - 4)]
     dense = figures[None]
-    lines.append("| 0 % | dense | | " + " | ".join(f"{p:.2f}" for p in dense) + " | | | | |")
+    lines.append("| 0 % | dense | | | " + " | ".join(f"{p:.2f}" for p in dense) + " | | | | |")
     for key, folder in cells.items():
         if key not in figures:
             continue
         metrics = json.loads((folder / "fastprune" / "metrics.json").read_text(encoding="utf-8"))
-        found, (_, method, compensation) = figures[key], key
+        found, (_, method, importance, compensation) = figures[key], key
         row = [
             f"{100 * metrics['ratio']['achieved']:.1f} %",
             method,
+            importance,
             compensation,
             *(f"{p:.2f}" for p in found),
             f"{found[0] / dense[0]:.2f}",
