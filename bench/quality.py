@@ -101,7 +101,8 @@ def _perplexities(
 def _fastprune(options: argparse.Namespace, *arguments: str) -> None:
     command = [sys.executable, "-m", "fastprune", *arguments, "--threads", str(options.threads)]
     print("$ fastprune", *arguments, file=sys.stderr, flush=True)
-    subprocess.run([*command, "--quiet"], check=True)
+    if status := subprocess.run([*command, "--quiet"]).returncode:
+        raise SystemExit(status)  # it has said why
 
 
 def _table(options: argparse.Namespace, cells: dict, figures: dict) -> str:
