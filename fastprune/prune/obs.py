@@ -86,7 +86,7 @@ def _costs(w: Tensor, inverse: Tensor, width: int) -> Tensor:
     blocks = inverse.view(units, width, units, width)
     diagonal = blocks[torch.arange(units), :, torch.arange(units)]
     mine = w.view(-1, units, width).permute(1, 2, 0)
-    return (mine * torch.linalg.solve(diagonal, mine)).sum((1, 2))
+    return (mine * torch.cholesky_solve(mine, torch.linalg.cholesky(diagonal))).sum((1, 2))
 
 
 def _columns(units: Tensor, width: int) -> Tensor:
