@@ -28,24 +28,21 @@ LONG, SHORT = (1024, 16), (128, 64)
 
 def main() -> None:
     options = _options()
-    dense = options.out / "dense"
-    cells = {
-        cell: options.out / "-".join((f"{cell[0]:g}", *cell[1:]))
-        for cell in product(
-            options.ratios, options.methods, options.importance, options.compensation
-        )
-    }
     options.out.mkdir(parents=True, exist_ok=True)
     readings = [(options.test, *LONG), (options.test, *SHORT), (options.second, *LONG)]
-    figures = {None: _perplexities(options, options.model, dense, readings)}
-    for cell, folder in cells.items():
+    dense = _perplexities(options, options.model, options.out / "dense", readings)
+    rows = [["0 %", "dense", "", "", *(f"{p:.2f}" for p in dense), "", "", "", ""]]
+    cells = product(options.ratios, options.methods, options.importance, options.compensation)
+    for cell in cells:
+        folder = options.out / "-".join((f"{cell[0]:g}", *cell[1:]))
         if not (folder / "fastprune" / "metrics.json").is_file():
             flags = _prune(options, cell)
             _fastprune(options, "prune", options.model, "--out", str(folder), *flags)
         metrics = json.loads((folder / "fastprune" / "metrics.json").read_text(encoding="utf-8"))
         first = metrics["perplexity"][0]["after"]  # `prune` has read it itself
-        figures[cell] = [first, *_perplexities(options, str(folder), folder, readings[1:])]
-        table = _table(options, cells, figures)
+        found = [first, *_perplexities(options, str(folder), folder, readings[1:])]
+        rows.append(_row(cell, metrics, found, dense))
+        table = _table(rows)
         (options.out / "table.md").write_text(table, encoding="utf-8")
     print(table)
 
@@ -105,33 +102,27 @@ def _fastprune(options: argparse.Namespace, *arguments: str) -> None:
         raise SystemExit(status)  # it has said why
 
 
-def _table(options: argparse.Namespace, cells: dict, figures: dict) -> str:
+def _row(cell: tuple, metrics: dict, found: list[float], dense: list[float]) -> list[str]:
+    return [
+        f"{100 * metrics['ratio']['achieved']:.1f} %",
+        *cell[1:],
+        *(f"{p:.2f}" for p in found),
+        f"{found[0] / dense[0]:.2f}",
+        f"{found[2] / dense[2]:.2f}",
+        f"{metrics['seconds']['total'] / 60:.1f}",
+        f"{metrics['peak_memory_bytes'] / 1e9:.2f}",
+    ]
+
+
+def _table(rows: list[list[str]]) -> str:
     names = [f"{s} × {n}" for s, n in (LONG, SHORT)] + [f"second text, {LONG[0]} × {LONG[1]}"]
     columns = [
         *("removed", "allocation", "score", "compensation", *names),
         *("× dense, test", "× dense, second", "minutes", "peak GB"),
     ]
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|---|---|" + "---:|" * (len(columns) - 4)]
-    dense = figures[None]
-    lines.append("| 0 % | dense | | | " + " | ".join(f"{p:.2f}" for p in dense) + " | | | | |")
-    for key, folder in cells.items():
-        if key not in figures:
-            continue
-        metrics = json.loads((folder / "fastprune" / "metrics.json").read_text(encoding="utf-8"))
-        found, (_, method, importance, compensation) = figures[key], key
-        row = [
-            f"{100 * metrics['ratio']['achieved']:.1f} %",
-            method,
-            importance,
-            compensation,
-            *(f"{p:.2f}" for p in found),
-            f"{found[0] / dense[0]:.2f}",
-            f"{found[2] / dense[2]:.2f}",
-            f"{metrics['seconds']['total'] / 60:.1f}",
-            f"{metrics['peak_memory_bytes'] / 1e9:.2f}",
-        ]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+    rule = "|---|---|---|---|" + "---:|" * (len(columns) - 4)
+    first, *others = ("| " + " | ".join(row) + " |" for row in [columns, *rows])
+    return "\n".join([first, rule, *others]) + "\n"
 
 
 if __name__ == "__main__":

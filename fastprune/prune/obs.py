@@ -59,7 +59,7 @@ def elimination_costs(weight: Tensor, h: Tensor, width: int, steps: int = STEPS)
     costs = torch.zeros(len(alive), dtype=torch.float64, device=w.device)
     floor = torch.zeros((), dtype=torch.float64, device=w.device)
     share = max(1, len(alive) // steps)
-    while True:
+    while len(alive):
         now = _costs(w, inverse, width)
         order = torch.argsort(now, stable=True)
         leaving = order[:share]
@@ -68,8 +68,6 @@ def elimination_costs(weight: Tensor, h: Tensor, width: int, steps: int = STEPS)
         costs[alive[leaving]] = risen * (1 + 1e-12 * rank) + 1e-300 * rank
         floor = costs[alive[leaving]].max()
         kept = order[share:].sort().values
-        if not len(kept):
-            break
         gone, stay = _columns(leaving.sort().values, width), _columns(kept, width)
         factor = torch.linalg.cholesky(inverse[gone][:, gone])
         shift = torch.cholesky_solve(inverse[gone][:, stay], factor)

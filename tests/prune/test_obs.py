@@ -41,6 +41,23 @@ def test_costs_are_what_each_removal_adds(width: int) -> None:
     assert costs.min().item() == pytest.approx(min(cheapest), rel=1e-8)  # as above
 
 
+def test_units_as_wide_as_a_real_kv_group() -> None:
+    """192 columns, as in SmolLM2, on two threads: torch.linalg.solve fails on such a batch there."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(1000, 576, generator=generator, dtype=torch.float64)
+    w = torch.randn(8, 576, generator=generator, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        costs = elimination_costs(w, x.T @ x, 192)
+    finally:
+        torch.set_num_threads(threads)
+    h = x.T @ x
+    h.diagonal().add_(DAMPING * h.diagonal().mean())
+    first = [refit_error(w, h, torch.arange(576)[torch.arange(576) // 192 != u]) for u in range(3)]
+    assert costs.min().item() == pytest.approx(min(first), rel=1e-8)  # fp64 solves of order 400
+
+
 def test_a_duplicated_channel_costs_nothing() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(300, 8, generator=generator)
