@@ -42,7 +42,7 @@ def test_costs_are_what_each_removal_adds(width: int) -> None:
 
 
 def test_units_as_wide_as_a_real_kv_group() -> None:
-    """192 columns, as in SmolLM2, on two threads: torch.linalg.solve fails on such a batch there."""
+    """192 columns, as in SmolLM2: on two threads torch.linalg.solve may fail on such a batch."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(1000, 576, generator=generator, dtype=torch.float64)
     w = torch.randn(8, 576, generator=generator, dtype=torch.float64)
