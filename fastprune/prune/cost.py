@@ -284,7 +284,7 @@ class Costs:
         n = self.mine
         cost = total(m.forward(layer, 1, s) for layer in m.layers) * n
         columns = sum(columns for layer in m.layers for _, columns in layer.matrices)
-        cost += Cost(reduced=self._reduced(8 * columns))
+        cost += Cost(reduced=self._reduced(8 * (columns + 2 * len(m.layers))))
         host = 0
         if self.stream:
             host = m.states(n * s)

@@ -80,9 +80,9 @@ def score(model: nn.Module, windows: Tensor, method: str, *, seed: int = 0) -> S
     elif method in MAGNITUDE:
         scores = Scores.of(magnitude(layer, MAGNITUDE[method]) for layer in decoder_layers(model))
     elif method in ACTIVATION:
-        with input_norms(decoder_layers(model)) as norms:
+        with inputs_of(decoder_layers(model)) as seen:
             _forward(model, windows)
-        scores = Scores.of(activation(layer, norms, method) for layer in decoder_layers(model))
+        scores = Scores.of(activation(layer, seen, method) for layer in decoder_layers(model))
     elif method == "obs":
         with torch.no_grad():
             prefix = Prefix(model, windows, None)
@@ -110,45 +110,68 @@ def magnitude(layer: nn.Module, kind: str) -> Units:
     return _sums(layer, lambda s: _reduce(s, layer, kind))
 
 
-def activation(layer: nn.Module, norms: dict[nn.Module, Tensor], method: str) -> Units:
-    """Scores of ``layer``'s units by weights and inputs; ``norms`` as `input_norms` gives them.
+@dataclass
+class Inputs:
+    """What the layers have read, summed over all tokens."""
 
-    ``activation`` sums |w|·‖x‖ over the unit. ``activation-maw`` scores a channel by the largest
-    weights of its gate row, up row and down column (max w + |min w|, relative to the layer's
-    largest, summed; the maximum absolute weight of optipfair) times its own activation norm, and a
-    KV group by ‖w‖²·‖x‖² over its o columns, the output energy that leaves with it.
+    norms: dict[nn.Module, Tensor]
+    """of each of q, k, v, o, gate, up, down the L2 norms of its input columns, (in_features,)"""
+    scale: dict[nn.Module, float]
+    """of each layer the mean over tokens of 1 / ‖h‖², h the hidden state it reads"""
+
+
+def activation(layer: nn.Module, seen: Inputs, method: str) -> Units:
+    """Scores of ``layer``'s units by weights and inputs ``seen`` in a forward pass.
+
+    ``activation`` sums |w|·‖x‖ over the unit. ``activation-maw`` is the energy of what the unit
+    adds to the hidden states, relative to theirs, so that units of all kinds and layers compare.
+    That of a KV group is the sum of ‖w‖²·‖x‖² over its o columns. That of a channel is the median
+    over the layer's channels, times (m / median m)², where m ranks them: the largest weights of the
+    gate row, up row and down column (max w + |min w|, relative to the layer's largest, summed; the
+    maximum absolute weight of optipfair) times the channel's own activation norm.
     """
     if method == "activation-maw":
-        return _output_energy(layer, norms), _maximum_weight(layer, norms)
+        groups, channels = (
+            _output_energy(layer, slices, seen)
+            for slices in (attention_slices(layer), mlp_slices(layer))
+        )
+        if len(channels):
+            m = _maximum_weight(layer, seen)
+            channels = _median(channels) * (m / _median(m)).square()
+        return groups.cpu(), channels.cpu()
     return _sums(
         layer,
         lambda s: (
-            _reduce(s, layer, "activation", x=norms[_module(layer, s)])
+            _reduce(s, layer, "activation", x=seen.norms[_module(layer, s)])
             if s.parameter == "weight"
             else None
         ),
     )
 
 
-def _output_energy(layer: nn.Module, norms: dict[nn.Module, Tensor]) -> Tensor:
-    slices = attention_slices(layer)
+def _output_energy(layer: nn.Module, slices: list[Slice], seen: Inputs) -> Tensor:
+    """Energy (units,) that leaves with each unit's columns of o_proj or down_proj."""
     if not slices:
         return torch.zeros(0, dtype=torch.float64)
-    _, columns = ops.taylor(layer.get_parameter(slices[-1].name).detach(), kind="l2")
-    energy = columns.double() * norms[_module(layer, slices[-1])].double().square()
-    return energy.view(-1, slices[-1].width).sum(1).cpu()
+    last = slices[-1]
+    _, columns = ops.taylor(layer.get_parameter(last.name).detach(), kind="l2")
+    energy = columns.double() * seen.norms[_module(layer, last)].double().square()
+    return energy.view(-1, last.width).sum(1) * seen.scale[layer]
 
 
-def _maximum_weight(layer: nn.Module, norms: dict[nn.Module, Tensor]) -> Tensor:
+def _maximum_weight(layer: nn.Module, seen: Inputs) -> Tensor:
     slices = [s for s in mlp_slices(layer) if s.parameter == "weight"]
-    if not slices:
-        return torch.zeros(0, dtype=torch.float64)
     total: Tensor | float = 0.0
     for s in slices:
         weight = layer.get_parameter(s.name).detach()
         spread = weight.amax(1 - s.dim).double() + weight.amin(1 - s.dim).double().abs()
         total = total + spread / spread.max().clamp_min(torch.finfo(torch.float64).tiny)
-    return (total * norms[_module(layer, slices[-1])].double()).cpu()
+    return total * seen.norms[_module(layer, slices[-1])].double()
+
+
+def _median(x: Tensor) -> Tensor:
+    """The median of the positive ones of ``x``, or 1 where there is none."""
+    return x[x > 0].median() if bool((x > 0).any()) else x.new_ones(())
 
 
 def random(sizes: Sequence[Geometry], seed: int) -> Scores:
@@ -274,12 +297,12 @@ def only_gradients_of(module: nn.Module, hooks: Hooks) -> Iterator[None]:
 
 
 @contextmanager
-def input_norms(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Watch the inputs of the cut linear modules of ``layers`` while the body runs them.
+def inputs_of(layers: Iterable[nn.Module]) -> Iterator[Inputs]:
+    """Watch what ``layers`` and their cut linear modules read while the body runs them.
 
-    Afterwards the dictionary holds, keyed by module, the L2 norm over all tokens seen of every
-    input column of each of q, k, v, o, gate, up, down: tensors (in_features,) fp32.
+    Afterwards the `Inputs` hold the sums over the tokens that all processes have seen.
     """
+    layers = list(layers)
     watched = {
         _module(layer, s): None
         for layer in layers
@@ -289,20 +312,35 @@ def input_norms(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]
         module: torch.zeros(module.in_features, dtype=torch.float64, device=module.weight.device)
         for module in watched
     }
-    norms: dict[nn.Module, Tensor] = {}
+    # Σ 1 / ‖h‖² and the number of tokens. The first token's hidden state is often a thousand times
+    # the others', which a mean of ‖h‖² would show and nothing else.
+    inverse = {
+        layer: torch.zeros(2, dtype=torch.float64, device=next(layer.parameters()).device)
+        for layer in layers
+    }
+    seen = Inputs({}, {})
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def columns(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
         squares[module] += x.square().sum(0).double()
 
-    handles = [module.register_forward_pre_hook(hook) for module in watched]
+    def states(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        energy = inputs[0].flatten(0, -2).double().square().sum(1)
+        energy = energy[energy > 0]
+        inverse[layer] += torch.stack([energy.reciprocal().sum(), energy.new_tensor(len(energy))])
+
+    handles = [module.register_forward_pre_hook(columns) for module in watched]
+    handles += [layer.register_forward_pre_hook(states) for layer in layers]
     try:
-        yield norms
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    distributed.sum_(*squares.values())
-    norms |= {module: total.sqrt().float() for module, total in squares.items()}
+    distributed.sum_(*squares.values(), *inverse.values())
+    seen.norms |= {module: total.sqrt().float() for module, total in squares.items()}
+    seen.scale |= {
+        layer: (total / count.clamp_min(1)).item() for layer, (total, count) in inverse.items()
+    }
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from fastprune.prune.importance import (
     Units,
     activation,
     checked,
-    input_norms,
+    inputs_of,
     magnitude,
     only_gradients_of,
     random,
@@ -221,9 +221,9 @@ def _run(source: StreamedModel, index: int, hidden: list[Tensor]) -> list[Tensor
 def _activations(source: StreamedModel, windows: Tensor, method: str) -> Iterator[Units]:
     hidden = source.embed(distributed.share(windows.split(1)))
     for index, layer in source.layers("activations"):
-        with input_norms([layer]) as norms:
+        with inputs_of([layer]) as seen:
             hidden = _run(source, index, hidden)
-        yield activation(layer, norms, method)
+        yield activation(layer, seen, method)
 
 
 @torch.no_grad()

@@ -120,8 +120,8 @@ def test_activation_weighs_weights_by_their_inputs() -> None:
 def test_maximum_weight_and_output_energy() -> None:
     model = tiny_model("llama", layers=1)
     layer, seen = model.model.layers[0], {}
-    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-        linear.register_forward_pre_hook(
+    for module in (layer, layer.self_attn.o_proj, layer.mlp.down_proj):
+        module.register_forward_pre_hook(
             lambda m, x: seen.setdefault(m, []).append(x[0].flatten(0, 1))
         )
     with torch.no_grad():
@@ -134,13 +134,41 @@ def test_maximum_weight_and_output_energy() -> None:
         layer.mlp.down_proj.weight.T,
     )
     parts = [w.max(1).values + w.min(1).values.abs() for w in (gate, up, down)]
-    channels = sum(p / p.max() for p in parts) * norms[layer.mlp.down_proj]
+    ranking = sum(p / p.max() for p in parts) * norms[layer.mlp.down_proj]
+    scale = torch.cat(seen[layer]).square().sum(1).reciprocal().mean()
+    energy = (down.norm(dim=1) * norms[layer.mlp.down_proj]).square()
+    channels = energy.median() * (ranking / ranking.median()).square() * scale
     o = layer.self_attn.o_proj
-    groups = (o.weight.norm(dim=0) * norms[o]).square().view(4, 32).sum(1)
+    groups = (o.weight.norm(dim=0) * norms[o]).square().view(4, 32).sum(1) * scale
     scores = score(model, WINDOWS, "activation-maw")
     # fp32 sums of positive terms in another order
     torch.testing.assert_close(scores.mlp[0].float(), channels, rtol=1e-5, atol=0)
     torch.testing.assert_close(scores.attention[0].float(), groups, rtol=1e-5, atol=0)
+
+
+def test_relative_energy_compares_layers_and_bears_dead_channels() -> None:
+    """What does not depend on a layer's own scale: its hidden states', or one giant token's."""
+    model = tiny_model("llama", layers=2)
+    expected = score(model, WINDOWS, "activation-maw")
+    with torch.no_grad():
+        # The norms give every layer the same input; what it adds is as much larger as the states.
+        model.model.embed_tokens.weight *= 8
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 8
+            layer.mlp.down_proj.weight *= 8
+    scaled = score(model, WINDOWS, "activation-maw")
+    for a, b in zip([*scaled.attention, *scaled.mlp], [*expected.attention, *expected.mlp]):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=0)  # the norms' epsilon counts for less
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:60] = 0  # most of 96
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    dead = score(model, WINDOWS, "activation-maw").mlp
+    assert (dead[0][:60] == 0).all() and (dead[0][60:] > 0).all() and (dead[1] == 0).all()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[WINDOWS[:, 0]] *= 1e4
+    giant = score(model, WINDOWS, "activation-maw").attention[0]
+    ratio = giant / scaled.attention[0]
+    assert (ratio > 0.5).all() and (ratio < 2).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
