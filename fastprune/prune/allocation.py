@@ -127,10 +127,10 @@ def allocate_global(
         push(layer, "groups")
         push(layer, "channels")
     half = half_unit(sizes, limits)
-    waiting: list[tuple[float, int, str]] = []
+    too_large: list[int] = []  # layers with a KV group that did not fit
     total = removed_parameters(sizes, removed)
     while queue and target - total > half:
-        price, layer, kind = heapq.heappop(queue)
+        _, layer, kind = heapq.heappop(queue)
         done, size = removed[layer], sizes[layer]
         more = (
             replace(done, groups=done.groups + 1)
@@ -138,15 +138,51 @@ def allocate_global(
             else replace(done, channels=done.channels + step)
         )
         gone = parameters(size, more)
-        if gone > limits.highest * size.prunable:
-            continue
-        if total + gone - parameters(size, done) > target + half:
-            waiting.append((price, layer, kind))
+        beyond = gone > limits.highest * size.prunable
+        if beyond or total + gone - parameters(size, done) > target + half:
+            if kind == "groups":
+                too_large.append(layer)
             continue
         total += gone - parameters(size, done)
         removed[layer] = more
         push(layer, kind)
+    for layer in too_large:
+        if target - total > half:
+            removed = _one_group_more(sizes, removed, layer, channel_scores, target, limits)
+            total = removed_parameters(sizes, removed)
     return _raise_to_lowest(sizes, removed, limits)
+
+
+def _one_group_more(
+    sizes: Sequence[LayerSize],
+    removals: Sequence[Removal],
+    layer: int,
+    ranked: Sequence[Sequence[float]],
+    target: int,
+    limits: Limits,
+) -> list[Removal]:
+    """``removals`` and a KV group of ``layer``, for which the best of the channels come back.
+
+    As many as bring the total down to ``target`` and the layer within its highest rate; where that
+    comes no nearer to the target, ``removals`` as they are. ``ranked`` are the channels' scores,
+    ascending.
+    """
+    grown = list(removals)
+    grown[layer] = replace(grown[layer], groups=grown[layer].groups + 1)
+    size, step = sizes[layer], limits.align
+    total = removed_parameters(sizes, grown)
+    while True:
+        beyond = parameters(size, grown[layer]) > limits.highest * size.prunable
+        if not beyond and total <= target + half_unit(sizes, limits):
+            break
+        able = [i for i in ([layer] if beyond else range(len(sizes))) if grown[i].channels >= step]
+        if not able:
+            break
+        best = max(able, key=lambda i: ranked[i][grown[i].channels - 1])
+        grown[best] = replace(grown[best], channels=grown[best].channels - step)
+        total -= step * sizes[best].channel_cost
+    nearer = abs(total - target) < abs(removed_parameters(sizes, removals) - target)
+    return grown if nearer and not beyond else list(removals)
 
 
 def fit_channels(

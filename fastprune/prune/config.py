@@ -49,7 +49,7 @@ class PruneConfig(CommonConfig):
         "activation-maw",
         "obs",
         "random",
-    ] = "taylor-first"
+    ] = "activation-maw"
     """criterion that ranks the units of a layer"""
     allocation: Literal["uniform", "inverse", "proportional", "global", "search"] = "uniform"
     """how the ratio is spread over the layers"""

@@ -113,6 +113,28 @@ def test_global_meets_the_budget_and_the_lowest_rate(ratio: float) -> None:
         assert removed_parameters([SMOLLM2], [removal]) >= 0.05 * SMOLLM2.prunable
 
 
+@pytest.mark.parametrize("align", [1, 16])
+def test_global_gives_channels_back_for_a_group_that_is_larger_than_what_is_missing(align) -> None:
+    """Channels are cheap, all of them go, and what is missing is a third of a KV group."""
+    sizes = [SMOLLM2] * 6
+    groups = [[1e9 * (layer + g + 1) for g in range(3)] for layer in range(6)]
+    channels = [[(layer + 1) * (c + 1) for c in range(1536)] for layer in range(6)]
+    all_channels = 6 * SMOLLM2.channels * SMOLLM2.channel_cost
+    target = all_channels + SMOLLM2.group_cost // 3
+    limits = Limits(align=align)
+    removals = allocate_global(sizes, groups, channels, target, limits)
+    assert [r.groups for r in removals] == [1, 0, 0, 0, 0, 0]
+    assert abs(removed_parameters(sizes, removals) - target) <= align * SMOLLM2.channel_cost / 2
+    assert removed_parameters(sizes[:1], removals[:1]) <= 0.9 * SMOLLM2.prunable
+    assert all(r.channels <= before.channels for r, before in zip(removals, sizes))
+    # the best of the last layer come back, and nothing else
+    assert {r.channels for r in removals[:-1]} == {SMOLLM2.channels - align}
+    # beyond the highest rate the layer itself gives first
+    tight = allocate_global(sizes, groups, channels, target, Limits(highest=0.8, align=align))
+    assert removed_parameters(sizes[:1], tight[:1]) <= 0.8 * SMOLLM2.prunable
+    assert abs(removed_parameters(sizes, tight) - target) <= align * SMOLLM2.channel_cost / 2
+
+
 def test_weights_reject_what_is_no_sensitivity() -> None:
     for bad in ([0.0, 0.0], [float("nan"), 1.0]):
         with pytest.raises(InputError, match="sensitivities"):
