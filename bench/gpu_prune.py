@@ -58,7 +58,7 @@ def main() -> int:
     torch.cuda.reset_peak_memory_stats()
 
     clock = Clock()
-    config = PruneConfig(ratio=RATIO)
+    config = PruneConfig(ratio=RATIO, importance="taylor-first")
     budget = Budget("ratio", RATIO, round(RATIO * before))
     plan = make_plan(model, windows, budget, config, clock).plan
     with clock("surgery"):

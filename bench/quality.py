@@ -56,7 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--importance", nargs="+", default=["taylor-first"])
+    parser.add_argument("--importance", nargs="+", default=["activation-maw"])
     parser.add_argument("--compensation", nargs="+", default=COMPENSATION, choices=COMPENSATION)
     parser.add_argument("--calib-samples", type=int, default=128)
     parser.add_argument("--calib-seq-len", type=int, default=256)

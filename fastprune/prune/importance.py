@@ -312,8 +312,8 @@ def inputs_of(layers: Iterable[nn.Module]) -> Iterator[Inputs]:
         module: torch.zeros(module.in_features, dtype=torch.float64, device=module.weight.device)
         for module in watched
     }
-    # Σ 1 / ‖h‖² and the number of tokens. The first token's hidden state is often a thousand times
-    # the others', which a mean of ‖h‖² would show and nothing else.
+    # Σ 1 / ‖h‖² and the number of tokens. The first token's ‖h‖ can be a hundred times the others',
+    # and a mean of ‖h‖² would show nothing else.
     inverse = {
         layer: torch.zeros(2, dtype=torch.float64, device=next(layer.parameters()).device)
         for layer in layers

@@ -127,11 +127,15 @@ def search(model: torch.nn.Module, refits: bool) -> None:
 
 
 STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str, str]]] = {
-    "taylor": (Costs.score, lambda m: score(m, WINDOWS, "taylor-first"), {}),
+    "taylor": (
+        Costs.score,
+        lambda m: score(m, WINDOWS, "taylor-first"),
+        {"importance": "taylor-first"},
+    ),
     "activation": (
         Costs.score,
         lambda m: score(m, WINDOWS, "activation-maw"),
-        {"importance": "activation-maw"},
+        {},
     ),
     "sensitivity": (Costs.sensitivity, lambda m: removal(m, WINDOWS[:3]), {}),
     "changes": (
@@ -234,7 +238,7 @@ def test_streamed_files_are_read_as_often_as_computed(tmp_path, monkeypatch, tie
         return read[-1]
 
     monkeypatch.setattr(ShardReader, "read", count)
-    formula = costs(source.model, stream=True)
+    formula = costs(source.model, stream=True, importance="taylor-first")
     norm = source.model.model.norm.weight.nbytes
     for stage, work in (
         (formula.score(), lambda: stream.score(source, WINDOWS, "taylor-first")),
