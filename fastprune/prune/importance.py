@@ -112,7 +112,7 @@ def magnitude(layer: nn.Module, kind: str) -> Units:
 
 @dataclass
 class Inputs:
-    """What the layers have read, summed over all tokens."""
+    """What the layers have read, over all tokens."""
 
     norms: dict[nn.Module, Tensor]
     """of each of q, k, v, o, gate, up, down the L2 norms of its input columns, (in_features,)"""
@@ -325,9 +325,10 @@ def inputs_of(layers: Iterable[nn.Module]) -> Iterator[Inputs]:
         squares[module] += x.square().sum(0).double()
 
     def states(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        energy = inputs[0].flatten(0, -2).double().square().sum(1)
-        energy = energy[energy > 0]
-        inverse[layer] += torch.stack([energy.reciprocal().sum(), energy.new_tensor(len(energy))])
+        energy = inputs[0].flatten(0, -2).float().square().sum(1).double()
+        counted = energy > 0  # masks, not indices: the device need not be waited for
+        inverse[layer][0] += torch.where(counted, energy.reciprocal(), 0.0).sum()
+        inverse[layer][1] += counted.sum()
 
     handles = [module.register_forward_pre_hook(columns) for module in watched]
     handles += [layer.register_forward_pre_hook(states) for layer in layers]
