@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -99,9 +100,15 @@ def allocate_global(
     channel_scores: Sequence[Sequence[float]],
     target: int,
     limits: Limits,
+    alpha: float = 1.0,
 ) -> list[Removal]:
-    """Remove the units of lowest score per parameter wherever they are, within ``limits``."""
+    """Remove the units of lowest score per parameter wherever they are, within ``limits``.
+
+    ``alpha`` says how much of the difference between layers counts: 1 takes the scores as they are,
+    0 makes all layers alike.
+    """
     check_reachable(sizes, target, limits)
+    factors = _level_factors(sizes, group_scores, channel_scores, alpha)
     step = limits.align
     removed = [Removal(0, s.channels % step) for s in sizes]
     queue: list[tuple[float, int, str]] = []
@@ -121,8 +128,8 @@ def allocate_global(
             price = sum(ranked[start : start + width]) / (width * cost)
             heapq.heappush(queue, (price, layer, kind))
 
-    group_scores = [sorted(s) for s in group_scores]
-    channel_scores = [sorted(s) for s in channel_scores]
+    group_scores = [sorted(f * x for x in s) for f, s in zip(factors, group_scores)]
+    channel_scores = [sorted(f * x for x in s) for f, s in zip(factors, channel_scores)]
     for layer in range(len(sizes)):
         push(layer, "groups")
         push(layer, "channels")
@@ -151,6 +158,26 @@ def allocate_global(
             removed = _one_group_more(sizes, removed, layer, channel_scores, target, limits)
             total = removed_parameters(sizes, removed)
     return _raise_to_lowest(sizes, removed, limits)
+
+
+def _level_factors(
+    sizes: Sequence[LayerSize],
+    group_scores: Sequence[Sequence[float]],
+    channel_scores: Sequence[Sequence[float]],
+    alpha: float,
+) -> list[float]:
+    """What multiplies each layer's scores so that its level becomes its level to the ``alpha``.
+
+    The level is the median score per parameter of the channels, or of the KV groups where no
+    channel has a positive one; levels are relative to the highest, and a millionth at least.
+    """
+    levels = []
+    for size, groups, channels in zip(sizes, group_scores, channel_scores):
+        positive = [s / size.channel_cost for s in channels if s > 0]
+        positive = positive or [s / size.group_cost for s in groups if s > 0]
+        levels.append(statistics.median(positive) if positive else 0.0)
+    highest = max(levels, default=0.0) or 1.0
+    return [max(level / highest, 1e-6) ** (alpha - 1) for level in levels]
 
 
 def _one_group_more(

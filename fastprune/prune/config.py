@@ -60,7 +60,8 @@ class PruneConfig(CommonConfig):
     """sensitivity for inverse and proportional: removal, activation (how much a layer changes its
     input), or a layer_importance.json"""
     alpha: float = 1.0
-    """exponent of the sensitivity"""
+    """exponent of the sensitivity; for global, how much of the difference between layers counts:
+    from 0 (none: all layers alike) to 1 (all of it)"""
     min_layer_ratio: float = 0.0
     """least share of a layer's KV groups and channels, by parameters, to remove"""
     max_layer_ratio: float = 0.9
@@ -115,6 +116,8 @@ class PruneConfig(CommonConfig):
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise InputError(f"--ratio must lie between 0 and 1, not {self.ratio}")
+        if not math.isfinite(self.alpha):
+            raise InputError(f"--alpha must be a finite number, not {self.alpha}")
         if self.target_latency is not None and not 0 < self.target_latency < math.inf:
             raise InputError(f"--target-latency must be positive, not {self.target_latency}")
         if not self.structures:

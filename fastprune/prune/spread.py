@@ -52,6 +52,7 @@ class Thinning:
                 [channels[i].tolist() if sizes[i].channels else [] for i in self.selected],
                 target,
                 limits,
+                config.alpha,
             )
         else:
             weights = [1.0] * len(chosen)

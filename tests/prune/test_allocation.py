@@ -100,6 +100,40 @@ def test_global_takes_the_cheapest_parameters_first() -> None:
     assert removals == [Removal(0, 1), Removal(1, 1)]
 
 
+def test_alpha_of_global_goes_from_the_scores_as_they_are_to_layers_alike() -> None:
+    """The second layer's scores are those of the first, a hundred times as high."""
+    sizes = [SMOLLM2] * 2
+    channels = [[float(c + 1) for c in range(1536)], [100.0 * (c + 1) for c in range(1536)]]
+    groups = [[1e12] * 3] * 2
+    target = budget(sizes, 0.2)
+    lost = [
+        [r.channels for r in allocate_global(sizes, groups, channels, target, Limits(), alpha)]
+        for alpha in (1.0, 0.5, 0.0)
+    ]
+    as_they_are, between, alike = lost
+    assert lost[0] == [
+        r.channels for r in allocate_global(sizes, groups, channels, target, Limits())
+    ]
+    assert as_they_are[0] > 50 * as_they_are[1]
+    assert between[0] == pytest.approx(10 * between[1], rel=0.1)
+    assert abs(alike[0] - alike[1]) <= 1
+    assert len({sum(pair) for pair in lost}) == 1
+
+
+def test_alpha_of_global_levels_kv_groups_where_only_they_may_go() -> None:
+    sizes = [LayerSize(8, 10, 0, 0)] * 2
+    groups = [[float(g + 1) for g in range(8)], [1e3 * (g + 1) for g in range(8)]]
+    lost = allocate_global(sizes, groups, [[], []], 60, Limits(), alpha=0.0)
+    assert lost == [Removal(3, 0), Removal(3, 0)]
+
+
+def test_alpha_of_global_takes_a_layer_without_a_positive_score_first() -> None:
+    sizes = [LayerSize(0, 0, 10, 1)] * 2
+    channels = [[0.0] * 10, [float(c + 1) for c in range(10)]]
+    lost = allocate_global(sizes, [[], []], channels, 6, Limits(), alpha=0.5)
+    assert lost == [Removal(0, 6), Removal(0, 0)]
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
 def test_global_meets_the_budget_and_the_lowest_rate(ratio: float) -> None:
     sizes = [SMOLLM2] * 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -142,6 +143,7 @@ def test_bytes_by_whole_sublayers(settings, allocation: str) -> None:
         ({"target_bytes": "1GB", "ratio": 0.2}, "exactly one of"),
         ({"target_params": 10**9}, "--target-params"),
         ({"target_latency": -1.0}, "--target-latency must be positive"),
+        ({"ratio": 0.2, "alpha": math.nan}, "--alpha must be a finite number, not nan"),
         ({"target_latency": 5.0, "stream": True}, "--stream keeps the weights on disk"),
         ({"ratio": 0.2, "iterations": 0}, "--iterations must be at least 1"),
         ({"ratio": 0.2, "iterations": 2, "stream": True}, "--stream reads the weights"),

@@ -70,6 +70,28 @@ def test_every_allocation(
         assert "mlp" in structures or len(kept.channels) == 96
 
 
+def test_alpha_evens_out_the_layers_of_global(settings: dict) -> None:
+    """Layer 0 writes ten times as much as it did: its channels stay, unless layers are alike."""
+    lost = {}
+    for alpha in (1.0, 0.0):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(10)
+        config = fastprune.PruneConfig(
+            ratio=0.2,
+            allocation="global",
+            alpha=alpha,
+            importance="magnitude-l2",
+            structures=("mlp",),
+            **settings,
+        )
+        plan = fastprune.prune(model, tiny_tokenizer(), config).plan
+        sizes = zip(plan.geometries, plan.layers, strict=True)
+        lost[alpha] = [size.channels - len(kept.channels) for size, kept in sizes]
+    assert lost[1.0][0] == 0 < lost[1.0][1]
+    assert lost[0.0][0] >= lost[0.0][1] / 2
+
+
 def test_a_plan_reused_gives_the_same_model(settings: dict, tmp_path: Path) -> None:
     models = [tiny_model("qwen3") for _ in range(2)]
     config = fastprune.PruneConfig(ratio=0.25, compensate="least-squares", **settings)
