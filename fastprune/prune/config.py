@@ -116,8 +116,12 @@ class PruneConfig(CommonConfig):
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise InputError(f"--ratio must lie between 0 and 1, not {self.ratio}")
-        if not math.isfinite(self.alpha):
-            raise InputError(f"--alpha must be a finite number, not {self.alpha}")
+        low, high = (0, 1) if self.allocation == "global" else (-10, 10)
+        if not low <= self.alpha <= high:
+            raise InputError(
+                f"--alpha must lie between {low} and {high} with --allocation {self.allocation}, "
+                f"not {self.alpha}"
+            )
         if self.target_latency is not None and not 0 < self.target_latency < math.inf:
             raise InputError(f"--target-latency must be positive, not {self.target_latency}")
         if not self.structures:

@@ -143,7 +143,12 @@ def test_bytes_by_whole_sublayers(settings, allocation: str) -> None:
         ({"target_bytes": "1GB", "ratio": 0.2}, "exactly one of"),
         ({"target_params": 10**9}, "--target-params"),
         ({"target_latency": -1.0}, "--target-latency must be positive"),
-        ({"ratio": 0.2, "alpha": math.nan}, "--alpha must be a finite number, not nan"),
+        ({"ratio": 0.2, "alpha": math.nan}, "--alpha must lie between -10 and 10"),
+        ({"ratio": 0.2, "allocation": "inverse", "alpha": 300.0}, "--alpha must lie between -10"),
+        (
+            {"ratio": 0.2, "allocation": "global", "alpha": -300.0},
+            "--alpha must lie between 0 and 1",
+        ),
         ({"target_latency": 5.0, "stream": True}, "--stream keeps the weights on disk"),
         ({"ratio": 0.2, "iterations": 0}, "--iterations must be at least 1"),
         ({"ratio": 0.2, "iterations": 2, "stream": True}, "--stream reads the weights"),
