@@ -49,8 +49,16 @@ class Curve:
         return cls(layer, kind, tuple(removed), tuple(values))
 
     def at(self, units: int) -> float:
-        """Divergence with any number of units gone: linear between measured levels."""
-        if not self.removed[0] <= units <= self.removed[-1]:
+        """Divergence with any number of units gone: linear between measured levels.
+
+        Beyond the last level it rises on as between the last two; below the first, or off the
+        only one, it is infinite.
+        """
+        beyond = units - self.removed[-1]
+        if beyond > 0 and len(self.removed) > 1:
+            (start, end), (low, high) = self.removed[-2:], self.divergence[-2:]
+            return high + beyond * (high - low) / (end - start)
+        if beyond > 0 or units < self.removed[0]:
             return math.inf
         return float(np.interp(units, self.removed, self.divergence))
 

@@ -38,6 +38,14 @@ def curves_of(steepness: list[float]) -> list[Curve]:
     ]
 
 
+def test_a_curve_between_and_beyond_its_levels() -> None:
+    curve = Curve(0, "channels", (10, 20, 40), (0.0, 1.0, 2.0))
+    expected = {10: 0.0, 15: 0.5, 30: 1.5, 40: 2.0, 50: 2.5, 9: math.inf}
+    assert {n: curve.at(n) for n in expected} == pytest.approx(expected)
+    single = Curve(0, "channels", (10,), (0.0,))
+    assert [single.at(n) for n in (9, 10, 11)] == [math.inf, 0.0, math.inf]
+
+
 @pytest.mark.parametrize("ratio", [0.05, 0.1, 0.2, 0.3])
 def test_budget_is_met_to_half_a_channel(ratio: float) -> None:
     sizes = [SIZE] * 6
