@@ -1,18 +1,20 @@
 """Least-squares compensation: what is kept takes over what it can of what is removed.
 
 Layer by layer, from the already pruned prefix: with X the inputs of o_proj or down_proj on
-calibration tokens and H = XᵀX, the kept columns become
+calibration tokens, H = XᵀX, and E what the hidden states behind the uncut layer would lack of the
+dense model's, the kept columns become
 
-    W_K ← W_K + W_R H_RK (H_KK + λ·mean(diag H)·I)⁻¹
+    W_K ← W_K + (W_R H_RK + β·(EᵀX)_K) (H_KK + λ·mean(diag H)·I)⁻¹
 
-which minimises ‖X_K W_Kᵀ − X Wᵀ‖² with a pull of strength λ toward the original kept weights.
-λ is chosen per sublayer on calibration windows kept out of H, among values that include "change
-nothing", so a sublayer's error on unseen text never grows.
+which minimises ‖X_K W_Kᵀ − X Wᵀ − β·E‖² with a pull of strength λ toward the original kept weights:
+the layer gives what it gave, and makes up for a part β of what went wrong before it (as in
+Quantization Error Propagation, arXiv 2504.09629). λ is chosen per sublayer on calibration windows
+kept out of H, among values that include "change nothing", so a sublayer's error on unseen text
+never grows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass
 
@@ -22,8 +24,8 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.models.blocks import Blocks
 from fastprune.models.families import attention_slices, mlp_slices
-from fastprune.precision import fast_forward
 from fastprune.progress import track
+from fastprune.prune.moments import After, Moments, advance, collect
 from fastprune.prune.plan import LayerPlan, Plan
 from fastprune.prune.surgery import kept_entries
 
@@ -35,6 +37,9 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 BATCH_TOKENS = 2048
 """Tokens of one calibration batch on the device."""
 
+MADE_UP = 0.5
+"""β: the part of what went wrong before a sublayer that it makes up for."""
+
 HELD_OUT = 8
 """One calibration batch in this many judges the strengths instead of entering H."""
 
@@ -44,6 +49,7 @@ class Refit:
     """What compensation did to one sublayer, measured on held-out calibration text.
 
     Errors are squared output errors relative to the squared output: of plain removal, and after.
+    What a sublayer is to make up for is a part of its output here.
     """
 
     layer: int
@@ -51,31 +57,6 @@ class Refit:
     strength: float | None
     error_before: float
     error_after: float
-
-
-class Moments:
-    """Second moments XᵀX, sums and count of the inputs of a linear layer, in fp32."""
-
-    def __init__(self, features: int, device: torch.device) -> None:
-        self.squares = torch.zeros(features, features, device=device)
-        self.sums = torch.zeros(features, device=device)
-        self.count = 0
-
-    def add(self, x: Tensor) -> None:
-        """Account for inputs x (..., features)."""
-        x = x.flatten(0, -2).float()
-        self.squares.addmm_(x.T, x)
-        self.sums += x.sum(0)
-        self.count += x.shape[0]
-
-    def add_others(self) -> None:
-        """Account for what the other processes have seen as well."""
-        distributed.sum_(self.squares, self.sums)
-        self.count = round(distributed.sums([self.count])[0])
-
-    def centred(self) -> Tensor:
-        """Σ (x − mean)(x − mean)ᵀ: what is left to a layer whose bias absorbs the mean."""
-        return self.squares - torch.outer(self.sums, self.sums) / max(self.count, 1)
 
 
 @torch.no_grad()
@@ -95,15 +76,11 @@ def compensate(
     return refits
 
 
-class _Stop(Exception):
-    """Ends a layer's forward as soon as the wanted input has been seen."""
-
-
 class Prefix:
     """The calibration hidden states at the front of the pruned prefix, kept on the host.
 
     Each process keeps those of its own batches and counts their moments; refits are the same in
-    all of them.
+    all of them. The dense model's own are kept beside them from the first thinned layer on.
     """
 
     def __init__(self, model: nn.Module, windows: Tensor, batch_size: int | None) -> None:
@@ -111,28 +88,37 @@ class Prefix:
         self.device = next(model.parameters()).device
         size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
         batches = windows.split(size)
-        self.numbers = distributed.share(range(len(batches)))
-        self.hidden = [self.blocks.embed(batches[n].to(self.device)).cpu() for n in self.numbers]
-        self.held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}
+        numbers = distributed.share(range(len(batches)))
+        held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}
+        self.held_out = [n in held_out for n in numbers]
+        self.hidden = [self.blocks.embed(batches[n].to(self.device)).cpu() for n in numbers]
+        self.dense: list[Tensor] | None = None
 
     def refit(self, kept: LayerPlan) -> list[Refit]:
         """Refit the layer at the front in place for the units ``kept`` of it, and step past it."""
         layer, index = self.blocks.layers[kept.index], kept.index
+        sublayers = [
+            (name, layer.get_submodule(slices[-1].module), kept_entries(slices[-1], units))
+            for name, slices, units in (
+                ("attention", attention_slices(layer), kept.kv_groups),
+                ("mlp", mlp_slices(layer), kept.channels),
+            )
+            if slices
+        ]
+        thinned = any(len(columns) < linear.in_features for _, linear, columns in sublayers)
+        if thinned and self.dense is None:
+            self.dense = list(self.hidden)
+        after: After = {}
+        if self.dense is not None:
+            after = advance(self.blocks, index, self.dense, targets=thinned)
         refits: list[Refit] = []
-        for name, slices, units in (
-            ("attention", attention_slices(layer), kept.kv_groups),
-            ("mlp", mlp_slices(layer), kept.channels),
-        ):
-            if not slices:
-                continue
-            columns = kept_entries(slices[-1], units)
-            linear = layer.get_submodule(slices[-1].module)
-            if not units:
+        for name, linear, columns in sublayers:
+            if not len(columns):
                 linear.weight.zero_()
                 if linear.bias is not None:
                     linear.bias.zero_()
             elif len(columns) < linear.in_features:
-                fit, test = self.moments(index, linear)
+                fit, test = self.moments(index, linear, after)
                 solution = refit(linear, columns.to(self.device), fit, test)
                 solution.write(linear)
                 refits.append(
@@ -148,33 +134,15 @@ class Prefix:
         self.advance(index)
         return refits
 
-    def moments(self, index: int, linear: nn.Linear) -> tuple[Moments, Moments]:
+    def moments(
+        self, index: int, linear: nn.Linear, after: After | None = None
+    ) -> tuple[Moments, Moments]:
         """Moments of the inputs of ``linear`` in layer ``index``: to fit, and held out."""
-        fit, test = (Moments(linear.in_features, self.device) for _ in range(2))
-        into = fit
-
-        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            into.add(inputs[0])
-            raise _Stop
-
-        handle = linear.register_forward_pre_hook(see)
-        try:
-            for number, hidden in zip(self.numbers, self.hidden, strict=True):
-                into = test if number in self.held_out else fit
-                with contextlib.suppress(_Stop), fast_forward(self.device, hidden.dtype):
-                    self.blocks.run(index, hidden.to(self.device))
-        finally:
-            handle.remove()
-        fit.add_others()
-        test.add_others()
-        return (fit, test) if fit.count else (test, test)
+        return collect(self.blocks, index, [linear], self.hidden, self.held_out, after)[linear]
 
     def advance(self, index: int) -> None:
         """Carry the hidden states through layer ``index`` as it is now."""
-        for number, hidden in enumerate(self.hidden):
-            with fast_forward(self.device, hidden.dtype):
-                after = self.blocks.run(index, hidden.to(self.device))
-            self.hidden[number] = after.to("cpu", hidden.dtype)
+        advance(self.blocks, index, self.hidden)
 
 
 @dataclass(frozen=True)
@@ -200,28 +168,35 @@ def refit(linear: nn.Linear, kept: Tensor, fit: Moments, test: Moments) -> Solut
     ``kept`` are column indices (int64, on the weight's device). The layer itself is not changed.
     """
     weight = linear.weight.float()
-    h, judge = (m.squares if linear.bias is None else m.centred() for m in (fit, test))
+    (h, lacking, _), (judge, lacks, lost) = (_problem(weight, linear.bias, m) for m in (fit, test))
     removed = torch.ones(linear.in_features, dtype=torch.bool, device=weight.device)
     removed[kept] = False
 
+    def error(trial: Tensor) -> float:
+        """‖X·trialᵀ − X Wᵀ − E‖² of the held-out text, relative to ‖X Wᵀ‖²."""
+        change = weight - trial
+        return ((_square(change, judge) + 2 * (change * lacks).sum() + lost) / whole).item()
+
     masked = weight.clone()
     masked[:, removed] = 0
-    whole = _error(weight, judge).clamp_min(torch.finfo(torch.float32).tiny)
-    before = (_error(weight - masked, judge) / whole).item()
+    whole = _square(weight, judge).clamp_min(torch.finfo(torch.float32).tiny)
+    before = error(masked)
     best, strength, after = masked, None, before
-    cross = weight[:, removed] @ h[removed][:, kept]
+    cross = weight[:, removed] @ h[removed][:, kept] + lacking[:, kept]
     for candidate in STRENGTHS:
         update = solve(h[kept][:, kept], cross, candidate)
         if update is None:
             continue
         trial = masked.clone()
         trial[:, kept] += update
-        error = (_error(weight - trial, judge) / whole).item()
-        if error < after:
-            best, strength, after = trial, candidate, error
+        value = error(trial)
+        if value < after:
+            best, strength, after = trial, candidate, value
     bias = None
     if linear.bias is not None:
         bias = linear.bias + (weight - best) @ (fit.sums / max(fit.count, 1))
+        if fit.cross is not None:
+            bias = bias + MADE_UP * _mean_error(linear, fit)
     return Solution(best, bias, strength, before, after)
 
 
@@ -242,6 +217,29 @@ def solve(h: Tensor, cross: Tensor, strength: float) -> Tensor | None:
     return None
 
 
-def _error(difference: Tensor, h: Tensor) -> Tensor:
+def _problem(
+    weight: Tensor, bias: Tensor | None, moments: Moments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H (in, in), β·EᵀX (out, in) and ‖β·E‖²; centred where a bias absorbs the means."""
+    h = moments.squares if bias is None else moments.centred()
+    if moments.cross is None:
+        return h, torch.zeros_like(weight), weight.new_zeros(())
+    cross, square = (
+        (moments.cross, moments.target_square) if bias is None else moments.centred_cross()
+    )
+    lacking = cross - weight @ h
+    lost = square - ((cross + lacking) * weight).sum()  # ‖T − X Wᵀ‖²
+    return h, MADE_UP * lacking, MADE_UP**2 * lost.clamp_min(0)
+
+
+def _mean_error(linear: nn.Linear, moments: Moments) -> Tensor:
+    """Mean of what the uncut layer's output lacks (out,)."""
+    count = max(moments.count, 1)
+    mean = linear.weight.float() @ (moments.sums / count)
+    mean = mean if linear.bias is None else mean + linear.bias
+    return moments.target_sums / count - mean
+
+
+def _square(difference: Tensor, h: Tensor) -> Tensor:
     """‖X Dᵀ‖² = tr(D H Dᵀ)."""
     return torch.einsum("oi,oi->", difference @ h, difference).clamp_min(0)

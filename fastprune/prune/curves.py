@@ -24,10 +24,11 @@ from fastprune.models.blocks import Blocks
 from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
 from fastprune.precision import fast_forward
 from fastprune.progress import track
-from fastprune.prune.compensation import BATCH_TOKENS, HELD_OUT, Moments, refit
+from fastprune.prune.compensation import BATCH_TOKENS, HELD_OUT, refit
 from fastprune.prune.divergence import Yardstick
 from fastprune.prune.importance import Scores
 from fastprune.prune.masking import DenseOutputs, zero_removed
+from fastprune.prune.moments import After, Moments, advance, collect
 from fastprune.prune.search import Curve
 from fastprune.prune.sizes import LayerSize, Removal
 from fastprune.prune.surgery import kept_entries
@@ -101,6 +102,7 @@ def measure_curves(
     kl = [blocks.embed(ids.to(device)) for ids in yardstick.batches]
     batches = windows[len(judging(windows)) :].split(max(1, BATCH_TOKENS // windows.shape[1]))
     fit = [blocks.embed(ids.to(device)) for ids in distributed.share(batches) if refits]
+    dense_fit = list(fit) if thinned else []
     held_out = distributed.share(
         [n % HELD_OUT == HELD_OUT - 1 or n == len(batches) - 1 for n in range(len(batches))]
     )
@@ -119,7 +121,11 @@ def measure_curves(
             thinnings = _thinnings(layer, sizes[index], scores, index)
         missing = [t for t in thinnings if not known.complete(index, t)]
         refitted = [t.linear for t in missing if t.order] if refits else []
-        moments = _moments(blocks, index, fit, held_out, refitted)
+        after: After = {}
+        if thinned and refits:
+            with thinned.dense.shown(layer):
+                after = advance(blocks, index, dense_fit, targets=bool(refitted))
+        moments = collect(blocks, index, refitted, fit, held_out, after)
         levels = [
             (t, removed)
             for t in missing
@@ -140,9 +146,7 @@ def measure_curves(
             curves.append(Curve.rising(index, t.kind, points))
         known.save()
         for states in (kl, fit):
-            for number, hidden in enumerate(states):
-                with fast_forward(device, hidden.dtype):
-                    states[number] = blocks.run(index, hidden).to(hidden.dtype)
+            advance(blocks, index, states)
     return curves
 
 
@@ -245,36 +249,6 @@ def _thinning(
 ) -> _Thinning:
     order = torch.argsort(scores[index], descending=True, stable=True).flip(0).tolist()
     return _Thinning(kind, layer.get_submodule(slices[-1].module), slices[-1], order, levels)
-
-
-def _moments(
-    blocks: Blocks,
-    index: int,
-    states: list[Tensor],
-    held_out: list[bool],
-    linears: list[nn.Linear],
-) -> dict[nn.Linear, tuple[Moments, Moments]]:
-    """Moments of the inputs of ``linears`` in layer ``index``: to fit, and held out."""
-    found = {
-        linear: tuple(Moments(linear.in_features, linear.weight.device) for _ in range(2))
-        for linear in linears
-    }
-    side = 0
-
-    def see(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        found[linear][side].add(inputs[0])
-
-    handles = [linear.register_forward_pre_hook(see) for linear in linears]
-    for hidden, judges in zip(states, held_out, strict=True) if linears else ():
-        side = int(judges)
-        with fast_forward(hidden.device, hidden.dtype):
-            blocks.run(index, hidden)
-    for handle in handles:
-        handle.remove()
-    for moments in found.values():
-        for m in moments:
-            m.add_others()
-    return {linear: (a, b) if a.count else (b, b) for linear, (a, b) in found.items()}
 
 
 class _Cache:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastprune.models.families import attention_slices, decoder_layers, mlp_slices
 from fastprune.prune.compensation import compensate
+from fastprune.prune.moments import outputs
 from fastprune.prune.plan import Plan
 from fastprune.prune.surgery import kept_entries
 
@@ -26,7 +27,9 @@ class DenseOutputs:
     def __init__(self, model: nn.Module) -> None:
         self._saved = {
             parameter: parameter.detach().to("cpu", copy=True)
-            for linear in _outputs(model)
+            for layer in decoder_layers(model)
+            for linear in outputs(layer)
+            if linear is not None
             for parameter in linear.parameters()
         }
 
@@ -35,6 +38,20 @@ class DenseOutputs:
         """Put back one of the layers, or all of them."""
         for parameter in self._saved if linear is None else linear.parameters():
             parameter.copy_(self._saved[parameter])
+
+    @contextmanager
+    @torch.no_grad()
+    def shown(self, layer: nn.Module) -> Iterator[None]:
+        """Inside the block ``layer`` has these values; afterwards those it has now again."""
+        linears = [linear for linear in outputs(layer) if linear is not None]
+        now = [(p, p.clone()) for linear in linears for p in linear.parameters()]
+        for linear in linears:
+            self.restore(linear)
+        try:
+            yield
+        finally:
+            for parameter, value in now:
+                parameter.copy_(value)
 
 
 @contextmanager
@@ -75,10 +92,3 @@ def zero_removed(linear: nn.Linear, kept: Tensor) -> None:
     linear.weight[:, removed] = 0
     if removed.all() and linear.bias is not None:
         linear.bias.zero_()
-
-
-def _outputs(model: nn.Module) -> Iterator[nn.Linear]:
-    for layer in decoder_layers(model):
-        for slices in (attention_slices(layer), mlp_slices(layer)):
-            if slices:
-                yield layer.get_submodule(slices[-1].module)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model, token_ids
 
+from fastprune.models.blocks import Blocks
 from fastprune.models.families import geometries
-from fastprune.prune.compensation import Moments, compensate, solve
+from fastprune.prune import compensation
+from fastprune.prune.compensation import MADE_UP, compensate, solve
+from fastprune.prune.moments import Moments, advance
 from fastprune.prune.plan import LayerPlan, Plan, keep_all
 
 WINDOWS = token_ids(64, 32)
@@ -65,8 +68,74 @@ def test_first_cut_is_the_ridge_solution() -> None:
     torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_later_sublayer_makes_up_for_half_of_what_went_wrong(bias: bool) -> None:
+    model = tiny_model("llama", attention_bias=bias, mlp_bias=bias)
+    dense = copy.deepcopy(model)
+    refits = compensate(model, half_plan(model), WINDOWS, batch_size=8)
+    cut, whole = model.model.layers[1], dense.model.layers[1]
+    # the dense model, and one with layer 1's attention as it became
+    half = copy.deepcopy(dense)
+    half.model.layers[1].self_attn.load_state_dict(cut.self_attn.state_dict())
+    x, wanted, had = [], [], []
+    half.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: x.append(a[0]))
+    with torch.no_grad():
+        for batch in WINDOWS.split(8)[:7]:  # the eighth is held out
+            for states, one in ((wanted, dense), (had, half)):
+                out = one.model(input_ids=batch, output_hidden_states=True, use_cache=False)
+                states.append(out.hidden_states[2])
+    x, wanted, had = (torch.cat(part).flatten(0, 1).double() for part in (x, wanted, had))
+    w = whole.mlp.down_proj.weight.detach().double()
+    target = x @ w.T + MADE_UP * (wanted - had)
+    kept = torch.arange(0, 96, 2)
+    means = x.mean(0) * bias, target.mean(0) * bias
+    inputs, goal = (x - means[0])[:, kept], target - means[1]
+    h = inputs.T @ inputs
+    ridge = refits[1].strength * h.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    expected = torch.linalg.solve(h + ridge, inputs.T @ goal + ridge @ w[:, kept].T).T
+    got = cut.mlp.down_proj.weight[:, kept].detach().double()
+    # bf16 matrix units may make the inputs: 8 bits, averaged over 1,800 tokens
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+    assert not torch.allclose(got, w[:, kept], rtol=0.02, atol=0.02 * w.abs().max().item())
+    if bias:
+        output = x[:, kept] @ got.T + cut.mlp.down_proj.bias.detach().double()
+        mean = (target + whole.mlp.down_proj.bias.detach().double()).mean(0)
+        torch.testing.assert_close(
+            output.mean(0), mean, rtol=0, atol=0.02 * mean.abs().max().item()
+        )
+
+
+def test_making_up_brings_the_end_nearer(monkeypatch) -> None:
+    dense = tiny_model("llama")
+    sizes = tuple(geometries(dense))
+    half = [LayerPlan(i, (0, 1, 2, 3), tuple(range(0, 96, 2))) for i in range(4)]
+    unseen = token_ids(16, 32, seed=5)
+    apart = {}
+    for part in (0.0, MADE_UP):
+        model = tiny_model("llama")
+        monkeypatch.setattr(compensation, "MADE_UP", part)
+        compensate(model, Plan(sizes, tuple(half)), WINDOWS)
+        with torch.no_grad():
+            states = [m.model(input_ids=unseen).last_hidden_state for m in (model, dense)]
+        apart[part] = (states[0] - states[1]).norm().item()
+    assert apart[MADE_UP] < 0.99 * apart[0.0]
+
+
+def test_a_layer_that_does_more_than_add_has_no_targets() -> None:
+    model = tiny_model("llama")
+    blocks = Blocks(model)
+    states = [blocks.embed(WINDOWS[:4])]
+    after = advance(blocks, 0, list(states), targets=True)
+    layer = model.model.layers[0]
+    assert list(after) == [layer.self_attn.o_proj, layer.mlp.down_proj]
+    layer.mlp.register_forward_hook(lambda m, a, output: output / output.norm(dim=-1, keepdim=True))
+    assert advance(blocks, 0, list(states), targets=True) == {}
+    refits = compensate(model, half_plan(model), WINDOWS)
+    assert all(r.error_after <= r.error_before for r in refits)
+
+
 def test_bias_takes_the_mean() -> None:
-    moments = Moments(3, torch.device("cpu"))
+    moments = Moments(torch.nn.Linear(3, 2))
     x = torch.randn(50, 3) + 5
     moments.add(x[:20])
     moments.add(x[20:].view(2, 15, 3))

@@ -1,0 +1,190 @@
+"""What a layer's inputs on calibration text are like, and what its output should have been.
+
+In the pruned prefix the hidden states leave those of the dense model. Beside the second moments of
+a linear layer's inputs x, XᵀX, those with its target t are kept, TᵀX: t is what the sublayer would
+have to add to the hidden states it gets so that they come out as the dense model's do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastprune import distributed
+from fastprune.models.blocks import Blocks
+from fastprune.models.families import attention_slices, mlp_slices
+from fastprune.precision import fast_forward
+
+ADDED = 0.1
+"""A layer adds its two outputs to the hidden states if, by the median token, so much of what it
+changes at most is anything else."""
+
+After = Mapping[nn.Linear, Sequence[Tensor]]
+"""The dense model's hidden states (n, s, hidden) after o_proj or down_proj, batch by batch."""
+
+
+class Moments:
+    """Second moments, sums and count of the inputs of a linear layer, in fp32; targets as well.
+
+    Attributes:
+        squares: XᵀX (in, in).
+        cross: TᵀX (out, in), or None without targets.
+        target_square: ‖T‖², a scalar.
+    """
+
+    def __init__(self, linear: nn.Linear, *, targets: bool = False) -> None:
+        rows, columns, device = linear.out_features, linear.in_features, linear.weight.device
+        self.squares = torch.zeros(columns, columns, device=device)
+        self.sums = torch.zeros(columns, device=device)
+        self.count = 0
+        self.cross = torch.zeros(rows, columns, device=device) if targets else None
+        self.target_sums = torch.zeros(rows if targets else 0, device=device)
+        self.target_square = torch.zeros((), device=device)
+
+    def add(self, x: Tensor, target: Tensor | None = None) -> None:
+        """Account for inputs x (..., in), and for their targets (..., out) where they count."""
+        x = x.flatten(0, -2).float()
+        self.squares.addmm_(x.T, x)
+        self.sums += x.sum(0)
+        self.count += x.shape[0]
+        if self.cross is not None and target is not None:
+            target = target.flatten(0, -2).float()
+            self.cross.addmm_(target.T, x)
+            self.target_sums += target.sum(0)
+            self.target_square += target.square().sum()
+
+    def add_others(self) -> None:
+        """Account for what the other processes have seen as well."""
+        distributed.sum_(self.squares, self.sums)
+        if self.cross is not None:
+            distributed.sum_(self.cross, self.target_sums, self.target_square)
+        self.count = round(distributed.sums([self.count])[0])
+
+    def centred(self) -> Tensor:
+        """Σ (x − mean)(x − mean)ᵀ: what is left to a layer whose bias absorbs the mean."""
+        return self.squares - torch.outer(self.sums, self.sums) / max(self.count, 1)
+
+    def centred_cross(self) -> tuple[Tensor, Tensor]:
+        """Σ (t − mean)(x − mean)ᵀ and Σ ‖t − mean‖², with targets."""
+        assert self.cross is not None
+        mean = self.target_sums / max(self.count, 1)
+        square = self.target_square - mean.square().sum() * self.count
+        return self.cross - torch.outer(mean, self.sums), square
+
+
+class _Stop(Exception):
+    """Ends a layer's forward as soon as the wanted inputs have been seen."""
+
+
+@torch.no_grad()
+def collect(
+    blocks: Blocks,
+    index: int,
+    linears: Sequence[nn.Linear],
+    states: Sequence[Tensor],
+    held_out: Sequence[bool],
+    after: After | None = None,
+) -> dict[nn.Linear, tuple[Moments, Moments]]:
+    """Moments of the inputs of ``linears`` in layer ``index``: to fit, and held out.
+
+    ``linears`` are its o_proj, its down_proj, or both in this order; ``states`` (n, s, hidden)
+    the layer's inputs, anywhere; ``held_out`` says of each batch which it is for. Targets are
+    counted for those that ``after`` has, for the same batches.
+    """
+    if not linears:
+        return {}
+    after = after or {}
+    layer, device = blocks.layers[index], linears[0].weight.device
+    found = {
+        linear: tuple(Moments(linear, targets=linear in after) for _ in range(2))
+        for linear in linears
+    }
+    attention, _ = outputs(layer)
+    before = torch.empty(0)  # the hidden states that the next sublayer adds to
+    dense: dict[nn.Linear, Tensor] = {}  # what they should be after it
+    side = 0
+
+    def see(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        target = dense[linear].to(device).float() - before if linear in dense else None
+        found[linear][side].add(inputs[0], target)
+        if linear is linears[-1]:
+            raise _Stop
+
+    def pass_by(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal before
+        before = before + output
+
+    handles = [linear.register_forward_pre_hook(see) for linear in linears]
+    if attention is not None and after:
+        handles.append(attention.register_forward_hook(pass_by))
+    try:
+        for number, hidden in enumerate(states):
+            hidden = hidden.to(device)
+            before, side = hidden.float(), int(held_out[number])
+            dense = {linear: batches[number] for linear, batches in after.items()}
+            with contextlib.suppress(_Stop), fast_forward(device, hidden.dtype):
+                blocks.run(index, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for moments in found.values():
+        for m in moments:
+            m.add_others()
+    return {linear: (a, b) if a.count else (b, b) for linear, (a, b) in found.items()}
+
+
+@torch.no_grad()
+def advance(blocks: Blocks, index: int, states: list[Tensor], *, targets: bool = False) -> After:
+    """Carry the hidden states (n, s, hidden) through layer ``index`` as it is, in place.
+
+    With ``targets``, what they are after each of its sublayers comes back, for `collect`: nothing
+    where the layer does more than to add the outputs of o_proj and down_proj to its input, such as
+    to put a norm behind them, for then no weights can be fitted to a target before it.
+    """
+    layer = blocks.layers[index]
+    device = next(layer.parameters()).device
+    added: dict[nn.Module, Tensor] = {}
+    watched = [linear for linear in outputs(layer) if linear is not None] if targets else []
+    handles = [
+        linear.register_forward_hook(lambda module, _, output: added.__setitem__(module, output))
+        for linear in watched
+    ]
+    after: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in watched}
+    plain = True
+    try:
+        for number, hidden in enumerate(states):
+            place, hidden = hidden.device, hidden.to(device)
+            with fast_forward(device, hidden.dtype):
+                output = blocks.run(index, hidden).to(hidden.dtype)
+            if watched and number == 0:
+                plain = _only_adds(hidden, output, list(added.values()))
+            states[number] = output.to(place)
+            for linear in watched if plain else ():
+                is_last = linear is watched[-1]
+                mid = output if is_last else (output.float() - added[watched[-1]]).to(hidden.dtype)
+                after[linear].append(states[number] if is_last else mid.to(place))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if watched:
+        plain = distributed.from_first(plain)
+    return after if plain else {}
+
+
+def outputs(layer: nn.Module) -> tuple[nn.Linear | None, nn.Linear | None]:
+    """o_proj and down_proj of ``layer``; None for a sublayer that it has not."""
+    attention, mlp = (
+        layer.get_submodule(slices[-1].module) if slices else None
+        for slices in (attention_slices(layer), mlp_slices(layer))
+    )
+    return attention, mlp
+
+
+def _only_adds(before: Tensor, after: Tensor, added: Sequence[Tensor]) -> bool:
+    change = after.float() - before.float()
+    rest = change - sum(a.float() for a in added)
+    share = rest.norm(dim=-1) / change.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return share.median().item() <= ADDED
