@@ -105,19 +105,19 @@ class Prefix:
             )
             if slices
         ]
-        thinned = any(len(columns) < linear.in_features for _, linear, columns in sublayers)
+        thinned = [linear for _, linear, columns in sublayers if len(columns) < linear.in_features]
         if thinned and self.dense is None:
             self.dense = list(self.hidden)
         after: After = {}
         if self.dense is not None:
-            after = advance(self.blocks, index, self.dense, targets=thinned)
+            after = advance(self.blocks, index, self.dense, thinned)
         refits: list[Refit] = []
         for name, linear, columns in sublayers:
             if not len(columns):
                 linear.weight.zero_()
                 if linear.bias is not None:
                     linear.bias.zero_()
-            elif len(columns) < linear.in_features:
+            elif linear in thinned:
                 fit, test = self.moments(index, linear, after)
                 solution = refit(linear, columns.to(self.device), fit, test)
                 solution.write(linear)

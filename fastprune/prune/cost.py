@@ -137,7 +137,7 @@ class Costs:
 
     def search(self) -> Stage:
         """Divergence curves of every sublayer, each level run to the end."""
-        cost, device = self._sweep(self._levels)
+        cost, device = self._sweep(self._levels, thinned=False)
         return Stage("search", cost, device, 0)
 
     def exchange(self) -> Stage:
@@ -157,14 +157,17 @@ class Costs:
             refit = self.compensate()
             trial += refit.cost
             device, host = refit.device_bytes, host + refit.host_bytes
-        sweep, swept = self._sweep(self._beside)
+        sweep, swept = self._sweep(self._beside, thinned=True)
         again = 3 + 3 * rounds
         return Stage("exchange", sweep * rounds + trial * again, max(device, swept), host)
 
     def _sweep(
-        self, levels_of: Callable[[LayerShape], list[tuple[int, int, int]]]
+        self, levels_of: Callable[[LayerShape], list[tuple[int, int, int]]], *, thinned: bool
     ) -> tuple[Cost, int]:
-        """Cost and bytes on the device of `measure_curves` at the levels of every layer."""
+        """Cost and bytes on the device of `measure_curves` at the levels of every layer.
+
+        Of a model that is ``thinned`` refits have targets, for which the dense one runs beside it.
+        """
         m, s, refits = self.model, self.s, self.config.compensate != "none"
         judged = max(1, self.n // KL_SHARE)
         fit = _split(self.n - judged, self.batch)[:: self.ranks] if refits else []
@@ -184,19 +187,24 @@ class Costs:
             aside = max([aside, *(m.item * rows * columns for rows, columns, _ in levels)])
             if not refits:
                 continue
-            cost += total(_refit(*level) for level in mine if level[2])
-            widest = max([widest, *(_refit_bytes(*level) for level in levels)])
+            layer = m.layers[index]
+            cost += total(_refit(*level, targets=thinned) for level in mine if level[2])
+            widest = max([widest, *(_refit_bytes(*level, targets=thinned) for level in levels)])
             # attention and MLP apart, even where they are of one width
-            inputs = [m[-1][1] for m in self._thinned(m.layers[index])]
-            for columns in inputs:
-                cost += total(_moments(columns, n * s) for n in fit)
-                cost += Cost(reduced=self._reduced(2 * _moment_bytes(columns) + 16))
-            moments = max(moments, sum(2 * _moment_bytes(columns) for columns in inputs))
-            if inputs:
-                cost += total(m.forward(m.layers[index], n, s) for n in fit)
+            linears = [matrices[-1] for matrices in self._thinned(layer)]
+            shapes = [(columns, rows if thinned else 0) for rows, columns in linears]
+            for shape in shapes:
+                cost += total(_moments(*shape, n * s) for n in fit)
+                cost += Cost(reduced=self._reduced(2 * _moment_bytes(*shape) + 16))
+            moments = max(moments, sum(2 * _moment_bytes(*shape) for shape in shapes))
+            if linears:
+                cost += total(m.to_attention_output(layer, n, s) for n in fit)
+            if linears and self._thinned(layer)[-1] is layer.mlp:
+                cost += total(m.rest(layer, n, s, down=False) for n in fit)
         # every layer once more, to step past it
-        cost += total(m.forward(layer, n, s) for layer in m.layers for n in fit) + tail[0]
-        states = m.states((judged + sum(fit)) * s)
+        passes = total(m.forward(layer, n, s) for layer in m.layers for n in fit)
+        cost += passes * (1 + thinned) + tail[0]
+        states = m.states((judged + sum(fit) * (3 if thinned else 1)) * s)
         targets = judged * s * (TOP * 8 + (TOP + 1) * FP32)
         wide = max(self._live(m, n * s) for n in [*kl, *fit])
         most = max(widest, aside + max(wide, m.logits(judged * s)))
@@ -208,22 +216,34 @@ class Costs:
         m, s = self.model, self.s
         tokens, peak = self.batches[0] * s, 0
         states = m.states(sum(self.batches) * s)
-        cost = Cost(host=states)  # embeddings, to the host
+        cost, copies = Cost(host=states), 1  # embeddings, to the host
         for layer, kept in zip(m.layers, self.kept.layers, strict=True):
-            for kind in ("attention", "mlp"):
-                matrices, left = getattr(layer, kind), getattr(kept, kind)
-                if not matrices or not left or left[-1] == matrices[-1]:
+            thinned = [
+                kind
+                for kind in ("attention", "mlp")
+                if getattr(layer, kind)
+                and (not getattr(kept, kind) or getattr(kept, kind)[-1] != getattr(layer, kind)[-1])
+            ]
+            copies = max(copies, 1 + bool(thinned))
+            if copies > 1:  # the dense model's own hidden states beside those of the prefix
+                cost += total(m.forward(layer, n, s) for n in self.batches) + Cost(host=2 * states)
+            for kind in thinned:
+                if kind == "attention" and layer.mlp:
+                    copies = 3  # those between the two sublayers
+                    cost += Cost(host=states)
+                if not getattr(kept, kind):
                     continue
-                rows, columns = matrices[-1]
-                cost += self._moments(layer, kind) + _refit(rows, columns, left[-1][1])
-                cost += Cost(reduced=self._reduced(2 * _moment_bytes(columns) + 16))
-                peak = max(peak, _refit_bytes(rows, columns, left[-1][1]))
-                peak = max(peak, 2 * _moment_bytes(columns) + self._live(m, tokens))
+                (rows, columns), left = getattr(layer, kind)[-1], getattr(kept, kind)[-1][1]
+                cost += self._moments(layer, kind, targets=True)
+                cost += _refit(rows, columns, left, targets=True)
+                cost += Cost(reduced=self._reduced(2 * _moment_bytes(columns, rows) + 16))
+                peak = max(peak, _refit_bytes(rows, columns, left, targets=True))
+                peak = max(peak, 2 * _moment_bytes(columns, rows) + self._live(m, tokens))
             cost += total(m.forward(layer, n, s) for n in self.batches) + Cost(host=2 * states)
         if self.stream:
             cost += Cost(read=m.table_bytes)
         device = self._resident(m, head=False) + max(peak, self._live(m, tokens))
-        return Stage("compensate", cost, device, states)
+        return Stage("compensate", cost, device, copies * states)
 
     def surgery(self) -> Stage:
         """Kept rows and columns copied out; one tensor at a time beside the model."""
@@ -304,7 +324,7 @@ class Costs:
                 rows, columns = matrices[-1]
                 # inverse by Cholesky, and a Schur complement and a refit whose sizes shrink to
                 # nothing: in the mean a third and a half of the first; all of it in every process
-                cost += self._moments(layer, kind)
+                cost += self._moments(layer, kind, targets=False)
                 flops = columns**3 + 2 * columns**3 // 3 + rows * columns**2
                 cost += Cost(flops, flops)  # in fp64, whose rate is no better than that of fp32
                 cost += Cost(reduced=self._reduced(2 * _moment_bytes(columns) + 16))
@@ -315,13 +335,14 @@ class Costs:
         peak = max(peak, self._live(m, self.batches[0] * s))
         return Stage("score", cost, self._resident(m, head=False) + peak, states)
 
-    def _moments(self, layer: LayerShape, kind: str) -> Cost:
+    def _moments(self, layer: LayerShape, kind: str, *, targets: bool) -> Cost:
         """Moments of the inputs of o_proj or down_proj over all batches, each taken to there."""
         m, s = self.model, self.s
-        columns = getattr(layer, kind)[-1][1]
-        cost = Cost(host=m.states(sum(self.batches) * s))
+        rows, columns = getattr(layer, kind)[-1]
+        rows = rows if targets else 0
+        cost = Cost(host=m.states(sum(self.batches) * s) * (1 + targets))
         for n in self.batches:
-            cost += m.to_attention_output(layer, n, s) + _moments(columns, n * s)
+            cost += m.to_attention_output(layer, n, s) + _moments(columns, rows, n * s)
             if kind == "mlp":
                 cost += m.rest(layer, n, s, down=False)
         return cost
@@ -393,28 +414,37 @@ def _split(count: int, size: int) -> list[int]:
     return [size] * whole + ([rest] if rest else [])
 
 
-def _moment_bytes(columns: int) -> int:
-    return (columns + 1) * columns * FP32
+def _moment_bytes(columns: int, rows: int = 0) -> int:
+    """XᵀX and the sums of x, and with the ``rows`` of targets theirs."""
+    targets = rows * (columns + 1) + 1 if rows else 0
+    return ((columns + 1) * columns + targets) * FP32
 
 
-def _moments(columns: int, tokens: int) -> Cost:
-    """XᵀX of one batch added to the sum so far, in fp32."""
-    return product(columns, tokens, columns, FP32) + Cost(moved=columns**2 * FP32)
+def _moments(columns: int, rows: int, tokens: int) -> Cost:
+    """XᵀX of one batch, and TᵀX with targets, added to the sums so far, in fp32."""
+    cost = Cost()
+    for n in (columns, rows):
+        if n:
+            cost += product(n, tokens, columns, FP32) + Cost(moved=n * columns * FP32)
+    return cost
 
 
-def _refit(rows: int, columns: int, kept: int) -> Cost:
+def _refit(rows: int, columns: int, kept: int, *, targets: bool) -> Cost:
     """The least-squares update for every strength, and the errors that choose among them, in fp32.
 
     A Cholesky factor of n columns takes n³/3 operations, two triangular solves 2·rows·n².
     """
-    judge = product(rows, columns, columns, FP32) + product(1, rows * columns, 1, FP32)
+    change = product(rows, columns, columns, FP32)
+    judge = change + product(1, rows * columns, 1, FP32)
     flops = kept**3 // 3 + 2 * rows * kept**2
     solve = Cost(flops, flops, (3 * kept**2 + 2 * rows * kept) * FP32)
     cross = product(rows, columns - kept, kept, FP32)
-    return judge * (2 + len(STRENGTHS)) + cross + solve * len(STRENGTHS)
+    return judge * (2 + len(STRENGTHS)) + change * (2 * targets) + cross + solve * len(STRENGTHS)
 
 
-def _refit_bytes(rows: int, columns: int, kept: int) -> int:
-    """Two moment matrices; the kept part of one, damped, and its factor; and five weights."""
+def _refit_bytes(rows: int, columns: int, kept: int, *, targets: bool) -> int:
+    """Two moment matrices; the kept part of one, damped, and its factor; and some weights."""
     factors = columns * kept + 3 * kept**2
-    return 2 * _moment_bytes(columns) + (factors + 5 * rows * columns) * FP32
+    weights = (7 if targets else 5) * rows * columns
+    moments = 2 * _moment_bytes(columns, rows if targets else 0)
+    return moments + (factors + weights) * FP32

@@ -124,7 +124,7 @@ def measure_curves(
         after: After = {}
         if thinned and refits:
             with thinned.dense.shown(layer):
-                after = advance(blocks, index, dense_fit, targets=bool(refitted))
+                after = advance(blocks, index, dense_fit, refitted)
         moments = collect(blocks, index, refitted, fit, held_out, after)
         levels = [
             (t, removed)

@@ -137,12 +137,14 @@ def collect(
 
 
 @torch.no_grad()
-def advance(blocks: Blocks, index: int, states: list[Tensor], *, targets: bool = False) -> After:
+def advance(
+    blocks: Blocks, index: int, states: list[Tensor], targets: Sequence[nn.Linear] = ()
+) -> After:
     """Carry the hidden states (n, s, hidden) through layer ``index`` as it is, in place.
 
-    With ``targets``, what they are after each of its sublayers comes back, for `collect`: nothing
-    where the layer does more than to add the outputs of o_proj and down_proj to its input, such as
-    to put a norm behind them, for then no weights can be fitted to a target before it.
+    What they are after those sublayers whose o_proj or down_proj is among ``targets`` comes back,
+    for `collect`: nothing where the layer does more than to add the outputs of the two to its
+    input, such as to put a norm behind them, for then no weights can be fitted to a target.
     """
     layer = blocks.layers[index]
     device = next(layer.parameters()).device
@@ -152,7 +154,7 @@ def advance(blocks: Blocks, index: int, states: list[Tensor], *, targets: bool =
         linear.register_forward_hook(lambda module, _, output: added.__setitem__(module, output))
         for linear in watched
     ]
-    after: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in watched}
+    after: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in targets}
     plain = True
     try:
         for number, hidden in enumerate(states):
@@ -162,14 +164,17 @@ def advance(blocks: Blocks, index: int, states: list[Tensor], *, targets: bool =
             if watched and number == 0:
                 plain = _only_adds(hidden, output, list(added.values()))
             states[number] = output.to(place)
-            for linear in watched if plain else ():
-                is_last = linear is watched[-1]
-                mid = output if is_last else (output.float() - added[watched[-1]]).to(hidden.dtype)
-                after[linear].append(states[number] if is_last else mid.to(place))
+            for linear in targets if plain else ():
+                if linear is watched[-1]:
+                    after[linear].append(states[number])
+                else:
+                    middle = output.float() - added[watched[-1]]
+                    after[linear].append(middle.to(place, hidden.dtype))
+            added.clear()
     finally:
         for handle in handles:
             handle.remove()
-    if watched:
+    if targets:
         plain = distributed.from_first(plain)
     return after if plain else {}
 
