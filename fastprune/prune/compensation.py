@@ -66,8 +66,9 @@ def compensate(
     """Refit o_proj and down_proj of the uncut ``model`` in place for the units that ``plan`` keeps.
 
     ``windows`` (n, s) are calibration token ids. The columns of removed units become zero, so
-    that surgery afterwards changes nothing any more. Hidden states of all windows stay on the
-    host; the device holds one layer's activations of a batch and its two moment matrices.
+    that surgery afterwards changes nothing any more. Hidden states of all windows, as they become
+    and as the dense model's are, stay on the host; the device holds one layer's activations of a
+    batch and its moments.
     """
     prefix = Prefix(model, windows, batch_size)
     refits: list[Refit] = []
