@@ -164,7 +164,7 @@ def advance(
             if watched and number == 0:
                 plain = _only_adds(hidden, output, list(added.values()))
             states[number] = output.to(place)
-            for linear in targets if plain else ():
+            for linear in targets:
                 if linear is watched[-1]:
                     after[linear].append(states[number])
                 else:
