@@ -16,6 +16,7 @@ never grows.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +38,14 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 BATCH_TOKENS = 2048
 """Tokens of one calibration batch on the device."""
 
-MADE_UP = 0.5
+MADE_UP = 0.25
 """β: the part of what went wrong before a sublayer that it makes up for."""
 
 HELD_OUT = 8
-"""One calibration batch in this many judges the strengths instead of entering H."""
+"""One calibration batch in this many, and the last, judge the strengths instead of entering H."""
+
+TEXT_PER_RANDOM = 4
+"""Beside so many calibration windows one of random tokens enters H."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +81,53 @@ def compensate(
     return refits
 
 
+def random_windows(model: nn.Module, windows: Tensor) -> Tensor:
+    """Windows (n // TEXT_PER_RANDOM, s) of tokens from all of the vocabulary, to go with (n, s).
+
+    Where the calibration text says little, they hold a refit to what the dense model does there.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    shape = (len(windows) // TEXT_PER_RANDOM, windows.shape[1])
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+
+
+def fitting(
+    windows: Tensor, random: Tensor | None, batch_size: int | None = None
+) -> Sequence[tuple[Tensor, bool]]:
+    """This process's batches of ``windows`` (n, s) and ``random`` ones, and which are held out.
+
+    Text alone is held out, unless it is one batch, which then does for both.
+    """
+    size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
+    text = windows.split(size)
+    last = len(text) - 1
+    batches = [(ids, n % HELD_OUT == HELD_OUT - 1 or n == last) for n, ids in enumerate(text)]
+    if random is not None and len(random):
+        batches += [(ids, last == 0) for ids in random.split(size)]
+    return distributed.share(batches)
+
+
 class Prefix:
     """The calibration hidden states at the front of the pruned prefix, kept on the host.
 
-    Each process keeps those of its own batches and counts their moments; refits are the same in
-    all of them. The dense model's own are kept beside them from the first thinned layer on.
+    They are those of token ``windows`` (n, s), and of `random_windows` beside them. Each process
+    keeps those of its own batches and counts their moments; refits are the same in all of them.
+    The dense model's own are kept beside them from the first thinned layer on.
     """
 
-    def __init__(self, model: nn.Module, windows: Tensor, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Tensor,
+        batch_size: int | None = None,
+        *,
+        random: bool = True,
+    ) -> None:
         self.blocks = Blocks(model)
         self.device = next(model.parameters()).device
-        size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
-        batches = windows.split(size)
-        numbers = distributed.share(range(len(batches)))
-        held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}
-        self.held_out = [n in held_out for n in numbers]
-        self.hidden = [self.blocks.embed(batches[n].to(self.device)).cpu() for n in numbers]
+        batches = fitting(windows, random_windows(model, windows) if random else None, batch_size)
+        self.held_out = [held_out for _, held_out in batches]
+        self.hidden = [self.blocks.embed(ids.to(self.device)).cpu() for ids, _ in batches]
         self.dense: list[Tensor] | None = None
 
     def refit(self, kept: LayerPlan) -> list[Refit]:

@@ -11,12 +11,12 @@ sublayers against thinned ones are not among the stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fastprune.inspect.perplexity import BATCH_TOKENS as EVAL_TOKENS
-from fastprune.prune.compensation import BATCH_TOKENS, STRENGTHS
+from fastprune.prune.compensation import BATCH_TOKENS, STRENGTHS, TEXT_PER_RANDOM
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import CHANNEL_LEVELS, KL_SHARE
 from fastprune.prune.divergence import TOP
@@ -65,6 +65,7 @@ class Costs:
         self.mine = _share(self.n, ranks)
         self.batch = max(1, BATCH_TOKENS // self.s)
         self.batches = _split(self.n, self.batch)[::ranks]
+        self.fitting = self._fitting(self.n)
 
     def stages(self) -> list[Stage]:
         """Every stage in the order in which a run passes them; `search` only in memory."""
@@ -170,7 +171,7 @@ class Costs:
         """
         m, s, refits = self.model, self.s, self.config.compensate != "none"
         judged = max(1, self.n // KL_SHARE)
-        fit = _split(self.n - judged, self.batch)[:: self.ranks] if refits else []
+        fit = self._fitting(self.n - judged) if refits else []
         kl = _split(judged, self.batch)
         tail = [Cost()]  # of the layers from the end, over all windows that judge
         for layer in reversed(m.layers):
@@ -214,8 +215,8 @@ class Costs:
     def compensate(self) -> Stage:
         """Refits of o_proj and down_proj of every layer that loses units."""
         m, s = self.model, self.s
-        tokens, peak = self.batches[0] * s, 0
-        states = m.states(sum(self.batches) * s)
+        tokens, peak = self.fitting[0] * s, 0
+        states = m.states(sum(self.fitting) * s)
         cost, copies = Cost(host=states), 1  # embeddings, to the host
         for layer, kept in zip(m.layers, self.kept.layers, strict=True):
             thinned = [
@@ -226,7 +227,7 @@ class Costs:
             ]
             copies = max(copies, 1 + bool(thinned))
             if copies > 1:  # the dense model's own hidden states beside those of the prefix
-                cost += total(m.forward(layer, n, s) for n in self.batches) + Cost(host=2 * states)
+                cost += total(m.forward(layer, n, s) for n in self.fitting) + Cost(host=2 * states)
             for kind in thinned:
                 if kind == "attention" and layer.mlp:
                     copies = 3  # those between the two sublayers
@@ -234,12 +235,12 @@ class Costs:
                 if not getattr(kept, kind):
                     continue
                 (rows, columns), left = getattr(layer, kind)[-1], getattr(kept, kind)[-1][1]
-                cost += self._moments(layer, kind, targets=True)
+                cost += self._moments(layer, kind, self.fitting, targets=True)
                 cost += _refit(rows, columns, left, targets=True)
                 cost += Cost(reduced=self._reduced(2 * _moment_bytes(columns, rows) + 16))
                 peak = max(peak, _refit_bytes(rows, columns, left, targets=True))
                 peak = max(peak, 2 * _moment_bytes(columns, rows) + self._live(m, tokens))
-            cost += total(m.forward(layer, n, s) for n in self.batches) + Cost(host=2 * states)
+            cost += total(m.forward(layer, n, s) for n in self.fitting) + Cost(host=2 * states)
         if self.stream:
             cost += Cost(read=m.table_bytes)
         device = self._resident(m, head=False) + max(peak, self._live(m, tokens))
@@ -324,7 +325,7 @@ class Costs:
                 rows, columns = matrices[-1]
                 # inverse by Cholesky, and a Schur complement and a refit whose sizes shrink to
                 # nothing: in the mean a third and a half of the first; all of it in every process
-                cost += self._moments(layer, kind, targets=False)
+                cost += self._moments(layer, kind, self.batches, targets=False)
                 flops = columns**3 + 2 * columns**3 // 3 + rows * columns**2
                 cost += Cost(flops, flops)  # in fp64, whose rate is no better than that of fp32
                 cost += Cost(reduced=self._reduced(2 * _moment_bytes(columns) + 16))
@@ -335,13 +336,20 @@ class Costs:
         peak = max(peak, self._live(m, self.batches[0] * s))
         return Stage("score", cost, self._resident(m, head=False) + peak, states)
 
-    def _moments(self, layer: LayerShape, kind: str, *, targets: bool) -> Cost:
-        """Moments of the inputs of o_proj or down_proj over all batches, each taken to there."""
+    def _fitting(self, windows: int) -> list[int]:
+        """Windows of the batches that a process fits on, of random tokens as well."""
+        random = _split(windows // TEXT_PER_RANDOM, self.batch)
+        return (_split(windows, self.batch) + random)[:: self.ranks]
+
+    def _moments(
+        self, layer: LayerShape, kind: str, batches: Sequence[int], *, targets: bool
+    ) -> Cost:
+        """Moments of the inputs of o_proj or down_proj over ``batches``, each taken to there."""
         m, s = self.model, self.s
         rows, columns = getattr(layer, kind)[-1]
         rows = rows if targets else 0
-        cost = Cost(host=m.states(sum(self.batches) * s) * (1 + targets))
-        for n in self.batches:
+        cost = Cost(host=m.states(sum(batches) * s) * (1 + targets))
+        for n in batches:
             cost += m.to_attention_output(layer, n, s) + _moments(columns, rows, n * s)
             if kind == "mlp":
                 cost += m.rest(layer, n, s, down=False)

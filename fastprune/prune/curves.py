@@ -24,7 +24,14 @@ from fastprune.models.blocks import Blocks
 from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
 from fastprune.precision import fast_forward
 from fastprune.progress import track
-from fastprune.prune.compensation import BATCH_TOKENS, HELD_OUT, refit
+from fastprune.prune.compensation import (
+    MADE_UP,
+    STRENGTHS,
+    TEXT_PER_RANDOM,
+    fitting,
+    random_windows,
+    refit,
+)
 from fastprune.prune.divergence import Yardstick
 from fastprune.prune.importance import Scores
 from fastprune.prune.masking import DenseOutputs, zero_removed
@@ -100,12 +107,11 @@ def measure_curves(
     blocks = Blocks(model)
     yardstick = thinned.yardstick if thinned else Yardstick(model, judging(windows))
     kl = [blocks.embed(ids.to(device)) for ids in yardstick.batches]
-    batches = windows[len(judging(windows)) :].split(max(1, BATCH_TOKENS // windows.shape[1]))
-    fit = [blocks.embed(ids.to(device)) for ids in distributed.share(batches) if refits]
+    others = windows[len(judging(windows)) :]
+    batches = fitting(others, random_windows(model, others)) if refits else []
+    fit = [blocks.embed(ids.to(device)) for ids, _ in batches]
+    held_out = [judges for _, judges in batches]
     dense_fit = list(fit) if thinned else []
-    held_out = distributed.share(
-        [n % HELD_OUT == HELD_OUT - 1 or n == len(batches) - 1 for n in range(len(batches))]
-    )
     known = _Cache(cache, model, windows, scores, refits)
 
     def divergence(start: int) -> float:
@@ -293,8 +299,9 @@ class _Cache:
 
 
 def _fingerprint(model: nn.Module, windows: Tensor, scores: Scores) -> str:
-    """Changes with the weights, the calibration tokens and the ranking of the units."""
+    """Changes with the weights, the calibration tokens, the ranking of units and how refits go."""
     digest = hashlib.sha256(windows.cpu().numpy().tobytes())
+    digest.update(f"{STRENGTHS} {MADE_UP} {TEXT_PER_RANDOM}".encode())
     for tensor in [*scores.attention, *scores.mlp]:
         digest.update(tensor.argsort(stable=True).numpy().tobytes())
     for parameter in model.parameters():

@@ -85,7 +85,7 @@ def score(model: nn.Module, windows: Tensor, method: str, *, seed: int = 0) -> S
         scores = Scores.of(activation(layer, seen, method) for layer in decoder_layers(model))
     elif method == "obs":
         with torch.no_grad():
-            prefix = Prefix(model, windows, None)
+            prefix = Prefix(model, windows, random=False)
             scores = Scores.of(
                 obs(prefix, index) for index in track(range(len(prefix.blocks)), "OBS")
             )

@@ -172,7 +172,7 @@ def cut(source: StreamedModel, plan: Plan, calibration: Tensor | None, directory
         prefix = None
         if calibration is not None:
             with source.loaded("model.embed_tokens"):
-                prefix = Prefix(source.model, calibration, None)
+                prefix = Prefix(source.model, calibration)
         with ShardWriter(folder, form.state) as out:
             for name in form.state:
                 if not LAYER_KEY.fullmatch(name):
@@ -196,7 +196,7 @@ def _follow(source: StreamedModel, plan: Plan, calibration: Tensor | None) -> No
     if calibration is None:
         return
     with source.loaded("model.embed_tokens"):
-        prefix = Prefix(source.model, calibration, None)
+        prefix = Prefix(source.model, calibration)
     for index, _ in source.layers("compensating"):
         prefix.refit(plan.layers[index])
 
@@ -229,7 +229,7 @@ def _activations(source: StreamedModel, windows: Tensor, method: str) -> Iterato
 @torch.no_grad()
 def _obs(source: StreamedModel, windows: Tensor) -> Iterator[Units]:
     with source.loaded("model.embed_tokens"):
-        prefix = Prefix(source.model, windows, None)
+        prefix = Prefix(source.model, windows, random=False)
     for index, _ in source.layers("scoring"):
         yield obs(prefix, index)
 

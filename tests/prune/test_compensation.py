@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model, token_ids
+from tiny import FAMILIES, VOCABULARY, tiny_model, token_ids
 
 from fastprune.models.blocks import Blocks
 from fastprune.models.families import geometries
 from fastprune.prune import compensation
-from fastprune.prune.compensation import MADE_UP, compensate, solve
+from fastprune.prune.compensation import MADE_UP, compensate, fitting, random_windows, solve
 from fastprune.prune.moments import Moments, advance
 from fastprune.prune.plan import LayerPlan, Plan, keep_all
 
@@ -25,6 +25,11 @@ def half_plan(model: torch.nn.Module) -> Plan:
     layers[1] = LayerPlan(1, (0, 3), tuple(range(0, 96, 2)))
     layers[2] = LayerPlan(2, (0, 1, 2, 3), ())
     return Plan(sizes, tuple(layers))
+
+
+def fitted(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The batches of 8 that enter a fit: the eighth of the text is held out."""
+    return [*WINDOWS.split(8)[:7], *random_windows(model, WINDOWS).split(8)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +59,7 @@ def test_first_cut_is_the_ridge_solution() -> None:
     linear = dense.model.layers[1].self_attn.o_proj
     linear.register_forward_pre_hook(lambda m, x: inputs.append(x[0].flatten(0, 1)))
     with torch.no_grad():
-        for batch in WINDOWS.split(8)[:7]:  # the eighth is held out
+        for batch in fitted(dense):
             dense(input_ids=batch, use_cache=False)
     x = torch.cat(inputs).double()
     kept = torch.cat([torch.arange(0, 32), torch.arange(96, 128)])
@@ -69,7 +74,7 @@ def test_first_cut_is_the_ridge_solution() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_later_sublayer_makes_up_for_half_of_what_went_wrong(bias: bool) -> None:
+def test_a_later_sublayer_makes_up_for_a_part_of_what_went_wrong(bias: bool) -> None:
     model = tiny_model("llama", attention_bias=bias, mlp_bias=bias)
     dense = copy.deepcopy(model)
     refits = compensate(model, half_plan(model), WINDOWS, batch_size=8)
@@ -80,7 +85,7 @@ def test_a_later_sublayer_makes_up_for_half_of_what_went_wrong(bias: bool) -> No
     x, wanted, had = [], [], []
     half.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: x.append(a[0]))
     with torch.no_grad():
-        for batch in WINDOWS.split(8)[:7]:  # the eighth is held out
+        for batch in fitted(dense):
             for states, one in ((wanted, dense), (had, half)):
                 out = one.model(input_ids=batch, output_hidden_states=True, use_cache=False)
                 states.append(out.hidden_states[2])
@@ -119,6 +124,37 @@ def test_making_up_brings_the_end_nearer(monkeypatch) -> None:
             states = [m.model(input_ids=unseen).last_hidden_state for m in (model, dense)]
         apart[part] = (states[0] - states[1]).norm().item()
     assert apart[MADE_UP] < 0.99 * apart[0.0]
+
+
+def test_random_windows_are_beside_the_text_and_never_judge() -> None:
+    model = tiny_model("llama")
+    random = random_windows(model, WINDOWS)
+    assert random.shape == (16, 32)
+    assert torch.equal(random, random_windows(model, WINDOWS))
+    assert 0.9 * VOCABULARY < random.max() + 1 <= VOCABULARY and random.unique().numel() > 200
+    batches = fitting(WINDOWS[:36], random[:9], 4)
+    assert torch.equal(
+        torch.cat([ids for ids, _ in batches]), torch.cat([WINDOWS[:36], random[:9]])
+    )
+    assert [n for n, (_, held_out) in enumerate(batches) if held_out] == [7, 8]  # of 9 and 3
+    assert [held_out for _, held_out in fitting(WINDOWS[:4], random[:1], 4)] == [True, True]
+    assert [held_out for _, held_out in fitting(WINDOWS[:3], random[:0], 4)] == [True]
+
+
+def test_random_windows_hold_a_refit_where_the_text_says_nothing(monkeypatch) -> None:
+    sizes = tuple(geometries(tiny_model("llama")))
+    half = [LayerPlan(i, (0, 1, 2, 3), tuple(range(0, 96, 2))) for i in range(4)]
+    narrow = WINDOWS % 4  # text of four of the words
+    unseen = token_ids(16, 32, seed=5)
+    dense, apart = tiny_model("llama"), {}
+    for every in (4, 10_000):
+        model = tiny_model("llama")
+        monkeypatch.setattr(compensation, "TEXT_PER_RANDOM", every)
+        compensate(model, Plan(sizes, tuple(half)), narrow)
+        with torch.no_grad():
+            states = [m.model(input_ids=unseen).last_hidden_state for m in (model, dense)]
+        apart[every] = (states[0] - states[1]).norm().item()
+    assert apart[4] < 0.95 * apart[10_000]
 
 
 def test_a_layer_that_does_more_than_add_has_no_targets() -> None:
