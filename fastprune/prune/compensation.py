@@ -65,16 +65,21 @@ class Refit:
 
 @torch.no_grad()
 def compensate(
-    model: nn.Module, plan: Plan, windows: Tensor, *, batch_size: int | None = None
+    model: nn.Module,
+    plan: Plan,
+    windows: Tensor,
+    *,
+    batch_size: int | None = None,
+    random: bool = True,
 ) -> list[Refit]:
     """Refit o_proj and down_proj of the uncut ``model`` in place for the units that ``plan`` keeps.
 
-    ``windows`` (n, s) are calibration token ids. The columns of removed units become zero, so
-    that surgery afterwards changes nothing any more. Hidden states of all windows, as they become
-    and as the dense model's are, stay on the host; the device holds one layer's activations of a
-    batch and its moments.
+    ``windows`` (n, s) are calibration token ids; with ``random`` the `random_windows` go beside
+    them. The columns of removed units become zero, so that surgery afterwards changes nothing any
+    more. Hidden states of all windows, as they become and as the dense model's are, stay on the
+    host; the device holds one layer's activations of a batch and its moments.
     """
-    prefix = Prefix(model, windows, batch_size)
+    prefix = Prefix(model, windows, batch_size, random=random)
     refits: list[Refit] = []
     for kept in track(plan.layers, "compensating"):
         refits += prefix.refit(kept)
@@ -92,7 +97,7 @@ def random_windows(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 def fitting(
-    windows: Tensor, random: Tensor | None, batch_size: int | None = None
+    windows: Tensor, random: Tensor | None = None, batch_size: int | None = None
 ) -> Sequence[tuple[Tensor, bool]]:
     """This process's batches of ``windows`` (n, s) and ``random`` ones, and which are held out.
 
@@ -110,9 +115,9 @@ def fitting(
 class Prefix:
     """The calibration hidden states at the front of the pruned prefix, kept on the host.
 
-    They are those of token ``windows`` (n, s), and of `random_windows` beside them. Each process
-    keeps those of its own batches and counts their moments; refits are the same in all of them.
-    The dense model's own are kept beside them from the first thinned layer on.
+    They are those of token ``windows`` (n, s), with ``random`` of `random_windows` too. Each
+    process keeps those of its own batches and counts their moments; refits are the same in all of
+    them. The dense model's own are kept beside them from the first thinned layer on.
     """
 
     def __init__(

@@ -24,14 +24,7 @@ from fastprune.models.blocks import Blocks
 from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
 from fastprune.precision import fast_forward
 from fastprune.progress import track
-from fastprune.prune.compensation import (
-    MADE_UP,
-    STRENGTHS,
-    TEXT_PER_RANDOM,
-    fitting,
-    random_windows,
-    refit,
-)
+from fastprune.prune.compensation import MADE_UP, STRENGTHS, fitting, refit
 from fastprune.prune.divergence import Yardstick
 from fastprune.prune.importance import Scores
 from fastprune.prune.masking import DenseOutputs, zero_removed
@@ -108,7 +101,7 @@ def measure_curves(
     yardstick = thinned.yardstick if thinned else Yardstick(model, judging(windows))
     kl = [blocks.embed(ids.to(device)) for ids in yardstick.batches]
     others = windows[len(judging(windows)) :]
-    batches = fitting(others, random_windows(model, others)) if refits else []
+    batches = fitting(others) if refits else []
     fit = [blocks.embed(ids.to(device)) for ids, _ in batches]
     held_out = [judges for _, judges in batches]
     dense_fit = list(fit) if thinned else []
@@ -301,7 +294,7 @@ class _Cache:
 def _fingerprint(model: nn.Module, windows: Tensor, scores: Scores) -> str:
     """Changes with the weights, the calibration tokens, the ranking of units and how refits go."""
     digest = hashlib.sha256(windows.cpu().numpy().tobytes())
-    digest.update(f"{STRENGTHS} {MADE_UP} {TEXT_PER_RANDOM}".encode())
+    digest.update(f"{STRENGTHS} {MADE_UP}".encode())
     for tensor in [*scores.attention, *scores.mlp]:
         digest.update(tensor.argsort(stable=True).numpy().tobytes())
     for parameter in model.parameters():

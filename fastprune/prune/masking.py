@@ -67,10 +67,10 @@ def preserved(model: nn.Module) -> Iterator[DenseOutputs]:
 def mask(model: nn.Module, plan: Plan, windows: Tensor | None) -> None:
     """Make the uncut ``model`` compute what it will after ``plan``.
 
-    With token ``windows`` (n, s) what stays is refitted, as `compensate` does.
+    With token ``windows`` (n, s) what stays is refitted, as `compensate` does, on these alone.
     """
     if windows is not None:
-        compensate(model, plan, windows)
+        compensate(model, plan, windows, random=False)
         return
     with torch.no_grad():
         for layer, kept in zip(decoder_layers(model), plan.layers, strict=True):
