@@ -65,7 +65,6 @@ class Costs:
         self.mine = _share(self.n, ranks)
         self.batch = max(1, BATCH_TOKENS // self.s)
         self.batches = _split(self.n, self.batch)[::ranks]
-        self.fitting = self._fitting(self.n)
 
     def stages(self) -> list[Stage]:
         """Every stage in the order in which a run passes them; `search` only in memory."""
@@ -84,8 +83,9 @@ class Costs:
             found.append(replace(_times(self.search(), steps), runs=search))
             rounds = search and self.config.exchange_rounds > 0
             found.append(replace(_times(self.exchange(), steps), runs=rounds))
+        last, before = self.compensate(), self.compensate(random=False)
         found += [
-            replace(_times(self.compensate(), steps), runs=refit),
+            replace(last, cost=last.cost + before.cost * (steps - 1), runs=refit),
             self.surgery(),
             self.evaluate("evaluate after", self.kept),
         ]
@@ -144,7 +144,7 @@ class Costs:
     def exchange(self) -> Stage:
         """What follows the search, at most: when both mixes of every round are tried and fail.
 
-        A trial is counted as a compensation of the result, on all windows.
+        A trial is counted as a compensation of the result, on all windows of text.
         """
         rounds, m = self.config.exchange_rounds, self.model
         if not rounds or not any(map(self._thinned, m.layers)):
@@ -155,7 +155,7 @@ class Costs:
         outputs = (x[-1] for layer in m.layers for x in (layer.attention, layer.mlp) if x)
         device, host = m.bytes, m.item * sum(rows * columns for rows, columns in outputs)
         if self.config.compensate != "none":
-            refit = self.compensate()
+            refit = self.compensate(random=False)
             trial += refit.cost
             device, host = refit.device_bytes, host + refit.host_bytes
         sweep, swept = self._sweep(self._beside, thinned=True)
@@ -171,7 +171,7 @@ class Costs:
         """
         m, s, refits = self.model, self.s, self.config.compensate != "none"
         judged = max(1, self.n // KL_SHARE)
-        fit = self._fitting(self.n - judged) if refits else []
+        fit = _split(self.n - judged, self.batch)[:: self.ranks] if refits else []
         kl = _split(judged, self.batch)
         tail = [Cost()]  # of the layers from the end, over all windows that judge
         for layer in reversed(m.layers):
@@ -212,11 +212,12 @@ class Costs:
         device = m.bytes + states + targets + moments + most
         return cost, device
 
-    def compensate(self) -> Stage:
+    def compensate(self, *, random: bool = True) -> Stage:
         """Refits of o_proj and down_proj of every layer that loses units."""
         m, s = self.model, self.s
-        tokens, peak = self.fitting[0] * s, 0
-        states = m.states(sum(self.fitting) * s)
+        batches = self._fitting() if random else self.batches
+        tokens, peak = batches[0] * s, 0
+        states = m.states(sum(batches) * s)
         cost, copies = Cost(host=states), 1  # embeddings, to the host
         for layer, kept in zip(m.layers, self.kept.layers, strict=True):
             thinned = [
@@ -227,7 +228,7 @@ class Costs:
             ]
             copies = max(copies, 1 + bool(thinned))
             if copies > 1:  # the dense model's own hidden states beside those of the prefix
-                cost += total(m.forward(layer, n, s) for n in self.fitting) + Cost(host=2 * states)
+                cost += total(m.forward(layer, n, s) for n in batches) + Cost(host=2 * states)
             for kind in thinned:
                 if kind == "attention" and layer.mlp:
                     copies = 3  # those between the two sublayers
@@ -235,12 +236,12 @@ class Costs:
                 if not getattr(kept, kind):
                     continue
                 (rows, columns), left = getattr(layer, kind)[-1], getattr(kept, kind)[-1][1]
-                cost += self._moments(layer, kind, self.fitting, targets=True)
+                cost += self._moments(layer, kind, batches, targets=True)
                 cost += _refit(rows, columns, left, targets=True)
                 cost += Cost(reduced=self._reduced(2 * _moment_bytes(columns, rows) + 16))
                 peak = max(peak, _refit_bytes(rows, columns, left, targets=True))
                 peak = max(peak, 2 * _moment_bytes(columns, rows) + self._live(m, tokens))
-            cost += total(m.forward(layer, n, s) for n in self.fitting) + Cost(host=2 * states)
+            cost += total(m.forward(layer, n, s) for n in batches) + Cost(host=2 * states)
         if self.stream:
             cost += Cost(read=m.table_bytes)
         device = self._resident(m, head=False) + max(peak, self._live(m, tokens))
@@ -336,10 +337,10 @@ class Costs:
         peak = max(peak, self._live(m, self.batches[0] * s))
         return Stage("score", cost, self._resident(m, head=False) + peak, states)
 
-    def _fitting(self, windows: int) -> list[int]:
-        """Windows of the batches that a process fits on, of random tokens as well."""
-        random = _split(windows // TEXT_PER_RANDOM, self.batch)
-        return (_split(windows, self.batch) + random)[:: self.ranks]
+    def _fitting(self) -> list[int]:
+        """Windows of the batches that a process fits on when random tokens are beside the text."""
+        random = _split(self.n // TEXT_PER_RANDOM, self.batch)
+        return (_split(self.n, self.batch) + random)[:: self.ranks]
 
     def _moments(
         self, layer: LayerShape, kind: str, batches: Sequence[int], *, targets: bool
