@@ -8,7 +8,8 @@ dense model's, the kept columns become
 
 which minimises ‖X_K W_Kᵀ − X Wᵀ − β·E‖² with a pull of strength λ toward the original kept weights:
 the layer gives what it gave, and makes up for a part β of what went wrong before it (as in
-Quantization Error Propagation, arXiv 2504.09629). λ is chosen per sublayer on calibration windows
+Quantization Error Propagation, arXiv 2504.09629). Windows of random tokens enter H beside the text,
+for what is said with words that it has not. λ is chosen per sublayer on calibration windows
 kept out of H, among values that include "change nothing", so a sublayer's error on unseen text
 never grows.
 """
