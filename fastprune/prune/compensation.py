@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
+from fastprune.inspect.perplexity import batches
 from fastprune.models.blocks import Blocks
 from fastprune.models.families import attention_slices, mlp_slices
 from fastprune.progress import track
@@ -35,9 +36,6 @@ log = logging.getLogger("fastprune")
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Pull toward the original weights, in units of the mean diagonal of H."""
-
-BATCH_TOKENS = 2048
-"""Tokens of one calibration batch on the device."""
 
 MADE_UP = 0.25
 """β: the part of what went wrong before a sublayer that it makes up for."""
@@ -104,13 +102,12 @@ def fitting(
 
     Text alone is held out, unless it is one batch, which then does for both.
     """
-    size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
-    text = windows.split(size)
+    text = batches(windows, batch_size)
     last = len(text) - 1
-    batches = [(ids, n % HELD_OUT == HELD_OUT - 1 or n == last) for n, ids in enumerate(text)]
+    found = [(ids, n % HELD_OUT == HELD_OUT - 1 or n == last) for n, ids in enumerate(text)]
     if random is not None and len(random):
-        batches += [(ids, last == 0) for ids in random.split(size)]
-    return distributed.share(batches)
+        found += [(ids, last == 0) for ids in batches(random, batch_size)]
+    return distributed.share(found)
 
 
 class Prefix:
@@ -131,9 +128,9 @@ class Prefix:
     ) -> None:
         self.blocks = Blocks(model)
         self.device = next(model.parameters()).device
-        batches = fitting(windows, random_windows(model, windows) if random else None, batch_size)
-        self.held_out = [held_out for _, held_out in batches]
-        self.hidden = [self.blocks.embed(ids.to(self.device)).cpu() for ids, _ in batches]
+        fit = fitting(windows, random_windows(model, windows) if random else None, batch_size)
+        self.held_out = [held_out for _, held_out in fit]
+        self.hidden = [self.blocks.embed(ids.to(self.device)).cpu() for ids, _ in fit]
         self.dense: list[Tensor] | None = None
 
     def refit(self, kept: LayerPlan) -> list[Refit]:

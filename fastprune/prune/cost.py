@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastprune.inspect.perplexity import BATCH_TOKENS as EVAL_TOKENS
-from fastprune.prune.compensation import BATCH_TOKENS, STRENGTHS, TEXT_PER_RANDOM
+from fastprune.inspect.perplexity import BATCH_TOKENS
+from fastprune.prune.compensation import STRENGTHS, TEXT_PER_RANDOM
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import CHANNEL_LEVELS, KL_SHARE
 from fastprune.prune.divergence import TOP
 from fastprune.prune.importance import ACTIVATION, MAGNITUDE, TAYLOR
+from fastprune.prune.moments import symmetric_rows
 from fastprune.prune.products import FP32, Cost, LayerShape, ModelShape, product, total
 
 
@@ -262,7 +263,7 @@ class Costs:
     def evaluate(self, name: str, model: ModelShape) -> Stage:
         """Perplexity on the evaluation windows."""
         n, s = self.config.eval_windows, self.config.eval_seq_len
-        batches = _split(n, max(1, EVAL_TOKENS // s))[:: self.ranks]
+        batches = _split(n, max(1, BATCH_TOKENS // s))[:: self.ranks]
         cost = total(model.forward(layer, b, s) for layer in model.layers for b in batches)
         cost += total(model.head(b * (s - 1)) for b in batches)
         host = 0
@@ -303,16 +304,16 @@ class Costs:
 
     def _activation(self) -> Stage:
         m, s = self.model, self.s
-        n = self.mine
-        cost = total(m.forward(layer, 1, s) for layer in m.layers) * n
+        n, tokens = sum(self.batches), self.batches[0] * s
+        cost = total(m.forward(layer, b, s) for layer in m.layers for b in self.batches)
         columns = sum(columns for layer in m.layers for _, columns in layer.matrices)
         cost += Cost(reduced=self._reduced(8 * (columns + 2 * len(m.layers))))
         host = 0
         if self.stream:
             host = m.states(n * s)
             cost += Cost(host=host * (1 + 2 * len(m.layers)), read=m.block_bytes + m.table_bytes)
-        squares = s * max(layer.channels for layer in m.layers) * FP32
-        device = self._resident(m, head=False) + self._live(m, s) + squares
+        squares = tokens * max(layer.channels for layer in m.layers) * FP32
+        device = self._resident(m, head=False) + self._live(m, tokens) + squares
         return Stage("score", cost, device, host)
 
     def _obs(self) -> Stage:
@@ -431,11 +432,10 @@ def _moment_bytes(columns: int, rows: int = 0) -> int:
 
 def _moments(columns: int, rows: int, tokens: int) -> Cost:
     """XᵀX of one batch, and TᵀX with targets, added to the sums so far, in fp32."""
-    cost = Cost()
-    for n in (columns, rows):
-        if n:
-            cost += product(n, tokens, columns, FP32) + Cost(moved=n * columns * FP32)
-    return cost
+    shapes = [(end - start, columns - start) for start, end in symmetric_rows(columns)]
+    if rows:
+        shapes.append((rows, columns))
+    return total(product(n, tokens, k, FP32) + Cost(moved=n * k * FP32) for n, k in shapes)
 
 
 def _refit(rows: int, columns: int, kept: int, *, targets: bool) -> Cost:

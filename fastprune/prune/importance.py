@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.errors import NumericalError
-from fastprune.inspect.perplexity import decoder_and_head, loss_and_hidden_grad
+from fastprune.inspect.perplexity import batches, decoder_and_head, loss_and_hidden_grad
 from fastprune.kernels import ops
 from fastprune.models.families import (
     Geometry,
@@ -346,7 +346,8 @@ def inputs_of(layers: Iterable[nn.Module]) -> Iterator[Inputs]:
 
 @torch.no_grad()
 def _forward(model: nn.Module, windows: Tensor) -> None:
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     decoder, _ = decoder_and_head(model)
-    for window in track(distributed.share(windows), "activations"):
-        decoder(input_ids=window[None].to(device), use_cache=False)
+    for ids in track(distributed.share(batches(windows)), "activations"):
+        with fast_forward(weight.device, weight.dtype):
+            decoder(input_ids=ids.to(weight.device), use_cache=False)

@@ -22,6 +22,9 @@ ADDED = 0.1
 """A layer adds its two outputs to the hidden states if, by the median token, so much of what it
 changes at most is anything else."""
 
+ROWS = 4
+"""XᵀX is symmetric: it is counted in so many rows of blocks, each from the diagonal on."""
+
 After = Mapping[nn.Linear, Sequence[Tensor]]
 """The dense model's hidden states (n, s, hidden) after o_proj or down_proj, batch by batch."""
 
@@ -36,18 +39,19 @@ class Moments:
     """
 
     def __init__(self, linear: nn.Linear, *, targets: bool = False) -> None:
-        rows, columns, device = linear.out_features, linear.in_features, linear.weight.device
+        out, columns, device = linear.out_features, linear.in_features, linear.weight.device
         self.squares = torch.zeros(columns, columns, device=device)
         self.sums = torch.zeros(columns, device=device)
         self.count = 0
-        self.cross = torch.zeros(rows, columns, device=device) if targets else None
-        self.target_sums = torch.zeros(rows if targets else 0, device=device)
+        self.cross = torch.zeros(out, columns, device=device) if targets else None
+        self.target_sums = torch.zeros(out if targets else 0, device=device)
         self.target_square = torch.zeros((), device=device)
 
     def add(self, x: Tensor, target: Tensor | None = None) -> None:
         """Account for inputs x (..., in), and for their targets (..., out) where they count."""
         x = x.flatten(0, -2).float()
-        self.squares.addmm_(x.T, x)
+        for start, end in symmetric_rows(x.shape[1]):
+            self.squares[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
         self.sums += x.sum(0)
         self.count += x.shape[0]
         if self.cross is not None and target is not None:
@@ -56,8 +60,10 @@ class Moments:
             self.target_sums += target.sum(0)
             self.target_square += target.square().sum()
 
-    def add_others(self) -> None:
-        """Account for what the other processes have seen as well."""
+    def complete(self) -> None:
+        """Account for what the other processes have seen as well; call it once, after all `add`."""
+        for start, end in symmetric_rows(len(self.squares)):
+            self.squares[end:, start:end] = self.squares[start:end, end:].T
         distributed.sum_(self.squares, self.sums)
         if self.cross is not None:
             distributed.sum_(self.cross, self.target_sums, self.target_square)
@@ -73,6 +79,12 @@ class Moments:
         mean = self.target_sums / max(self.count, 1)
         square = self.target_square - mean.square().sum() * self.count
         return self.cross - torch.outer(mean, self.sums), square
+
+
+def symmetric_rows(columns: int) -> list[tuple[int, int]]:
+    """Starts and ends of the `ROWS` rows of blocks of XᵀX (columns, columns)."""
+    step = -(-columns // ROWS)
+    return [(start, min(start + step, columns)) for start in range(0, columns, step)]
 
 
 class _Stop(Exception):
@@ -132,7 +144,7 @@ def collect(
             handle.remove()
     for moments in found.values():
         for m in moments:
-            m.add_others()
+            m.complete()
     return {linear: (a, b) if a.count else (b, b) for linear, (a, b) in found.items()}
 
 

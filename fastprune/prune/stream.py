@@ -219,9 +219,9 @@ def _run(source: StreamedModel, index: int, hidden: list[Tensor]) -> list[Tensor
 
 @torch.no_grad()
 def _activations(source: StreamedModel, windows: Tensor, method: str) -> Iterator[Units]:
-    hidden = source.embed(distributed.share(windows.split(1)))
+    hidden = source.embed(distributed.share(batches(windows)))
     for index, layer in source.layers("activations"):
-        with inputs_of([layer]) as seen:
+        with inputs_of([layer]) as seen, fast_forward(source.device, source.dtype):
             hidden = _run(source, index, hidden)
         yield activation(layer, seen, method)
 

@@ -167,6 +167,7 @@ def test_bias_takes_the_mean() -> None:
     x = torch.randn(50, 3) + 5
     moments.add(x[:20])
     moments.add(x[20:].view(2, 15, 3))
+    moments.complete()
     centred = x - x.mean(0)
     # fp32 sums of squares of numbers around 5: cancellation costs three digits
     torch.testing.assert_close(moments.centred(), centred.T @ centred, rtol=1e-3, atol=1e-2)
