@@ -82,6 +82,9 @@ class PruneConfig(CommonConfig):
     """tokens of a calibration window, at most the model's maximum positions"""
     sensitivity_samples: int = 16
     """calibration windows used for layer sensitivity"""
+    search_samples: int = 128
+    """calibration windows that search measures and refits by; --importance and the refit that stays
+    use all"""
     eval: str = "builtin:pydocs"
     """evaluation text; several, joined by commas, are read one after the other"""
     eval_seq_len: int = 1024
@@ -133,6 +136,7 @@ class PruneConfig(CommonConfig):
             ("calib_samples", 1),
             ("calib_seq_len", 2),
             ("sensitivity_samples", 1),
+            ("search_samples", 2),
             ("eval_seq_len", 2),
             ("eval_windows", 1),
             ("ranks", 1),

@@ -63,6 +63,7 @@ class Costs:
         self.model, self.kept, self.config = model, kept, config
         self.ranks, self.stream = ranks, stream
         self.n, self.s = config.calib_samples, config.calib_seq_len
+        self.searched = min(config.search_samples, self.n)
         self.mine = _share(self.n, ranks)
         self.batch = max(1, BATCH_TOKENS // self.s)
         self.batches = _split(self.n, self.batch)[::ranks]
@@ -145,18 +146,20 @@ class Costs:
     def exchange(self) -> Stage:
         """What follows the search, at most: when both mixes of every round are tried and fail.
 
-        A trial is counted as a compensation of the result, on all windows of text.
+        A trial is counted as a compensation of the result, on all windows of the search.
         """
         rounds, m = self.config.exchange_rounds, self.model
         if not rounds or not any(map(self._thinned, m.layers)):
             return Stage("exchange", Cost(), m.bytes, 0)
-        judged = max(1, self.n // KL_SHARE) * self.s
+        judged = max(1, self.searched // KL_SHARE) * self.s
         layers = total(m.forward(layer, 1, judged) for layer in m.layers)
         trial = layers + m.head(judged)
         outputs = (x[-1] for layer in m.layers for x in (layer.attention, layer.mlp) if x)
         device, host = m.bytes, m.item * sum(rows * columns for rows, columns in outputs)
         if self.config.compensate != "none":
-            refit = self.compensate(random=False)
+            text = replace(self.config, calib_samples=self.searched)
+            few = Costs(m, self.kept, text, ranks=self.ranks, stream=self.stream)
+            refit = few.compensate(random=False)
             trial += refit.cost
             device, host = refit.device_bytes, host + refit.host_bytes
         sweep, swept = self._sweep(self._beside, thinned=True)
@@ -171,8 +174,8 @@ class Costs:
         Of a model that is ``thinned`` refits have targets, for which the dense one runs beside it.
         """
         m, s, refits = self.model, self.s, self.config.compensate != "none"
-        judged = max(1, self.n // KL_SHARE)
-        fit = _split(self.n - judged, self.batch)[:: self.ranks] if refits else []
+        judged = max(1, self.searched // KL_SHARE)
+        fit = _split(self.searched - judged, self.batch)[:: self.ranks] if refits else []
         kl = _split(judged, self.batch)
         tail = [Cost()]  # of the layers from the end, over all windows that judge
         for layer in reversed(m.layers):

@@ -179,7 +179,7 @@ def prune(
     if made.divergence is not None and dense is not None:
         assert calibration is not None  # the search has used it
         with clock("evaluate"):
-            yardstick = Yardstick(model, judging(calibration))
+            yardstick = Yardstick(model, judging(calibration[: config.search_samples]))
     removed = parameters_removed(model, plan)
     if dense is not None and source is not None:
         assert directory is not None  # run_prune has seen --out or --dry-run

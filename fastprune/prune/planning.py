@@ -223,7 +223,7 @@ def _search(
 
     Measured levels are kept for a next run.
     """
-    limits = limits_of(config)
+    limits, windows = limits_of(config), windows[: config.search_samples]
     target, saved = budget.need, None
     if budget.table is not None or (budget.at_least and not any(s.prunable for s in costs)):
         saved = [partial(budget.saved, i, size) for i, size in enumerate(costs)]

@@ -120,10 +120,10 @@ def costs(model: torch.nn.Module, *, ranks: int = 1, stream: bool = False, **mor
     )
 
 
-def search(model: torch.nn.Module, refits: bool) -> None:
+def search(model: torch.nn.Module, refits: bool, windows: torch.Tensor = WINDOWS) -> None:
     sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
     scores = score(model, WINDOWS, "magnitude-l2")
-    measure_curves(model, WINDOWS, scores, sizes, refits=refits)
+    measure_curves(model, windows, scores, sizes, refits=refits)
 
 
 STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str, str]]] = {
@@ -148,6 +148,11 @@ STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str
         Costs.search,
         lambda m: search(m, True),
         {"compensate": "least-squares"},
+    ),
+    "search, on a part": (
+        Costs.search,
+        lambda m: search(m, True, WINDOWS[:5]),
+        {"compensate": "least-squares", "search_samples": 5},
     ),
     "compensate": (Costs.compensate, lambda m: compensate(m, half(m), WINDOWS), {}),
     "evaluate": (lambda c: c.evaluate("", c.model), lambda m: evaluate(m, WINDOWS[:5]), {}),

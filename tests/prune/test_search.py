@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.families import decoder_layers
-from fastprune.prune import divergence, pipeline
+from fastprune.prune import divergence, pipeline, planning
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import judging, measure_curves
 from fastprune.prune.divergence import DenseTargets
@@ -148,17 +148,25 @@ def test_the_run_says_what_was_foreseen_and_what_came(tmp_path: Path, monkeypatc
     text.write_text("the quick brown fox jumps over the lazy dog " * 400)
     settings = {
         "ratio": 0.3, "allocation": "search", "compensate": "least-squares",
-        "calib": str(text), "eval": str(text), "calib_samples": 16, "calib_seq_len": 32,
-        "eval_seq_len": 32, "eval_windows": 2,
+        "calib": str(text), "eval": str(text), "calib_samples": 24, "search_samples": 16,
+        "calib_seq_len": 32, "eval_seq_len": 32, "eval_windows": 2,
     }  # fmt: skip
+    searched = []
+
+    def measured(model, windows, *args, **more):
+        searched.append(windows)
+        return measure_curves(model, windows, *args, **more)
+
+    monkeypatch.setattr(planning, "measure_curves", measured)
     model = tiny_model("llama")
     dense = copy.deepcopy(model)
     result = pipeline.prune(model, tiny_tokenizer(), PruneConfig(**settings))
     found = result.metrics["divergence"]
     assert 0 < found["predicted"] < math.inf
     _, windows = pipeline._texts(PruneConfig(**settings), dense, tiny_tokenizer(), calibrate=True)
+    assert torch.equal(searched[0], windows[:16])
     with torch.no_grad():
-        logs = [m(judging(windows)).logits.double().log_softmax(-1) for m in (dense, model)]
+        logs = [m(judging(windows[:16])).logits.double().log_softmax(-1) for m in (dense, model)]
     whole = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item()
     assert found["actual"] == pytest.approx(whole, rel=2e-3)
     assert f"{found['actual']:.4f} measured" in divergence_line(result.metrics)
