@@ -162,6 +162,18 @@ def test_a_layer_that_does_more_than_add_has_no_targets() -> None:
     assert all(r.error_after <= r.error_before for r in refits)
 
 
+@pytest.mark.parametrize("columns", [1, 3, 4, 10, 64])
+def test_moments_are_whole_and_symmetric(columns: int) -> None:
+    moments = Moments(torch.nn.Linear(columns, 2), targets=True)
+    x, target = torch.randn(50, columns), torch.randn(50, 2)
+    for some in (slice(20), slice(20, 50)):
+        moments.add(x[some], target[some])
+    moments.complete()
+    # 50 products of order 1 in fp32
+    torch.testing.assert_close(moments.squares, x.T @ x, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.cross, target.T @ x, rtol=1e-5, atol=1e-4)
+
+
 def test_bias_takes_the_mean() -> None:
     moments = Moments(torch.nn.Linear(3, 2))
     x = torch.randn(50, 3) + 5
