@@ -33,18 +33,18 @@ class Moments:
     """Second moments, sums and count of the inputs of a linear layer, in fp32; targets as well.
 
     Attributes:
-        squares: XᵀX (in, in).
+        squares: XᵀX (in, in); below the diagonal only after `complete`.
         cross: TᵀX (out, in), or None without targets.
         target_square: ‖T‖², a scalar.
     """
 
     def __init__(self, linear: nn.Linear, *, targets: bool = False) -> None:
-        out, columns, device = linear.out_features, linear.in_features, linear.weight.device
+        rows, columns, device = linear.out_features, linear.in_features, linear.weight.device
         self.squares = torch.zeros(columns, columns, device=device)
         self.sums = torch.zeros(columns, device=device)
         self.count = 0
-        self.cross = torch.zeros(out, columns, device=device) if targets else None
-        self.target_sums = torch.zeros(out if targets else 0, device=device)
+        self.cross = torch.zeros(rows, columns, device=device) if targets else None
+        self.target_sums = torch.zeros(rows if targets else 0, device=device)
         self.target_square = torch.zeros((), device=device)
 
     def add(self, x: Tensor, target: Tensor | None = None) -> None:
