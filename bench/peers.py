@@ -14,29 +14,13 @@ import argparse
 
 import optipfair
 import torch
-from torch.utils.data import DataLoader, Dataset
+from quality import LONG, SHORT
+from torch.utils.data import DataLoader
 
 from fastprune.data.text import eval_windows, load_documents, sample_windows, token_stream
 from fastprune.inspect.perplexity import evaluate
 from fastprune.models.families import block_parameters, decoder_layers
 from fastprune.models.load import load_model
-
-READINGS = ((1024, 16), (128, 64))
-"""(tokens, windows), as in quality.py."""
-
-
-class Windows(Dataset):
-    """Calibration windows (n, s) as the batches that optipfair reads."""
-
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self.ids[index]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def main() -> None:
@@ -54,9 +38,9 @@ def main() -> None:
     stream = token_stream(tokenizer, load_documents(options.calib))
     calibration = sample_windows(stream, options.calib_seq_len, options.calib_samples)
     text = token_stream(tokenizer, load_documents(options.test))
-    readings = [eval_windows(text, *reading) for reading in READINGS]
-    print("| removed | layers | " + " | ".join(f"{s} × {n}" for s, n in READINGS) + " |")
-    print("|---:|---|" + "---:|" * len(READINGS))
+    readings = [eval_windows(text, *reading) for reading in (LONG, SHORT)]
+    print("| removed | layers | " + " | ".join(f"{s} × {n}" for s, n in (LONG, SHORT)) + " |")
+    print("|---:|---|---:|---:|")
     for ratio in options.ratios:
         for ends in (0, 3):
             model, _ = load_model(options.model)
@@ -73,11 +57,12 @@ def prune(model: torch.nn.Module, ratio: float, ends: int, calibration: torch.Te
     layers = list(range(len(decoder_layers(model))))
     layers = layers[ends : len(layers) - ends]
     thinned = sum(p.numel() for i in layers for p in decoder_layers(model)[i].mlp.parameters())
+    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in calibration]
     optipfair.prune_model(
         model,
         neuron_selection_method="MAW",
         pruning_percentage=100 * ratio * whole / thinned,
-        dataloader=DataLoader(Windows(calibration), batch_size=8),
+        dataloader=DataLoader(samples, batch_size=8),
         layer_indices=layers,
         show_progress=False,
     )

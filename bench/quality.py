@@ -17,11 +17,13 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
 METHODS = ("uniform", "inverse", "global", "search")
-ROWS = (("uniform", "taylor-first"), *((method, "activation-maw") for method in METHODS))
+DEFAULT_SCORE = "activation-maw"
+ROWS = (("uniform", "taylor-first"), *((method, DEFAULT_SCORE) for method in METHODS))
 """(allocation, score) of the table, where neither is chosen."""
 COMPENSATION = ("none", "least-squares")
 LONG, SHORT = (1024, 16), (128, 64)
@@ -34,10 +36,10 @@ def main() -> None:
     readings = [(options.test, *LONG), (options.test, *SHORT), (options.second, *LONG)]
     dense = _perplexities(options, options.model, options.out / "dense", readings)
     rows = [["0 %", "dense", "", "", *(f"{p:.2f}" for p in dense), "", "", "", ""]]
-    methods, scores = options.methods, options.importance
-    chosen = product(methods or METHODS, scores or ("activation-maw",))
-    pairs = chosen if methods or scores else ROWS
-    for ratio, pair, compensation in product(options.ratios, tuple(pairs), options.compensation):
+    pairs: Iterable[tuple[str, str]] = ROWS
+    if options.methods or options.importance:
+        pairs = product(options.methods or METHODS, options.importance or (DEFAULT_SCORE,))
+    for ratio, pair, compensation in product(options.ratios, pairs, options.compensation):
         cell = (ratio, *pair, compensation)
         folder = options.out / "-".join((f"{ratio:g}", *pair, compensation))
         if not (folder / "fastprune" / "metrics.json").is_file():
