@@ -9,6 +9,7 @@ written unless both agree.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tyro.conf import Positional
 from fastprune.config import CommonConfig, resolve_device
 from fastprune.data.records import BUILTIN
 from fastprune.data.text import load_documents
-from fastprune.errors import NumericalError
+from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.models.adapter import load_adapter, read_fingerprint
 from fastprune.models.checkpoint import RECORDS, check_out, save_checkpoint, staged
@@ -51,6 +52,8 @@ class MergeConfig(CommonConfig):
     """folder with the adapter (adapter_config.json, adapter_model.safetensors)"""
     out: Path
     """directory of the merged checkpoint"""
+    strength: float = 1.0
+    """part of what the adapter learnt that is taken over"""
     overwrite: bool = False
     """replace an earlier checkpoint in --out"""
     allow_pickle: bool = False
@@ -76,9 +79,12 @@ class Agreement:
 def run_merge(config: MergeConfig) -> dict[str, Any]:
     """Load, merge, verify and save: the `merge` command; returns what metrics.json holds.
 
-    Raises InputError when the adapter is not this model's, and NumericalError when the merged
-    weights are not finite or the logits disagree; `config.out` is complete or untouched.
+    Raises InputError when the adapter is not this model's or `strength` is out of range, and
+    NumericalError when the merged weights are not finite or the logits disagree; `config.out` is
+    complete or untouched.
     """
+    if not 0 < config.strength < math.inf:
+        raise InputError(f"--strength must be above 0, got {config.strength:g}")
     check_out(config.out, config.overwrite)
     clock = Clock()
     with RunLog() as run_log:
@@ -90,6 +96,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
                 allow_pickle=config.allow_pickle,
             )
             adapted = load_adapter(model, config.adapter)
+            scale(adapted, config.strength)
             trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
             windows = _sample(model, tokenizer)
         merged, agreements = merge_adapter(adapted, windows, clock)
@@ -117,6 +124,19 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
             write_json(records / "metrics.json", metrics)
             run_log.save(records / "run.log")
     return {**metrics, "out": str(config.out)}
+
+
+def scale(adapted: nn.Module, strength: float) -> None:
+    """Multiply what the LoRA adapter of the PeftModel `adapted` adds by `strength`, in place.
+
+    Between base and adapted model lie some that do better on other text than the training's
+    (WiSE-FT, Wortsman et al., arXiv 2109.01903).
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(strength)
 
 
 @torch.no_grad()

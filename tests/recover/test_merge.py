@@ -59,6 +59,28 @@ def test_half_precision_weights_are_added_in_fp32(tmp_path, dtype):
         assert torch.equal(parameter, whole.get_parameter(name).to(half)), name
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.5])
+def test_a_part_of_the_adapter(tmp_path, strength):
+    base, adapter, _ = saved(tmp_path)
+    metrics = run_merge(config(base, adapter, tmp_path / "out", strength=strength))
+    assert metrics["settings"]["strength"] == strength
+    ends = [dict(load_model(base)[0].named_parameters())]
+    ends.append(dict(load_model(base, adapter=adapter)[0].merge_and_unload().named_parameters()))
+    moved = 0
+    for name, parameter in load_model(tmp_path / "out")[0].named_parameters():
+        before, after = (end[name] for end in ends)
+        moved += not torch.equal(before, after)
+        torch.testing.assert_close(parameter, before.lerp(after, strength), atol=1e-6, rtol=1e-5)
+    assert moved
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_strength_out_of_range_is_refused(tmp_path, strength):
+    with pytest.raises(InputError, match="--strength"):
+        run_merge(config(tmp_path, tmp_path, tmp_path / "out", strength=strength))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_of_plain_peft_is_merged_with_a_warning(tmp_path, caplog):
     base, adapter, expected = saved(tmp_path)
     (adapter / BASE_FILE).unlink()
