@@ -146,7 +146,7 @@ class Prefix:
         ]
         thinned = [linear for _, linear, columns in sublayers if len(columns) < linear.in_features]
         if thinned and self.dense is None:
-            self.dense = list(self.hidden)
+            self.dense = [hidden.clone() for hidden in self.hidden]
         after: After = {}
         if self.dense is not None:
             after = advance(self.blocks, index, self.dense, thinned)

@@ -104,7 +104,7 @@ def measure_curves(
     batches = fitting(others) if refits else []
     fit = [blocks.embed(ids.to(device)) for ids, _ in batches]
     held_out = [judges for _, judges in batches]
-    dense_fit = list(fit) if thinned else []
+    dense_fit = [hidden.clone() for hidden in fit] if thinned else []
     known = _Cache(cache, model, windows, scores, refits)
 
     def divergence(start: int) -> float:

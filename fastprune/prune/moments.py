@@ -152,7 +152,8 @@ def collect(
 def advance(
     blocks: Blocks, index: int, states: list[Tensor], targets: Sequence[nn.Linear] = ()
 ) -> After:
-    """Carry the hidden states (n, s, hidden) through layer ``index`` as it is, in place.
+    """Carry the hidden states (n, s, hidden) through layer ``index`` as it is, in their place:
+    new memory for them at every layer would leave the heap in pieces.
 
     What they are after those sublayers whose o_proj or down_proj is among ``targets`` comes back,
     for `collect`: nothing where the layer does more than to add the outputs of the two to its
@@ -175,7 +176,7 @@ def advance(
                 output = blocks.run(index, hidden).to(hidden.dtype)
             if watched and number == 0:
                 plain = _only_adds(hidden, output, list(added.values()))
-            states[number] = output.to(place)
+            states[number].copy_(output)
             for linear in targets:
                 if linear is watched[-1]:
                     after[linear].append(states[number])
