@@ -11,6 +11,7 @@ tried over all layers and over all but the first and last three. Prints Markdown
 from __future__ import annotations
 
 import argparse
+from itertools import product
 
 import torch
 from quality import LONG, SHORT
@@ -40,19 +41,15 @@ def main() -> None:
     calibration = sample_windows(stream, options.calib_seq_len, options.calib_samples)
     text = token_stream(tokenizer, load_documents(options.test))
     readings = [eval_windows(text, *reading) for reading in (LONG, SHORT)]
-    print(
-        "| tool | removed | layers | " + " | ".join(f"{s} × {n}" for s, n in (LONG, SHORT)) + " |"
-    )
-    print("|---|---:|---|---:|---:|")
-    for tool in options.tools:
-        for ratio in options.ratios:
-            for ends in (0, 3):
-                model, _ = load_model(options.model)
-                removed = prune(tool, model, ratio, ends, calibration)
-                found = [evaluate(model, windows).perplexity for windows in readings]
-                layers = f"{ends}:{len(decoder_layers(model)) - ends}"
-                cells = [tool, f"{100 * removed:.1f} %", layers, *(f"{p:.2f}" for p in found)]
-                print("| " + " | ".join(cells) + " |", flush=True)
+    columns = " | ".join(f"{tokens} × {windows}" for tokens, windows in (LONG, SHORT))
+    print(f"| tool | removed | layers | {columns} |\n|---|---:|---|---:|---:|")
+    for tool, ratio, ends in product(options.tools, options.ratios, (0, 3)):
+        model, _ = load_model(options.model)
+        removed = prune(tool, model, ratio, ends, calibration)
+        found = [evaluate(model, windows).perplexity for windows in readings]
+        layers = f"{ends}:{len(decoder_layers(model)) - ends}"
+        cells = [tool, f"{100 * removed:.1f} %", layers, *(f"{p:.2f}" for p in found)]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def prune(tool: str, model: nn.Module, ratio: float, ends: int, calibration: Tensor) -> float:

@@ -150,7 +150,7 @@ def collect(
 
 @torch.no_grad()
 def advance(
-    blocks: Blocks, index: int, states: list[Tensor], targets: Sequence[nn.Linear] = ()
+    blocks: Blocks, index: int, states: Sequence[Tensor], targets: Sequence[nn.Linear] = ()
 ) -> After:
     """Carry the hidden states (n, s, hidden) through layer ``index`` as it is, in their place:
     new memory for them at every layer would leave the heap in pieces.
