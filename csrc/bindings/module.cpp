@@ -230,6 +230,29 @@ void cross_entropy(Tensor logits, Tensor targets, Tensor loss, Tensor log_normal
   RUN_ON(logits.device, cross_entropy, p);
 }
 
+// ---------------------------------------------------------------------------- attention
+void attention(Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, Tensor workspace,
+               float scale) {
+  fastprune::AttentionParams p;
+  p.q = q, p.k = k, p.v = v, p.out = out, p.log_sums = log_sums;
+  p.workspace = workspace;
+  p.scale = scale;
+  py::gil_scoped_release nogil;
+  fastprune::cpu::attention(p);
+}
+
+void attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums,
+                        Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor workspace,
+                        float scale) {
+  fastprune::AttentionParams p;
+  p.q = q, p.k = k, p.v = v, p.out = out, p.log_sums = log_sums;
+  p.grad_out = grad_out, p.grad_q = grad_q, p.grad_k = grad_k, p.grad_v = grad_v;
+  p.workspace = workspace;
+  p.scale = scale;
+  py::gil_scoped_release nogil;
+  fastprune::cpu::attention_backward(p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -277,4 +300,11 @@ PYBIND11_MODULE(_C, m) {
       .def("update", &AdamWStep::update);
   m.def("cross_entropy", &cross_entropy, "logits"_a, "targets"_a, "loss"_a, "log_normaliser"_a,
         "scale"_a);
+  m.def("attention_serves", &fastprune::cpu::attention_serves);
+  m.def("attention_workspace", &fastprune::cpu::attention_workspace, "q"_a, "k"_a);
+  m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "out"_a, "log_sums"_a, "workspace"_a,
+        "scale"_a);
+  m.def("attention_backward_workspace", &fastprune::cpu::attention_backward_workspace, "q"_a);
+  m.def("attention_backward", &attention_backward, "grad_out"_a, "q"_a, "k"_a, "v"_a, "out"_a,
+        "log_sums"_a, "grad_q"_a, "grad_k"_a, "grad_v"_a, "workspace"_a, "scale"_a);
 }

@@ -170,4 +170,38 @@ void check(const CrossEntropyParams& p) {
   require_buffer(op, "log_normaliser", p.log_normaliser, DType::f32, rows, device);
 }
 
+void check(const AttentionParams& p) {
+  constexpr const char* op = "attention";
+  constexpr std::int64_t kMaxHeadDim = 256;
+  const auto require_heads = [&](const char* arg, const Tensor& t) {
+    require_dtype(op, arg, t, DType::bf16);
+    require_device(op, arg, t, p.q.device);
+    require(t.ndim == 4, op, ": ", arg, " must have 4 dimensions, not ", ShapeOf{t});
+    require(t.shape[3] <= 1 || t.strides[3] == 1, op, ": ", arg, " must have inner stride 1");
+  };
+  const auto require_like = [&](const char* arg, const Tensor& t, const char* other_arg,
+                                const Tensor& other) {
+    require_heads(arg, t);
+    require_same_shape(op, arg, t, other_arg, other);
+  };
+  require_heads("q", p.q);
+  require_heads("k", p.k);
+  require_like("v", p.v, "k", p.k);
+  require(p.q.shape[3] % 16 == 0 && p.q.shape[3] > 0 && p.q.shape[3] <= kMaxHeadDim, op,
+          ": the heads' dimension must be a multiple of 16 up to ", kMaxHeadDim, ", not ",
+          p.q.shape[3]);
+  require(p.k.shape[0] == p.q.shape[0] && p.k.shape[2] == p.q.shape[2] &&
+              p.k.shape[3] == p.q.shape[3] && p.k.shape[1] > 0 && p.q.shape[1] % p.k.shape[1] == 0,
+          op, ": k of shape ", ShapeOf{p.k}, " does not go with q of shape ", ShapeOf{p.q});
+  require(p.scale > 0, op, ": scale must be positive, not ", p.scale);
+  require_like("out", p.out, "q", p.q);
+  require_buffer(op, "log_sums", p.log_sums, DType::f32, p.q.shape[0] * p.q.shape[1] * p.q.shape[2],
+                 p.q.device);
+  if (!p.grad_out.present()) return;
+  require_like("grad_out", p.grad_out, "q", p.q);
+  require_like("grad_q", p.grad_q, "q", p.q);
+  require_like("grad_k", p.grad_k, "k", p.k);
+  require_like("grad_v", p.grad_v, "k", p.k);
+}
+
 }  // namespace fastprune

@@ -125,6 +125,22 @@ struct CrossEntropyParams {
 
 void check(const CrossEntropyParams& p);
 
+// ---------------------------------------------------------------------------- attention
+// Causal attention of whole sequences: position i attends to positions 0 to i. On a CPU with bf16
+// products only; GPUs have well-kept libraries for it.
+struct AttentionParams {
+  Tensor q;         // (batch, heads, n, d); bf16, like all but log_sums; inner stride 1
+  Tensor k, v;      // (batch, kv heads, n, d); heads is a multiple of kv heads
+  Tensor out;       // like q; result, and what the backward pass reads
+  Tensor log_sums;  // (batch, heads, n) f32: log of each position's sum of exponentials; the same
+  Tensor grad_out;  // like q; this and the rest are present in the backward pass
+  Tensor grad_q, grad_k, grad_v;  // like q, k, v; results
+  Tensor workspace;               // bytes (u8)
+  float scale = 1;                // positive
+};
+
+void check(const AttentionParams& p);
+
 // ---------------------------------------------------------------------------- backends
 namespace cpu {
 std::int64_t taylor_workspace(std::int64_t out, std::int64_t in);
@@ -140,6 +156,12 @@ void adamw_norms(const AdamWParams& p);
 void adamw_update(const AdamWParams& p);
 
 void cross_entropy(const CrossEntropyParams& p);  // throws for a target out of range
+
+bool attention_serves();  // whether this processor has what the two below need; else they throw
+std::int64_t attention_workspace(const Tensor& q, const Tensor& k);
+void attention(const AttentionParams& p);
+std::int64_t attention_backward_workspace(const Tensor& q);
+void attention_backward(const AttentionParams& p);
 }  // namespace cpu
 
 // `stream` is a cudaStream_t of the tensors' device; everything is enqueued on it, nothing waits.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastprune.kernels import attention as attend
 from fastprune.kernels import ops
 
 
@@ -99,3 +102,50 @@ def cross_entropy(
 def _(logits: Tensor, targets: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     loss, log_normaliser = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in "ab")
     return loss, log_normaliser
+
+
+@torch.library.custom_op("fastprune::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """kernels.attention.attention; `out` can be differentiated once, `log_sums` not."""
+    return attend.attention(q, k, v, scale=scale)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, heads, n, d = q.shape
+    out = q.new_empty(batch, n, heads, d).transpose(1, 2)
+    return out, q.new_empty(batch, heads, n, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastprune::attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attend.attention_backward(grad_out, q, k, v, out, log_sums, scale=scale)
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.fastprune.attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
+    return *grads, None
+
+
+attention.register_autograd(_backward, setup_context=_save)

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fastprune.kernels import reference
 from fastprune.kernels.backend import compiled
+from fastprune.kernels.checks import check_tensor, dense, inner_contiguous, workspace_of
 from fastprune.kernels.reference import KINDS, SCAN_FIELDS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,10 +76,10 @@ def taylor(
     # A vector is faster as one long row; its two results change places.
     as_row = columns == 1 and kind != "activation"
     shape = (1, out) if as_row else (out, columns)
-    w, g, h = (None if t is None else _inner_contiguous(t, shape) for t in (w, g, h))
+    w, g, h = (None if t is None else inner_contiguous(t, shape) for t in (w, g, h))
     rows = torch.empty(shape[0], dtype=torch.float32, device=w.device)
     cols = torch.empty(shape[1], dtype=torch.float32, device=w.device)
-    workspace = _bytes(module.taylor_workspace(w), w.device)
+    workspace = workspace_of(module.taylor_workspace(w), w.device)
     module.taylor(kind, w, g, h, None if x is None else x.contiguous(), rows, cols, workspace)
     return (cols, rows) if as_row else (rows, cols)
 
@@ -99,10 +99,10 @@ def _check_taylor(
     _check_presence("taylor", kind, "x", x, kind == "activation")
     for name, t, dtypes in (("g", g, (w.dtype,)), ("h", h, (w.dtype, torch.float32))):
         if t is not None:
-            _check_tensor("taylor", name, t, dtypes, w.device, tuple(w.shape))
+            check_tensor("taylor", name, t, dtypes, w.device, tuple(w.shape))
     if x is not None:
         columns = w.shape[1] if w.ndim == 2 else 1
-        _check_tensor("taylor", "x", x, (torch.float32,), w.device, (columns,))
+        check_tensor("taylor", "x", x, (torch.float32,), w.device, (columns,))
 
 
 # ---------------------------------------------------------------------------- gather
@@ -149,18 +149,18 @@ def gather(
     fresh = out is None
     if out is None:
         out = [_gathered(t, index, dim) for t, index, dim in zip(tensors, indices, dims)]
-    src = [_inner_contiguous(t, tuple(t.shape)) for t in tensors]
+    src = [inner_contiguous(t, tuple(t.shape)) for t in tensors]
     index = [i.contiguous() for i in indices]
     dst, dims = list(out), list(dims)
     size = module.gather_workspace(src, index, dims, dst)
-    module.gather(src, index, dims, dst, _bytes(size, device) if size else None, fresh)
+    module.gather(src, index, dims, dst, workspace_of(size, device) if size else None, fresh)
     torch.autograd.graph.increment_version(dst)
     return dst
 
 
 def _check_gather(number: int, t: Tensor, index: Tensor, dim: int, device: torch.device) -> None:
-    _check_tensor("gather", f"tensor {number}", t, None, device, None)
-    _check_tensor("gather", f"index {number}", index, (torch.int64,), torch.device("cpu"), None)
+    check_tensor("gather", f"tensor {number}", t, None, device, None)
+    check_tensor("gather", f"index {number}", index, (torch.int64,), torch.device("cpu"), None)
     if t.dtype.is_complex or t.is_quantized:
         raise ValueError(f"gather: tensor {number} must be real, not {t.dtype}")
     if t.ndim not in (1, 2) or not 0 <= dim < t.ndim:
@@ -206,14 +206,14 @@ def scan_table(tensors: Sequence[Tensor]) -> Tensor:
     """scan_all without the wait: (tensors, 10) float64, a row per tensor as in ScanResult."""
     for number, t in enumerate(tensors):
         _check_float("scan", f"tensor {number}", t)
-        _check_tensor("scan", f"tensor {number}", t, None, tensors[0].device, None)
+        check_tensor("scan", f"tensor {number}", t, None, tensors[0].device, None)
     device = tensors[0].device
     module = compiled(device)
     if module is None:
         return torch.stack([reference.scan(t) for t in tensors])
-    tensors = [_dense(t) for t in tensors]
+    tensors = [dense(t) for t in tensors]
     out = torch.empty(len(tensors), SCAN_FIELDS, dtype=torch.float64, device=device)
-    module.scan(tensors, out, _bytes(module.scan_workspace(tensors), device))
+    module.scan(tensors, out, workspace_of(module.scan_workspace(tensors), device))
     return out
 
 
@@ -284,7 +284,7 @@ def adamw_workspace(params: list[Tensor]) -> Tensor:
     """A workspace for adamw_step over these parameters or any part of them."""
     device = params[0].device
     module = compiled(device)
-    return _bytes(0 if module is None else module.adamw_workspace(params), device)
+    return workspace_of(0 if module is None else module.adamw_workspace(params), device)
 
 
 def adamw(
@@ -364,15 +364,15 @@ def _check_adamw(
         _check_float("adamw", f"params[{number}]", p)
         for name, (tensors, dtypes) in lists.items():
             if tensors:
-                _check_tensor(
+                check_tensor(
                     "adamw", f"{name}[{number}]", tensors[number], dtypes, p.device, tuple(p.shape)
                 )
     device = params[0].device if n else total.device
     f64 = (torch.float64,)
-    _check_tensor("adamw", "steps", steps, (torch.int64,), device, (n,))
-    _check_tensor("adamw", "stats", stats, f64, device, (n, 2))
-    _check_tensor("adamw", "total", total, f64, device, (2,))
-    _check_tensor("adamw", "control", control, f64, device, (3,))
+    check_tensor("adamw", "steps", steps, (torch.int64,), device, (n,))
+    check_tensor("adamw", "stats", stats, f64, device, (n, 2))
+    check_tensor("adamw", "total", total, f64, device, (2,))
+    check_tensor("adamw", "control", control, f64, device, (3,))
 
 
 # ---------------------------------------------------------------------------- cross_entropy
@@ -406,10 +406,10 @@ def cross_entropy(
         return reference.cross_entropy(logits, targets, scale=scale)
     rows = logits.shape[0]
     if scale is None:
-        logits = _inner_contiguous(logits, tuple(logits.shape))
+        logits = inner_contiguous(logits, tuple(logits.shape))
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     log_normaliser = torch.empty_like(loss)
-    module.cross_entropy(logits, _dense(targets), loss, log_normaliser, scale)
+    module.cross_entropy(logits, dense(targets), loss, log_normaliser, scale)
     if scale is not None:
         torch.autograd.graph.increment_version(logits)
     return loss, log_normaliser
@@ -422,7 +422,7 @@ def _check_cross_entropy(logits: Tensor, targets: Tensor, scale: float | None) -
             f"cross_entropy: logits must have 2 dimensions, not shape {tuple(logits.shape)}"
         )
     rows, vocabulary = logits.shape
-    _check_tensor("cross_entropy", "targets", targets, (torch.int64,), logits.device, (rows,))
+    check_tensor("cross_entropy", "targets", targets, (torch.int64,), logits.device, (rows,))
     strided = vocabulary > 1 and logits.stride(1) != 1
     overlapping = rows > 1 and logits.stride(0) < vocabulary
     if scale is not None and (strided or overlapping or logits.is_neg()):
@@ -443,55 +443,13 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
         )
 
 
-# ---------------------------------------------------------------------------- checks and layouts
+# ---------------------------------------------------------------------------- checks
 
 
 def _check_float(op: str, name: str, t: Tensor) -> None:
-    _check_tensor(op, name, t, FLOATS, None, None)
+    check_tensor(op, name, t, FLOATS, None, None)
 
 
 def _check_presence(op: str, kind: str, name: str, t: Tensor | None, needed: bool) -> None:
     if (t is not None) != needed:
         raise ValueError(f"{op}: kind {kind!r} {'needs' if needed else 'does not use'} {name}")
-
-
-def _check_tensor(
-    op: str,
-    name: str,
-    t: Tensor,
-    dtypes: tuple[torch.dtype, ...] | None,
-    device: torch.device | None,
-    shape: tuple[int, ...] | None,
-) -> None:
-    if not isinstance(t, Tensor):
-        raise ValueError(f"{op}: {name} must be a tensor, not {type(t).__name__}")
-    if isinstance(t, FakeTensor) or t.is_meta:
-        raise ValueError(f"{op}: {name} has no memory (a FakeTensor or meta tensor)")
-    if t.layout is not torch.strided:
-        raise ValueError(f"{op}: {name} must be a dense tensor, not {t.layout}")
-    if dtypes is not None and t.dtype not in dtypes:
-        expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{op}: {name} must be {expected}, not {t.dtype}")
-    if device is not None and t.device != device:
-        raise ValueError(f"{op}: {name} is on {t.device}, expected {device}")
-    if shape is not None and tuple(t.shape) != shape:
-        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {shape}")
-
-
-def _inner_contiguous(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """t in `shape`, with inner stride 1; a copy only where t's strides or lazy sign ask for it."""
-    if t.is_neg():
-        t = t.detach().resolve_neg()
-    if tuple(t.shape) != shape:
-        return t.detach().reshape(shape).contiguous()
-    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.detach().contiguous()
-
-
-def _dense(t: Tensor) -> Tensor:
-    t = t.detach().resolve_neg()
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
-    return t if t.numel() == 0 or extent == t.numel() else t.contiguous()
-
-
-def _bytes(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=device)

@@ -252,6 +252,52 @@ def cross_entropy(
     return loss, shift + log_sum
 
 
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, compute: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Causal attention out (batch, heads, n, d) and log_sums (batch, heads, n), in `compute`."""
+    scores = _scores(q, k, scale, compute)
+    log_sums = scores.logsumexp(-1)
+    weights = (scores - log_sums[..., None]).exp()
+    return (weights @ _per_head(v, q, compute)).to(q.dtype), log_sums.float()
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    *,
+    scale: float,
+    compute: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; heads of q that share one of k and v add up there."""
+    grad = grad_out.detach().to(compute)
+    weights = (_scores(q, k, scale, compute) - log_sums[..., None].to(compute)).exp()
+    mean = (grad * out.detach().to(compute)).sum(-1, keepdim=True)
+    grad_scores = weights * (grad @ _per_head(v, q, compute).mT - mean) * scale
+    grad_k = (grad_scores.mT @ q.detach().to(compute)).unflatten(1, (k.shape[1], -1)).sum(2)
+    grad_v = (weights.mT @ grad).unflatten(1, (k.shape[1], -1)).sum(2)
+    grad_q = grad_scores @ _per_head(k, q, compute)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, compute: torch.dtype) -> Tensor:
+    """(batch, heads, n, n), -inf where a position would look ahead."""
+    n = q.shape[2]
+    later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+    scores = q.detach().to(compute) @ _per_head(k, q, compute).mT * scale
+    return scores.masked_fill(later, -math.inf)
+
+
+def _per_head(shared: Tensor, q: Tensor, compute: torch.dtype) -> Tensor:
+    """k or v (batch, kv heads, n, d), repeated for each head of q."""
+    repeats = q.shape[1] // shared.shape[1]
+    return shared.detach().to(compute).repeat_interleave(repeats, 1)
+
+
 def _float_of(bits: Tensor) -> Tensor:
     return torch.where(bits > 0x7FFFFFFF, bits - (1 << 32), bits).int().view(torch.float32)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
+from fastprune.models.attention import use_attention
 from fastprune.models.foreign import convert_gguf, discard, read_pickled
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
@@ -69,6 +70,7 @@ def load_model(
     else:
         model, tokenizer = _load_resolved(source, wanted)
     model = model.to(target).eval()
+    use_attention(model)
     if adapter is not None:
         from fastprune.models.adapter import load_adapter  # peft takes a second to import
 
@@ -94,8 +96,9 @@ def load_or_start(
     log.warning("%s holds a config and no weights: training starts from random ones", folder)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with quiet_libraries():
-        model = auto.from_config(config, dtype=_dtype(dtype) or torch.float32)
-    return model.to(device), tokenizer
+        model = auto.from_config(config, dtype=_dtype(dtype) or torch.float32).to(device)
+    use_attention(model)
+    return model, tokenizer
 
 
 def load_config(source: str | Path) -> Any:

@@ -1,0 +1,110 @@
+"""Causal attention of whole sequences on a CPU, forward and backward, as eager functions.
+
+For bf16 on processors that multiply it (AVX512-BF16), where torch's own is far from their limit;
+reference.py for everything else. GPUs have attention in torch. `torch.ops.fastprune.attention` is
+the differentiable form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastprune.kernels import reference
+from fastprune.kernels.backend import compiled
+from fastprune.kernels.checks import check_tensor, inner_contiguous, workspace_of
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = range(16, 257, 16)
+
+
+def attention_serves(device: torch.device, head_dim: int) -> bool:
+    """Whether the compiled kernel computes bf16 attention here, with heads of `head_dim` values."""
+    module = compiled(device)
+    return (
+        device.type == "cpu"
+        and head_dim in HEAD_DIMS
+        and module is not None
+        and module.attention_serves()
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v, where position i attends to positions 0 to i.
+
+    Args:
+        q: (batch, heads, n, d) float32, bfloat16 or float16.
+        k, v: (batch, kv heads, n, d), like q; query head i attends to head i // (heads / kv heads).
+        scale: of the products; positive.
+
+    Returns:
+        out (batch, heads, n, d), like q, laid out as (batch, n, heads, d) in memory; and log_sums
+        (batch, heads, n), float32: the logarithm of each position's sum of exponentials, in nats.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape, device or no memory.
+    """
+    _check(q, k, v, scale)
+    batch, heads, n, d = q.shape
+    if not _compiled(q):
+        out, log_sums = reference.attention(q, k, v, scale=scale)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), log_sums
+    module = compiled(q.device)
+    q, k, v = (inner_contiguous(t, tuple(t.shape)) for t in (q, k, v))
+    out = torch.empty(batch, n, heads, d, dtype=q.dtype).transpose(1, 2)
+    log_sums = torch.empty(batch, heads, n, dtype=torch.float32)
+    workspace = workspace_of(module.attention_workspace(q, k), q.device)
+    module.attention(q, k, v, out, log_sums, workspace, scale)
+    return out, log_sums
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each like its tensor, given that of `out`.
+
+    `out` and `log_sums` are what `attention` returned for the same q, k, v and scale. Raises
+    ValueError as it does.
+    """
+    _check(q, k, v, scale)
+    like_q = ("attention", (q.dtype,), q.device, tuple(q.shape))
+    for name, t in (("grad_out", grad_out), ("out", out)):
+        check_tensor(like_q[0], name, t, *like_q[1:])
+    check_tensor("attention", "log_sums", log_sums, (torch.float32,), q.device, tuple(q.shape[:3]))
+    if not _compiled(q):
+        return reference.attention_backward(grad_out, q, k, v, out, log_sums, scale=scale)
+    module = compiled(q.device)
+    grad_out, q, k, v, out = (inner_contiguous(t, tuple(t.shape)) for t in (grad_out, q, k, v, out))
+    grads = tuple(torch.empty_like(t) for t in (q, k, v))
+    workspace = workspace_of(module.attention_backward_workspace(q), q.device)
+    module.attention_backward(
+        grad_out, q, k, v, out, log_sums.contiguous(), *grads, workspace, scale
+    )
+    return grads
+
+
+def _compiled(q: Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and q.numel() > 0 and attention_serves(q.device, q.shape[-1])
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    check_tensor("attention", "q", q, FLOATS, None, None)
+    if q.ndim != 4:
+        raise ValueError(f"attention: q must have 4 dimensions, not shape {tuple(q.shape)}")
+    check_tensor("attention", "k", k, (q.dtype,), q.device, None)
+    batch, heads, n, d = q.shape
+    kv_heads = k.shape[1] if k.ndim == 4 else 0
+    if tuple(k.shape) != (batch, kv_heads, n, d) or not kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"attention: k of shape {tuple(k.shape)} does not go with q of shape {tuple(q.shape)}"
+        )
+    check_tensor("attention", "v", v, (q.dtype,), q.device, tuple(k.shape))
+    if not scale > 0:
+        raise ValueError(f"attention: scale must be positive, not {scale}")
