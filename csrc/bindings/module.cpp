@@ -304,7 +304,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_workspace", &fastprune::cpu::attention_workspace, "q"_a, "k"_a);
   m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "out"_a, "log_sums"_a, "workspace"_a,
         "scale"_a);
-  m.def("attention_backward_workspace", &fastprune::cpu::attention_backward_workspace, "q"_a);
+  m.def("attention_backward_workspace", &fastprune::cpu::attention_backward_workspace, "q"_a,
+        "at_once"_a);
   m.def("attention_backward", &attention_backward, "grad_out"_a, "q"_a, "k"_a, "v"_a, "out"_a,
         "log_sums"_a, "grad_q"_a, "grad_k"_a, "grad_v"_a, "workspace"_a, "scale"_a);
 }

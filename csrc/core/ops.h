@@ -160,7 +160,7 @@ void cross_entropy(const CrossEntropyParams& p);  // throws for a target out of 
 bool attention_serves();  // whether this processor has what the two below need; else they throw
 std::int64_t attention_workspace(const Tensor& q, const Tensor& k);
 void attention(const AttentionParams& p);
-std::int64_t attention_backward_workspace(const Tensor& q);
+std::int64_t attention_backward_workspace(const Tensor& q, std::int64_t at_once);  // in heads
 void attention_backward(const AttentionParams& p);
 }  // namespace cpu
 

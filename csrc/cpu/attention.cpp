@@ -1,7 +1,9 @@
-// Forward: one task per head and block of queries. Backward: one per head, since the gradient of q
-// adds up over the keys and those of k and v over the queries; then the heads that share a head of
-// k and v are added up.
+// Forward: one task per head and block of queries. Backward: a head is one piece of work, since the
+// gradient of q adds up over the keys and those of k and v over the queries; then the heads that
+// share a head of k and v are added up.
 #include "cpu/attention.h"
+
+#include <algorithm>
 
 #include "core/check.h"
 #include "core/ops.h"
@@ -85,28 +87,33 @@ void attention(const AttentionParams& p) {
   });
 }
 
-std::int64_t attention_backward_workspace(const Tensor& q) {
-  const std::int64_t n = q.shape[2], d = q.shape[3];
+std::int64_t attention_backward_workspace(const Tensor& q, std::int64_t at_once) {
+  const std::int64_t n = q.shape[2], d = q.shape[3], heads = q.shape[0] * q.shape[1];
   const std::int64_t grads = 2 * padded_rows(n) * d * std::int64_t(sizeof(float));
-  return q.shape[0] * q.shape[1] * (attention_head_workspace(n, d) + grads);
+  return heads * grads + std::min(heads, at_once) * attention_head_workspace(n, d);
 }
 
 void attention_backward(const AttentionParams& p) {
   require_serving(p);
   require_buffer("attention", "workspace", p.workspace, DType::u8,
-                 attention_backward_workspace(p.q), p.q.device);
+                 attention_backward_workspace(p.q, 1), p.q.device);
   const Sizes s = sizes(p);
   const std::int64_t size = padded_rows(s.n) * s.d, heads = s.all_heads();
   const std::int64_t each = attention_head_workspace(s.n, s.d);
   float* const grad_k = p.workspace.as<float>();  // (batch, heads, padded, d)
   float* const grad_v = grad_k + heads * size;
-  char* const workspaces = reinterpret_cast<char*>(grad_v + heads * size);
-  for_each_task(heads, s.bytes(), [&](std::int64_t number) {
-    attention_backward_head(
-        attention_head(p, s, number),
-        {rows_of(p.out, number), rows_of(p.grad_out, number), p.log_sums.as<float>() + number * s.n,
-         mutable_rows_of(p.grad_q, number), grad_k + number * size, grad_v + number * size,
-         workspaces + number * each});
+  char* const rest = reinterpret_cast<char*>(grad_v + heads * size);
+  // As many heads at once as the workspace has room for.
+  const std::int64_t room = (p.workspace.as<char>() + p.workspace.numel() - rest) / each;
+  const std::int64_t at_once = std::min(heads, room);
+  for_each_task(at_once, s.bytes(), [&](std::int64_t task) {
+    for (std::int64_t number = task * heads / at_once; number < (task + 1) * heads / at_once;
+         ++number)
+      attention_backward_head(
+          attention_head(p, s, number),
+          {rows_of(p.out, number), rows_of(p.grad_out, number),
+           p.log_sums.as<float>() + number * s.n, mutable_rows_of(p.grad_q, number),
+           grad_k + number * size, grad_v + number * size, rest + task * each});
   });
   for_each_task(s.batch * s.kv_heads, s.bytes(), [&](std::int64_t number) {
     const std::int64_t first = number * s.shared() * size;
@@ -118,7 +125,7 @@ void attention_backward(const AttentionParams& p) {
 #else
 
 std::int64_t attention_workspace(const Tensor&, const Tensor&) { return 0; }
-std::int64_t attention_backward_workspace(const Tensor&) { return 0; }
+std::int64_t attention_backward_workspace(const Tensor&, std::int64_t) { return 0; }
 void attention(const AttentionParams& p) { require_serving(p); }
 void attention_backward(const AttentionParams& p) { require_serving(p); }
 

@@ -83,7 +83,8 @@ def attention_backward(
     module = compiled(q.device)
     grad_out, q, k, v, out = (inner_contiguous(t, tuple(t.shape)) for t in (grad_out, q, k, v, out))
     grads = tuple(torch.empty_like(t) for t in (q, k, v))
-    workspace = workspace_of(module.attention_backward_workspace(q), q.device)
+    size = module.attention_backward_workspace(q, torch.get_num_threads())
+    workspace = workspace_of(size, q.device)
     module.attention_backward(
         grad_out, q, k, v, out, log_sums.contiguous(), *grads, workspace, scale
     )
