@@ -53,7 +53,7 @@ def limit(square, work):
 
 
 @pytest.mark.skipif(
-    not attention_serves(torch.device("cpu"), 64), reason="no bf16 products on this processor"
+    not attention_serves(torch.device("cpu")), reason="no bf16 products on this processor"
 )
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])

@@ -18,12 +18,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = range(16, 257, 16)
 
 
-def attention_serves(device: torch.device, head_dim: int) -> bool:
-    """Whether the compiled kernel computes bf16 attention here, with heads of `head_dim` values."""
+def attention_serves(device: torch.device, head_dim: int | None = None) -> bool:
+    """Whether the compiled kernel computes bf16 attention here, with heads of `head_dim` values or
+    (None) of any size."""
     module = compiled(device)
     return (
         device.type == "cpu"
-        and head_dim in HEAD_DIMS
+        and (head_dim is None or head_dim in HEAD_DIMS)
         and module is not None
         and module.attention_serves()
     )

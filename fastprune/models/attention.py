@@ -20,7 +20,7 @@ NAME = "fastprune"
 
 
 def use_attention(model: nn.Module) -> None:
-    """Let `model`, one of transformers', compute its attention by the kernel where it can, in place.
+    """Let `model` compute its attention by the kernel where it can, in place.
 
     Nothing changes for a model that asks for other attention than `sdpa`, or on a processor without
     bf16 products. The choice is not saved with the model.
@@ -28,9 +28,7 @@ def use_attention(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or config.is_encoder_decoder:
         return
-    heads = getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    if attention_serves(torch.device("cpu"), head_dim):
+    if attention_serves(torch.device("cpu")):
         model.set_attn_implementation(NAME)
 
 

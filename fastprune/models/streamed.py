@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
+from fastprune.models.attention import use_attention
 from fastprune.models.blocks import Blocks
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.families import decoder_layers, family_of_config
@@ -118,7 +119,9 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
 
     register()
     with torch.device("meta"), quiet_libraries():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    use_attention(model)
+    return model
 
 
 def _own_dtype(config: Any, shards: ShardReader) -> torch.dtype:

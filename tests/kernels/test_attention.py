@@ -24,7 +24,7 @@ NORM = 6e-3
 
 @pytest.fixture
 def serves():
-    if not kernel.attention_serves(torch.device("cpu"), 64):
+    if not kernel.attention_serves(torch.device("cpu")):
         pytest.skip("this processor has no bf16 products")
 
 
@@ -190,7 +190,7 @@ def test_lower_levels_do_without(module):
     level = module.cpu_level()
     try:
         module.set_cpu_level(module.cpu_levels()[0])
-        assert not kernel.attention_serves(torch.device("cpu"), 64)
+        assert not kernel.attention_serves(torch.device("cpu"))
         q, k, v, _ = inputs((1, 2, 1, 20, 64))
         out, _ = kernel.attention(q, k, v, scale=0.2)
         assert distance(out, reference.attention(q, k, v, scale=0.2)[0]) == 0

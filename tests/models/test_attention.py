@@ -23,7 +23,7 @@ from fastprune.models.load import load_model
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes of q that the kernel is given."""
-    if not kernel.attention_serves(torch.device("cpu"), 64):
+    if not kernel.attention_serves(torch.device("cpu")):
         pytest.skip("this processor has no bf16 products")
     shapes, run = [], kernel.attention
 
@@ -104,7 +104,7 @@ def test_a_mask_and_a_cache_are_left_to_torch(calls, tmp_path):
 
 def test_nothing_of_it_is_saved(tmp_path):
     model, _ = load_model(tiny_checkpoint(tmp_path / "a"))
-    if kernel.attention_serves(torch.device("cpu"), 16):
+    if kernel.attention_serves(torch.device("cpu")):
         assert model.config._attn_implementation == NAME
     model.save_pretrained(tmp_path / "b")
     config = json.loads((tmp_path / "b" / "config.json").read_text())
