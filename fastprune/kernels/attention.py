@@ -7,6 +7,8 @@ the differentiable form.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -47,10 +49,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor,
     """
     _check(q, k, v, scale)
     batch, heads, n, d = q.shape
-    if not _compiled(q):
+    module = _serving(q)
+    if module is None:
         out, log_sums = reference.attention(q, k, v, scale=scale)
         return out.transpose(1, 2).contiguous().transpose(1, 2), log_sums
-    module = compiled(q.device)
     q, k, v = (inner_contiguous(t, tuple(t.shape)) for t in (q, k, v))
     out = torch.empty(batch, n, heads, d, dtype=q.dtype).transpose(1, 2)
     log_sums = torch.empty(batch, heads, n, dtype=torch.float32)
@@ -79,9 +81,9 @@ def attention_backward(
     for name, t in (("grad_out", grad_out), ("out", out)):
         check_tensor(like_q[0], name, t, *like_q[1:])
     check_tensor("attention", "log_sums", log_sums, (torch.float32,), q.device, tuple(q.shape[:3]))
-    if not _compiled(q):
+    module = _serving(q)
+    if module is None:
         return reference.attention_backward(grad_out, q, k, v, out, log_sums, scale=scale)
-    module = compiled(q.device)
     grad_out, q, k, v, out = (inner_contiguous(t, tuple(t.shape)) for t in (grad_out, q, k, v, out))
     grads = tuple(torch.empty_like(t) for t in (q, k, v))
     size = module.attention_backward_workspace(q, torch.get_num_threads())
@@ -92,8 +94,10 @@ def attention_backward(
     return grads
 
 
-def _compiled(q: Tensor) -> bool:
-    return q.dtype == torch.bfloat16 and q.numel() > 0 and attention_serves(q.device, q.shape[-1])
+def _serving(q: Tensor) -> ModuleType | None:
+    """The compiled module where it computes attention of `q`."""
+    serves = q.dtype == torch.bfloat16 and q.numel() and attention_serves(q.device, q.shape[-1])
+    return compiled(q.device) if serves else None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:

@@ -25,10 +25,9 @@ def use_attention(model: nn.Module) -> None:
     Nothing changes for a model that asks for other attention than `sdpa`, or on a processor without
     bf16 products. The choice is not saved with the model.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or config.is_encoder_decoder:
-        return
-    if attention_serves(torch.device("cpu")):
+    config: Any = getattr(model, "config", None)
+    replaceable = getattr(config, "_attn_implementation", None) == "sdpa"
+    if replaceable and not config.is_encoder_decoder and attention_serves(torch.device("cpu")):
         model.set_attn_implementation(NAME)
 
 

@@ -67,28 +67,25 @@ LANES_INLINE void multiply_tile(const bf16* a, std::int64_t a_stride, const Pair
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * c_stride + v * kLanes, sums[r][v]);
 }
 
+template <int kVectors>
+void multiply_strip(const bf16* a, std::int64_t a_stride, std::int64_t rows, const Pair* b,
+                    std::int64_t columns, std::int64_t pairs, float* c, bool add) {
+  for (std::int64_t r = 0; r < rows; r += kRows)
+    multiply_tile<kVectors>(a + r * a_stride, a_stride, b, columns, pairs, c + r * columns, columns,
+                            add);
+}
+
 // The same over a whole matrix: a (rows, 2 pairs), b (pairs, columns), c (rows, columns), with rows
 // a multiple of 4 and columns of 16.
 void multiply(const bf16* a, std::int64_t a_stride, std::int64_t rows, const Pair* b,
               std::int64_t columns, std::int64_t pairs, float* c, bool add) {
-  const auto at = [&](auto wide, std::int64_t r, std::int64_t column) {
-    multiply_tile<decltype(wide)::value>(a + r * a_stride, a_stride, b + column, columns, pairs,
-                                         c + r * columns + column, columns, add);
-  };
-  for (std::int64_t column = 0; column < columns; column += 4 * kLanes)
-    for (std::int64_t r = 0; r < rows; r += kRows) switch ((columns - column) / kLanes) {
-        case 1:
-          at(std::integral_constant<int, 1>{}, r, column);
-          break;
-        case 2:
-          at(std::integral_constant<int, 2>{}, r, column);
-          break;
-        case 3:
-          at(std::integral_constant<int, 3>{}, r, column);
-          break;
-        default:
-          at(std::integral_constant<int, 4>{}, r, column);
-      }
+  constexpr decltype(&multiply_strip<4>) kStrips[] = {multiply_strip<1>, multiply_strip<2>,
+                                                      multiply_strip<3>, multiply_strip<4>};
+  for (std::int64_t done = 0, vectors = 0; done < columns; done += vectors * kLanes) {
+    const std::int64_t left = (columns - done) / kLanes;
+    vectors = left < 4 ? left : 4;
+    kStrips[vectors - 1](a, a_stride, rows, b + done, columns, pairs, c + done, add);
+  }
 }
 
 // ---------------------------------------------------------------------------- layouts
