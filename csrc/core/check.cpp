@@ -172,7 +172,6 @@ void check(const CrossEntropyParams& p) {
 
 void check(const AttentionParams& p) {
   constexpr const char* op = "attention";
-  constexpr std::int64_t kMaxHeadDim = 256;
   const auto require_heads = [&](const char* arg, const Tensor& t) {
     require_dtype(op, arg, t, DType::bf16);
     require_device(op, arg, t, p.q.device);

@@ -128,8 +128,11 @@ void check(const CrossEntropyParams& p);
 // ---------------------------------------------------------------------------- attention
 // Causal attention of whole sequences: position i attends to positions 0 to i. On a CPU with bf16
 // products only; GPUs have well-kept libraries for it.
+constexpr std::int64_t kMaxHeadDim = 256;
+
 struct AttentionParams {
-  Tensor q;         // (batch, heads, n, d); bf16, like all but log_sums; inner stride 1
+  Tensor q;         // (batch, heads, n, d); bf16, like all but log_sums; inner stride 1; d is a
+                    //   multiple of 16 up to kMaxHeadDim
   Tensor k, v;      // (batch, kv heads, n, d); heads is a multiple of kv heads
   Tensor out;       // like q; result, and what the backward pass reads
   Tensor log_sums;  // (batch, heads, n) f32: log of each position's sum of exponentials; the same

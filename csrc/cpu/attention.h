@@ -5,11 +5,11 @@
 #include <cstdint>
 
 #include "core/dispatch.h"
+#include "core/ops.h"
 
 namespace fastprune::cpu {
 
 constexpr std::int64_t kAttentionBlock = 64;  // queries or keys that are taken together
-constexpr std::int64_t kMaxHeadDim = 256;     // a multiple of 16 up to this
 
 // One head of one sequence: n rows of d values each; strides in elements.
 struct HeadRows {

@@ -77,9 +77,8 @@ def attention_backward(
     ValueError as it does.
     """
     _check(q, k, v, scale)
-    like_q = ("attention", (q.dtype,), q.device, tuple(q.shape))
     for name, t in (("grad_out", grad_out), ("out", out)):
-        check_tensor(like_q[0], name, t, *like_q[1:])
+        check_tensor("attention", name, t, (q.dtype,), q.device, tuple(q.shape))
     check_tensor("attention", "log_sums", log_sums, (torch.float32,), q.device, tuple(q.shape[:3]))
     module = _serving(q)
     if module is None:

@@ -44,9 +44,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """As `sdpa` of transformers: query (batch, heads, n, d), key and value (batch, kv heads, m, d),
     to (batch, n, heads, d)."""
-    dtype = query.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    autocast = query.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else query.dtype
     if (
         dtype == torch.bfloat16
         and attention_mask is None
