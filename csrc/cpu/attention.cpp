@@ -13,14 +13,13 @@
 namespace fastprune::cpu {
 namespace {
 
-constexpr std::int64_t kPairBytes = 2 * sizeof(bf16);
-
 struct Sizes {
   std::int64_t batch, heads, kv_heads, n, d;
 
   std::int64_t all_heads() const { return batch * heads; }
   std::int64_t shared() const { return heads / kv_heads; }  // heads of q to one of k and v
-  std::int64_t bytes() const { return all_heads() * n * n * kPairBytes; }  // what p would have
+  // of the scores, if they stood whole
+  std::int64_t bytes() const { return all_heads() * n * n * std::int64_t(sizeof(float)); }
 };
 
 Sizes sizes(const AttentionParams& p) {
@@ -56,7 +55,7 @@ void require_serving(const AttentionParams& p) {
 bool attention_serves() {
 #if defined(FASTPRUNE_WITH_BF16)
   static const bool has_products = __builtin_cpu_supports("avx512bf16");
-  return has_products && std::string(level().name) == "v4";
+  return has_products && &level() == &level_v4;
 #else
   return false;
 #endif

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fastprune.kernels import reference
 from fastprune.kernels.backend import compiled
-from fastprune.kernels.checks import check_tensor, inner_contiguous, workspace_of
+from fastprune.kernels.checks import FLOATS, check_tensor, inner_contiguous, workspace_of
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = range(16, 257, 16)
 
 

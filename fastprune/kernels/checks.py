@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def check_tensor(
     op: str,

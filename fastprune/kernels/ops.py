@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fastprune.kernels import reference
 from fastprune.kernels.backend import compiled
-from fastprune.kernels.checks import check_tensor, dense, inner_contiguous, workspace_of
+from fastprune.kernels.checks import FLOATS, check_tensor, dense, inner_contiguous, workspace_of
 from fastprune.kernels.reference import KINDS, SCAN_FIELDS
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MASTERS = ("fp32", "stochastic", "none")
 _READS_G = ("first", "mix", "vector")
 _READS_H = ("second", "mix")
