@@ -1,4 +1,5 @@
-// Taylor scores of a tile: each weight's term is computed once and added to its row and its column.
+// Taylor scores of a tile, row by row: each weight's term is computed once and added to its row and
+// its column.
 #pragma once
 
 #include "cpu/level.h"
@@ -7,7 +8,7 @@
 namespace fastprune::cpu {
 namespace {
 
-constexpr int kRowsAtOnce = 4;  // rows that share one load and store of a column's sum
+constexpr int kVectors = 2;  // of terms in one step, each with its own sum of the row
 
 // What one score reads; H is float or the weights' type.
 template <Score S, bool HasH, class T, class H>
@@ -16,59 +17,66 @@ struct TileLoop {
       S == Score::first || S == Score::mix || S == Score::vector || (S == Score::second && !HasH);
   static constexpr bool kSquaresG = (S == Score::second || S == Score::mix) && !HasH;
 
-  const TaylorTile& tile;
+  const TaylorTile tile;  // a copy: what is stored could otherwise be part of it
 
   template <class V, class... N>
-  LANES_INLINE F32 fetch(const void* base, std::int64_t stride, std::int64_t r, std::int64_t c,
-                         N... n) const {
-    const V* p = static_cast<const V*>(base) + r * stride + c;
-    // What comes next in this place is kRowsAtOnce rows below, if there are rows.
-    const std::int64_t below = kRowsAtOnce * stride * std::int64_t(sizeof(V));
-    prefetch(p, tile.rows > kRowsAtOnce ? below : kAhead);
-    return load(p, n...);
+  LANES_INLINE F32 fetch(const void* base, std::int64_t at, N... n) const {
+    return load(static_cast<const V*>(base) + at, n...);
   }
 
   template <class... N>
   LANES_INLINE F32 term(std::int64_t r, std::int64_t c, N... n) const {
-    const F32 w = fetch<T>(tile.w, tile.w_stride, r, c, n...);
+    const F32 w = fetch<T>(tile.w, r * tile.w_stride + c, n...);
     F32 g(0.0f), h(0.0f);
-    if constexpr (kReadsG) g = fetch<T>(tile.g, tile.g_stride, r, c, n...);
+    if constexpr (kReadsG) g = fetch<T>(tile.g, r * tile.g_stride + c, n...);
     if constexpr (kSquaresG) h = g * g;
-    if constexpr (HasH) h = fetch<H>(tile.h, tile.h_stride, r, c, n...);
+    if constexpr (HasH) h = fetch<H>(tile.h, r * tile.h_stride + c, n...);
     if constexpr (S == Score::activation) h = load(tile.x + c, n...);
     return score_term<S, F32>(w, g, h);
   }
 
-  // Rows r to r + R; `fresh`: the column sums hold nothing yet.
-  template <int R, class... N>
-  LANES_INLINE void column(std::int64_t r, std::int64_t c, bool fresh, F32 (&row)[R],
-                           N... n) const {
-    F32 terms[R];
-    for (int i = 0; i < R; ++i) {
-      terms[i] = term(r + i, c, n...);
-      row[i] = row[i] + terms[i];
-    }
-    for (int half = R / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) terms[i] = terms[i] + terms[i + half];
-    if (!fresh) terms[0] = load(tile.col_sums + c, n...) + terms[0];
-    store(terms[0], tile.col_sums + c, n...);
+  // The terms of one vector, added to the row's sum and to the columns'.
+  template <bool First, class... N>
+  LANES_INLINE void add(std::int64_t r, std::int64_t c, F32& row, N... n) const {
+    F32 t = term(r, c, n...);
+    row = row + t;
+    if constexpr (!First) t = load(tile.col_sums + c, n...) + t;
+    store(t, tile.col_sums + c, n...);
   }
 
-  template <int R>
-  LANES_INLINE void rows(std::int64_t r, bool fresh) const {
-    F32 row[R];
-    for (int i = 0; i < R; ++i) row[i] = F32(0.0f);
+  // First: the column sums hold nothing yet.
+  template <bool First>
+  LANES_INLINE void row(std::int64_t r) const {
+    F32 sums[kVectors];
+    for (auto& s : sums) s = F32(0.0f);
+    constexpr std::int64_t step = kVectors * kLanes;
     std::int64_t c = 0;
-    for (; c + kLanes <= tile.cols; c += kLanes) column<R>(r, c, fresh, row);
-    if (c < tile.cols) column<R>(r, c, fresh, row, int(tile.cols - c));
-    for (int i = 0; i < R; ++i) tile.row_sums[r + i] = sum(row[i]);
+    for (; c + step <= tile.cols; c += step) {
+      prefetch_step<T>(tile.w, r * tile.w_stride + c);
+      if constexpr (kReadsG) prefetch_step<T>(tile.g, r * tile.g_stride + c);
+      if constexpr (HasH) prefetch_step<H>(tile.h, r * tile.h_stride + c);
+      for (int v = 0; v < kVectors; ++v) add<First>(r, c + v * kLanes, sums[v]);
+    }
+    for (; c + kLanes <= tile.cols; c += kLanes) add<First>(r, c, sums[0]);
+    if (c < tile.cols) add<First>(r, c, sums[0], int(tile.cols - c));
+    tile.row_sums[r] = sum(sums[0] + sums[1]);
   }
 
-  void run() const {
-    std::int64_t r = 0;
-    for (; r + kRowsAtOnce <= tile.rows; r += kRowsAtOnce) rows<kRowsAtOnce>(r, r == 0);
-    for (; r < tile.rows; ++r) rows<1>(r, r == 0);
+  LANES_INLINE void run() const {
+    row<true>(0);
+    for (std::int64_t r = 1; r < tile.rows; ++r) row<false>(r);
   }
+
+ private:
+  // Into the first-level cache: with rows one after another it is needed soon, the next rows
+  // included where they are short.
+  template <class V>
+  LANES_INLINE void prefetch_step(const void* base, std::int64_t at) const {
+    const char* p = static_cast<const char*>(base) + at * std::int64_t(sizeof(V));
+    for (std::size_t line = 0; line < kVectors * kLanes * sizeof(V); line += 64)
+      __builtin_prefetch(p + kRowAhead + line, 0, 3);
+  }
+  static constexpr std::int64_t kRowAhead = 4096;
 };
 
 template <Score S, class T>
