@@ -14,15 +14,15 @@ namespace fastprune::cpu {
 namespace {
 
 constexpr std::int64_t kTaskBytes = 256 * 1024;
+constexpr std::int64_t kAheadBytes = 6 * 1024;  // of outputs, from asking for a column to reading it
 // Smaller results may stay in the caches for their reader.
 constexpr std::int64_t kWorthStreaming = 4 * 1024 * 1024;
 constexpr std::int64_t kWorthLargePages = 8 * 1024 * 1024;
 
 struct ColumnPlan {
   ColumnGather gather{};
-  std::vector<std::int64_t> first, base;
-  std::vector<std::uint16_t> picks16;
-  std::vector<std::uint32_t> picks32;
+  std::vector<std::int64_t> base, ahead;
+  std::vector<std::uint16_t> picks;
 };
 
 // Elements of 8 bytes are moved as two of 4.
@@ -36,25 +36,29 @@ std::vector<std::int64_t> as_pairs(const std::int64_t* index, std::int64_t kept)
   return pairs;
 }
 
-template <class T>
-void plan_blocks(ColumnPlan& plan, std::vector<T>& picks, const std::int64_t* index,
-                 std::int64_t kept, std::int64_t in) {
-  const std::int64_t lanes = level().vector_bytes / std::int64_t(sizeof(T));
-  for (std::int64_t start = 0; start < kept; start += lanes) {
-    // The last block ends with the row: it may repeat outputs, and needs no tail.
-    const std::int64_t first = start + lanes <= kept ? start : kept - lanes;
-    const std::int64_t low = index[first], high = index[first + lanes - 1];
+// `kept` of the `in` columns of rows `stride` apart, for blocks of `lanes` outputs.
+void plan_blocks(ColumnPlan& plan, std::int64_t lanes, std::int64_t in, std::int64_t stride) {
+  ColumnGather& gather = plan.gather;
+  const std::int64_t* index = gather.index;
+  gather.blocks = (gather.kept + lanes - 1) / lanes;
+  // The last block ends with the row: it may repeat outputs, and needs no tail.
+  const auto first = [&](std::int64_t block) {
+    return block + 1 < gather.blocks ? block * lanes : gather.kept - lanes;
+  };
+  const std::int64_t later = kAheadBytes / level().vector_bytes;
+  for (std::int64_t b = 0; b < gather.blocks; ++b) {
+    const std::int64_t low = index[first(b)], high = index[first(b) + lanes - 1];
     std::int64_t base = low + 2 * lanes <= in ? low : in - 2 * lanes;
     if (high - base >= 2 * lanes) base = -1;
-    plan.first.push_back(first);
     plan.base.push_back(base);
+    plan.ahead.push_back(index[first((b + later) % gather.blocks)] +
+                         (b + later) / gather.blocks * stride);
     for (std::int64_t i = 0; i < lanes; ++i)
-      picks.push_back(base < 0 ? T(0) : T(index[first + i] - base));
+      plan.picks.push_back(base < 0 ? std::uint16_t(0) : std::uint16_t(index[first(b) + i] - base));
   }
-  plan.gather.blocks = std::int64_t(plan.first.size());
-  plan.gather.first = plan.first.data();
-  plan.gather.base = plan.base.data();
-  plan.gather.picks = picks.data();
+  gather.base = plan.base.data();
+  gather.ahead = plan.ahead.data();
+  gather.picks = plan.picks.data();
 }
 
 // What one tensor needs, ready for any thread.
@@ -85,10 +89,7 @@ void prepare_columns(Job& job, const GatherItem& entry) {
   const std::int64_t lanes = level().vector_bytes / job.item;
   job.shuffled = job.item != 1 && kept >= lanes && in >= 2 * lanes;
   if (!job.shuffled) return;
-  if (job.item == 4)
-    plan_blocks(job.plan, job.plan.picks32, job.index, kept, in);
-  else
-    plan_blocks(job.plan, job.plan.picks16, job.index, kept, in);
+  plan_blocks(job.plan, lanes, in, job.src_stride / job.item);
 }
 
 void prepare(Job& job, const GatherItem& entry) {

@@ -28,9 +28,9 @@ struct ColumnGather {
   int item_size;              // 2 or 4
   std::int64_t kept;          // columns kept, at least one vector
   std::int64_t blocks;        // each one vector of outputs; the last may overlap its predecessor
-  const std::int64_t* first;  // (blocks,) first output column
   const std::int64_t* base;   // (blocks,)
-  const void* picks;          // (blocks, lanes) of the item's width, in [0, 2 * lanes)
+  const std::int64_t* ahead;  // (blocks,) what to ask for now: a later block's first, or a row below
+  const std::uint16_t* picks;  // (blocks, lanes), in [0, 2 * lanes)
   const std::int64_t* index;  // (kept,)
 };
 

@@ -66,86 +66,69 @@ void settle() {
 #endif
 }
 
-// R rows side by side, so that a block's plan is read once and R streams of loads are in flight.
-template <class T, int R>
-struct RowsOfColumns {
+// Row by row: what is needed next mostly lies next to it.
+template <class T>
+struct RowOfColumns {
   static constexpr int kBlock = kVectorBytes / int(sizeof(T));  // columns of one block
   typedef T Vector __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint16_t Picks __attribute__((vector_size(2 * kBlock)));
 
-  const ColumnGather& plan;
+  const ColumnGather plan;  // a copy: what is stored could otherwise be part of it
 
-  // Blocks begin to end of each row; `to` is where output column `origin` goes.
-  LANES_INLINE void blocks(const T* const (&from)[R], T* const (&to)[R], std::int64_t origin,
-                           std::int64_t begin, std::int64_t end) const {
-    for (std::int64_t b = begin; b < end; ++b) {
-      const std::int64_t first = plan.first[b], base = plan.base[b];
-      if (base < 0) {
-        for (int r = 0; r < R; ++r)
-          for (int i = 0; i < kBlock; ++i)
-            to[r][first - origin + i] = from[r][plan.index[first + i]];
-        continue;
-      }
-      Vector pick;
-      memcpy(&pick, static_cast<const T*>(plan.picks) + b * kBlock, sizeof pick);
-      for (int r = 0; r < R; ++r) {
-        prefetch(from[r] + base);
-        Vector low, high;
-        memcpy(&low, from[r] + base, sizeof low);
-        memcpy(&high, from[r] + base + kBlock, sizeof high);
-        const Vector out = __builtin_shuffle(low, high, pick);
-        memcpy(to[r] + (first - origin), &out, sizeof out);
-      }
-    }
+  std::int64_t first(std::int64_t block) const {
+    const std::int64_t column = block * kBlock;
+    return column + kBlock <= plan.kept ? column : plan.kept - kBlock;
   }
 
-  void direct(const T* const (&from)[R], T* const (&to)[R]) const {
-    blocks(from, to, 0, 0, plan.blocks);
+  // Blocks begin to end; output column `origin` goes to `to`.
+  LANES_INLINE void blocks(const T* from, T* to, std::int64_t origin, std::int64_t begin,
+                           std::int64_t end) const {
+    for (std::int64_t b = begin; b < end; ++b) {
+      const std::int64_t base = plan.base[b];
+      T* out = to + (first(b) - origin);
+      prefetch_soon(from + plan.ahead[b]);
+      prefetch_soon(from + plan.ahead[b] + kBlock);
+      if (base < 0) {
+        for (int i = 0; i < kBlock; ++i) out[i] = from[plan.index[first(b) + i]];
+        continue;
+      }
+      Picks picks;
+      memcpy(&picks, plan.picks + b * kBlock, sizeof picks);
+      Vector low, high;
+      memcpy(&low, from + base, sizeof low);
+      memcpy(&high, from + base + kBlock, sizeof high);
+      const Vector kept = __builtin_shuffle(low, high, __builtin_convertvector(picks, Vector));
+      memcpy(out, &kept, sizeof kept);
+    }
   }
 
   // Through a buffer in the first-level cache, so that whole lines can be streamed.
-  void streamed(const T* const (&from)[R], T* const (&to)[R]) const {
+  LANES_INLINE void streamed(const T* from, T* to) const {
     constexpr std::int64_t kBlocks = kPage / kVectorBytes;
-    alignas(64) T buffer[R][kBlocks * kBlock];
-    T* rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = buffer[r];
+    alignas(64) T buffer[kBlocks * kBlock];
     for (std::int64_t b = 0; b < plan.blocks; b += kBlocks) {
       const std::int64_t end = plan.blocks - b < kBlocks ? plan.blocks : b + kBlocks;
-      const std::int64_t origin = plan.first[b];
-      const std::int64_t stop = end < plan.blocks ? plan.first[end] : plan.kept;
-      blocks(from, rows, origin, b, end);
-      for (int r = 0; r < R; ++r)
-        copy(to[r] + origin, rows[r], (stop - origin) * std::int64_t(sizeof(T)), true);
+      const std::int64_t origin = first(b);
+      const std::int64_t stop = end < plan.blocks ? first(end) : plan.kept;
+      blocks(from, buffer, origin, b, end);
+      copy(to + origin, buffer, (stop - origin) * std::int64_t(sizeof(T)), true);
     }
   }
 
-  void run(const T* src, std::int64_t src_stride, T* dst, bool stream) const {
-    const T* from[R];
-    T* to[R];
-    for (int r = 0; r < R; ++r) {
-      from[r] = src + r * src_stride;
-      to[r] = dst + r * plan.kept;
-    }
-    stream ? streamed(from, to) : direct(from, to);
+  void run(const T* from, std::int64_t stride, T* to, std::int64_t rows, bool stream) const {
+    for (std::int64_t r = 0; r < rows; ++r, from += stride, to += plan.kept)
+      stream ? streamed(from, to) : blocks(from, to, 0, 0, plan.blocks);
   }
 };
 
-template <class T>
-void gather_rows(const ColumnGather& plan, const void* src, std::int64_t src_stride, void* dst,
-                 std::int64_t rows, bool stream) {
-  const T* from = static_cast<const T*>(src);
-  T* to = static_cast<T*>(dst);
-  std::int64_t r = 0;
-  for (; r + kStreams <= rows; r += kStreams)
-    RowsOfColumns<T, kStreams>{plan}.run(from + r * src_stride, src_stride, to + r * plan.kept,
-                                         stream);
-  for (; r < rows; ++r)
-    RowsOfColumns<T, 1>{plan}.run(from + r * src_stride, src_stride, to + r * plan.kept, stream);
-}
-
 void gather_columns(const ColumnGather& plan, const void* src, std::int64_t src_stride, void* dst,
                     std::int64_t rows, bool stream) {
-  const auto gather = plan.item_size == 4 ? gather_rows<std::uint32_t> : gather_rows<std::uint16_t>;
-  gather(plan, src, src_stride, dst, rows, stream);
+  const auto gather = [&](auto item) {
+    using T = decltype(item);
+    RowOfColumns<T>{plan}.run(static_cast<const T*>(src), src_stride, static_cast<T*>(dst), rows,
+                              stream);
+  };
+  plan.item_size == 4 ? gather(std::uint32_t{}) : gather(std::uint16_t{});
 }
 
 }  // namespace

@@ -74,7 +74,7 @@ struct TileLoop {
   LANES_INLINE void prefetch_step(const void* base, std::int64_t at) const {
     const char* p = static_cast<const char*>(base) + at * std::int64_t(sizeof(V));
     for (std::size_t line = 0; line < kVectors * kLanes * sizeof(V); line += 64)
-      __builtin_prefetch(p + kRowAhead + line, 0, 3);
+      prefetch_soon(p + kRowAhead + line);
   }
   static constexpr std::int64_t kRowAhead = 4096;
 };
