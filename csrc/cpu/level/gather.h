@@ -10,7 +10,6 @@ namespace {
 constexpr int kVectorBytes = kNative * 4;
 constexpr std::int64_t kLine = 64;
 constexpr std::int64_t kPage = 4096;
-constexpr int kStreams = 4;  // pages copied side by side: more loads in flight than one page gives
 
 // One cache line to an address that is a multiple of 64, not through the caches where the machine
 // has such stores.
@@ -32,13 +31,6 @@ LANES_INLINE void stream_line(char* dst, const char* src) {
 
 LANES_INLINE void plain_line(char* dst, const char* src) { memcpy(dst, src, kLine); }
 
-// kStreams neighbouring pieces of `length` bytes, a multiple of a line.
-template <void (*Line)(char*, const char*)>
-LANES_INLINE void copy_side_by_side(char* dst, const char* src, std::int64_t length) {
-  for (std::int64_t i = 0; i < length; i += kLine)
-    for (int k = 0; k < kStreams; ++k) Line(dst + k * length + i, src + k * length + i);
-}
-
 template <void (*Line)(char*, const char*)>
 void copy_lines(char* dst, const char* src, std::int64_t bytes) {
   const std::int64_t misaligned = std::int64_t(reinterpret_cast<std::uintptr_t>(dst) % kLine);
@@ -46,10 +38,8 @@ void copy_lines(char* dst, const char* src, std::int64_t bytes) {
   if (head > bytes) head = bytes;
   memcpy(dst, src, std::size_t(head));
   std::int64_t i = head;
-  for (; i + kStreams * kPage <= bytes; i += kStreams * kPage)
-    copy_side_by_side<Line>(dst + i, src + i, kPage);
   for (; i + kLine <= bytes; i += kLine) {
-    prefetch(src + i);
+    prefetch_soon(src + i + kPage);
     Line(dst + i, src + i);
   }
   memcpy(dst + i, src + i, std::size_t(bytes - i));
