@@ -56,7 +56,7 @@ struct UpdateLoop {
   static constexpr bool kMaster = M == Master::fp32 && !std::is_same_v<W, float>;
   static constexpr bool kStochastic = M == Master::stochastic && !std::is_same_v<W, float>;
 
-  const AdamWChunk& chunk;
+  const AdamWChunk chunk;  // a copy: what is stored could otherwise be part of it
 
   template <class... N>
   LANES_INLINE void lanes(std::int64_t i, N... n) const {

@@ -39,7 +39,7 @@ void copy_lines(char* dst, const char* src, std::int64_t bytes) {
   memcpy(dst, src, std::size_t(head));
   std::int64_t i = head;
   for (; i + kLine <= bytes; i += kLine) {
-    prefetch_soon(src + i + kPage);
+    prefetch(src + i);
     Line(dst + i, src + i);
   }
   memcpy(dst + i, src + i, std::size_t(bytes - i));
@@ -76,8 +76,8 @@ struct RowOfColumns {
     for (std::int64_t b = begin; b < end; ++b) {
       const std::int64_t base = plan.base[b];
       T* out = to + (first(b) - origin);
-      prefetch_soon(from + plan.ahead[b]);
-      prefetch_soon(from + plan.ahead[b] + kBlock);
+      prefetch(from + plan.ahead[b], 0);
+      prefetch(from + plan.ahead[b] + kBlock, 0);
       if (base < 0) {
         for (int i = 0; i < kBlock; ++i) out[i] = from[plan.index[first(b) + i]];
         continue;

@@ -74,9 +74,8 @@ struct TileLoop {
   LANES_INLINE void prefetch_step(const void* base, std::int64_t at) const {
     const char* p = static_cast<const char*>(base) + at * std::int64_t(sizeof(V));
     for (std::size_t line = 0; line < kVectors * kLanes * sizeof(V); line += 64)
-      prefetch_soon(p + kRowAhead + line);
+      prefetch(p + line);
   }
-  static constexpr std::int64_t kRowAhead = 4096;
 };
 
 template <Score S, class T>

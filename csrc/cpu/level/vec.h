@@ -202,18 +202,12 @@ LANES_INLINE double sum(const double (&x)[kLanes]) {
 
 // ---------------------------------------------------------------------------- loads
 // Loops with many operations per element keep too few loads in flight to fill the memory pipe, and
-// the hardware's prefetcher stops at page ends: ask the second-level cache for what comes later.
-constexpr std::int64_t kAhead = 2048;
+// the hardware's prefetcher stops at page ends: ask for what comes a page later.
+constexpr std::int64_t kAhead = 4096;
 
 template <class T>
 LANES_INLINE void prefetch(const T* p, std::int64_t bytes = kAhead) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 2);
-}
-
-// Into the first-level cache, for loops whose next data lie a few pages ahead at the most.
-template <class T>
-LANES_INLINE void prefetch_soon(const T* p) {
-  __builtin_prefetch(p, 0, 3);
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 3);
 }
 
 // Part by part: the compiler would copy all lanes in 16-byte pieces by way of memory.
