@@ -14,7 +14,7 @@ namespace fastprune::cpu {
 namespace {
 
 constexpr std::int64_t kTaskBytes = 256 * 1024;
-constexpr std::int64_t kAheadBytes = 6 * 1024;  // of outputs, from asking for a column to reading it
+constexpr std::int64_t kAheadBytes = 6 * 1024;  // of outputs between asking for data and use
 // Smaller results may stay in the caches for their reader.
 constexpr std::int64_t kWorthStreaming = 4 * 1024 * 1024;
 constexpr std::int64_t kWorthLargePages = 8 * 1024 * 1024;

@@ -25,13 +25,13 @@ struct TaylorTile {
 // One block of a column gather: `lanes` outputs picked from two adjacent vectors at src + base.
 // base < 0: the columns are too far apart and are copied one by one.
 struct ColumnGather {
-  int item_size;              // 2 or 4
-  std::int64_t kept;          // columns kept, at least one vector
-  std::int64_t blocks;        // each one vector of outputs; the last may overlap its predecessor
-  const std::int64_t* base;   // (blocks,)
-  const std::int64_t* ahead;  // (blocks,) what to ask for now: a later block's first, or a row below
+  int item_size;               // 2 or 4
+  std::int64_t kept;           // columns kept, at least one vector
+  std::int64_t blocks;         // each one vector of outputs; the last may overlap its predecessor
+  const std::int64_t* base;    // (blocks,)
+  const std::int64_t* ahead;   // (blocks,) column of a later block to ask for; past the row: below
   const std::uint16_t* picks;  // (blocks, lanes), in [0, 2 * lanes)
-  const std::int64_t* index;  // (kept,)
+  const std::int64_t* index;   // (kept,)
 };
 
 // Sums over one chunk of a tensor; moments, min and max over finite values.

@@ -8,8 +8,8 @@ namespace fastprune::cpu {
 namespace {
 
 constexpr std::int64_t kTileRows = 32;
-constexpr std::int64_t kTileCols = 16 * 1024;  // a tile's column sums stay in the second-level cache
-constexpr std::int64_t kSumCols = 1024;   // columns of one task of the combination
+constexpr std::int64_t kTileCols = 16 * 1024;  // column sums stay in the second-level cache
+constexpr std::int64_t kSumCols = 1024;        // columns of one task of the combination
 
 std::int64_t tiles(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
 

@@ -13,18 +13,18 @@ namespace {
 // and counts them.
 template <class T>
 NormPart norm_values(const T* g, std::int64_t n, float factor) {
-  // Four sums over four quarters: this hides the latency of an addition, and four streams of loads
-  // are faster than one.
+  // Four sums hide the latency of an addition.
   constexpr int kWays = 4;
   F32 ways[kWays];
   for (auto& way : ways) way = F32(0.0f);
-  const std::int64_t quarter = n / kWays / kLanes * kLanes;
-  for (std::int64_t i = 0; i < quarter; i += kLanes)
+  std::int64_t i = 0;
+  for (; i + kWays * kLanes <= n; i += kWays * kLanes)
     for (int k = 0; k < kWays; ++k) {
-      const F32 value = load(g + k * quarter + i) * F32(factor);
+      prefetch(g + i + k * kLanes);
+      const F32 value = load(g + i + k * kLanes) * F32(factor);
       ways[k] = ways[k] + value * value;
     }
-  for (std::int64_t i = kWays * quarter; i < n; i += kLanes) {
+  for (; i < n; i += kLanes) {
     const F32 value = load(g + i, int(n - i < kLanes ? n - i : kLanes)) * F32(factor);
     ways[0] = ways[0] + value * value;
   }
@@ -61,6 +61,15 @@ struct UpdateLoop {
   template <class... N>
   LANES_INLINE void lanes(std::int64_t i, N... n) const {
     W* weights = static_cast<W*>(chunk.w) + i;
+    if constexpr (sizeof(W) < 4) {  // did not help with fp32 weights
+      prefetch(static_cast<const G*>(chunk.g) + i);
+      prefetch(chunk.m + i);
+      prefetch(chunk.v + i);
+      if constexpr (kMaster)
+        prefetch(chunk.master + i);
+      else
+        prefetch(weights + i);
+    }
     const F32 g = load(static_cast<const G*>(chunk.g) + i, n...);
     F32 m = load(chunk.m + i, n...), v = load(chunk.v + i, n...);
     const F32 old = [&] {

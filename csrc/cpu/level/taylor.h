@@ -73,8 +73,7 @@ struct TileLoop {
   template <class V>
   LANES_INLINE void prefetch_step(const void* base, std::int64_t at) const {
     const char* p = static_cast<const char*>(base) + at * std::int64_t(sizeof(V));
-    for (std::size_t line = 0; line < kVectors * kLanes * sizeof(V); line += 64)
-      prefetch(p + line);
+    for (std::size_t line = 0; line < kVectors * kLanes * sizeof(V); line += 64) prefetch(p + line);
   }
 };
 
