@@ -217,13 +217,24 @@ LANES_INLINE F32 load(const float* p) {
   return r;
 }
 
+// One register of 16-bit integers, widened; the compiler would convert it half by half.
+LANES_INLINE Native<std::uint32_t> widened(const std::uint16_t* p) {
+#if defined(__AVX512F__)
+  return Native<std::uint32_t>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return Native<std::uint32_t>(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Native<std::uint16_t> h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, Native<std::uint32_t>);
+#endif
+}
+
 LANES_INLINE U32 load_halves(const std::uint16_t* p) {
   U32 r;
-  for (int k = 0; k < kParts; ++k) {
-    Native<std::uint16_t> h;
-    memcpy(&h, p + k * kNative, sizeof h);
-    r.part[k] = __builtin_convertvector(h, Native<std::uint32_t>);
-  }
+  for (int k = 0; k < kParts; ++k) r.part[k] = widened(p + k * kNative);
   return r;
 }
 
