@@ -69,12 +69,12 @@ struct TileLoop {
   }
 
  private:
-  // Into the first-level cache: with rows one after another it is needed soon, the next rows
-  // included where they are short.
+  // Beyond a short row's end lie the next rows, which are needed next.
   template <class V>
   LANES_INLINE void prefetch_step(const void* base, std::int64_t at) const {
     const char* p = static_cast<const char*>(base) + at * std::int64_t(sizeof(V));
-    for (std::size_t line = 0; line < kVectors * kLanes * sizeof(V); line += 64) prefetch(p + line);
+    for (std::size_t line = 0; line < kVectors * kLanes * sizeof(V); line += 64)
+      prefetch(p + line, kRowAhead);
   }
 };
 
