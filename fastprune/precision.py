@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 UNITS = {
     torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16", "sve_bf16"},
@@ -29,6 +30,16 @@ def fast_forward(
     """
     fast = dtype == torch.float32 and bf16_is_fast(device)
     return torch.autocast(device.type, dtype=torch.bfloat16) if fast else nullcontext()
+
+
+def convert_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters of ``model`` to ``dtype`` in place, and nothing else.
+
+    ``model.to(dtype)`` would round the buffers as well, rotary frequencies among them, which a
+    model that is loaded in ``dtype`` keeps in fp32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ are written with `per_layer_config` and the modelling file that reads it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.models import modeling
 from fastprune.models.families import PRUNED_PREFIX, SUPPORTED, Geometry, geometries
+from fastprune.models.portable import add_older_keys, write_generation_config
 from fastprune.models.quiet import quiet_libraries
 
 CODE_FILE = "modeling_fastprune.py"
@@ -28,6 +31,8 @@ LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.*)")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 RECORDS = "fastprune"
 """Folder inside a checkpoint where a run keeps its plan, metrics and report."""
+
+log = logging.getLogger("fastprune")
 
 
 def check_out(out: Path, overwrite: bool = False) -> None:
@@ -95,20 +100,72 @@ def save_checkpoint(
     give one when `model` has sizes but no values.
     """
     directory = Path(directory)
+    settle_tie(model)
     with quiet_libraries():
         if model.config.model_type.removeprefix(PRUNED_PREFIX) not in SUPPORTED:
-            model.save_pretrained(directory)
+            _save_as_it_is(model, directory)
         else:
             form = stock_form(model) or per_layer_form(model)
             form.config.dtype = model.dtype
             form.config.save_pretrained(directory)
             (write or _write_weights)(form, directory)
-            if getattr(model, "generation_config", None) is not None:
-                model.generation_config.save_pretrained(directory)
             if form.per_layer:
                 shutil.copyfile(modeling.__file__, directory / CODE_FILE)
+        if getattr(model, "generation_config", None) is not None:
+            write_generation_config(model.generation_config, directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+    add_older_keys(directory)
+
+
+def check_savable(model: nn.Module, tokenizer: Any) -> None:
+    """Raise InputError now if what surrounds the weights of `model` cannot be written later."""
+    with tempfile.TemporaryDirectory(prefix="fastprune-") as name, quiet_libraries():
+        try:
+            model.config.save_pretrained(name)
+            if getattr(model, "generation_config", None) is not None:
+                write_generation_config(model.generation_config, Path(name))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(name)
+            add_older_keys(Path(name))
+        except Exception as error:  # validators and tokenizers raise whatever they like
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"the model's config or tokenizer cannot be written again: {reason}; mend it "
+                "in the model's folder first"
+            ) from error
+
+
+def settle_tie(model: nn.Module) -> None:
+    """Make `config.tie_word_embeddings` of a causal model say what its weights are.
+
+    They are tied when embedding and head are one tensor or have equal values. A config may say so
+    of two matrices that differ: of a model whose vocabulary was extended, or whose head was trained
+    by itself. Sizes without values are taken at the config's word.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.is_encoder_decoder or head is None or head.weight.is_meta:
+        return
+    own, other = head.weight, embedding.weight
+    if own is other or own.data_ptr() == other.data_ptr():
+        model.config.tie_word_embeddings = True
+    elif model.config.tie_word_embeddings:
+        equal = own.shape == other.shape and torch.equal(own.to(other), other)
+        model.config.tie_word_embeddings = equal
+        if not equal:
+            log.info("embedding and head differ, although the config says tied: both are kept")
+
+
+def _save_as_it_is(model: nn.Module, directory: Path) -> None:
+    """By the library's own writer, which some releases keep from saving inconsistent settings."""
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(directory)
+    finally:
+        model.generation_config = own
 
 
 @dataclass(frozen=True)
@@ -200,6 +257,11 @@ def rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Modu
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{len(missing)} weights are missing, first {missing[0]}")
     return model
+
+
+def has_stock_form(model: nn.Module, size: Geometry) -> bool:
+    """Whether a standard model can have layers of `size` and otherwise what `model` has."""
+    return _stock_family(model, size) is not None
 
 
 def _stock_family(model: nn.Module, size: Geometry) -> str | None:

@@ -21,6 +21,7 @@ from torch import nn
 from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
 from fastprune.models.attention import use_attention
+from fastprune.models.checkpoint import settle_tie
 from fastprune.models.foreign import convert_gguf, discard, read_pickled
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
@@ -33,6 +34,7 @@ from fastprune.models.states import (
     read_state,
     tokenizer_beside,
 )
+from fastprune.precision import convert_weights
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,10 +68,11 @@ def load_model(
     if path.is_file() and path.suffix in STATE_SUFFIXES:
         model, tokenizer = _load_file(path, allow_pickle)
         if wanted is not None:
-            model = model.to(wanted)
+            convert_weights(model, wanted)
     else:
         model, tokenizer = _load_resolved(source, wanted)
     model = model.to(target).eval()
+    settle_tie(model)
     use_attention(model)
     if adapter is not None:
         from fastprune.models.adapter import load_adapter  # peft takes a second to import

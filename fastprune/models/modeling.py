@@ -123,23 +123,33 @@ class PerLayerModel:
         return layer
 
 
+class PerLayerConfig:
+    """Mixin before a stock config: the global value of a size that layers override may be read.
+
+    It is the dense model's, the largest that a layer can have. Rotary embeddings (dynamic, yarn,
+    longrope) and tools that size caches read the global number of heads.
+    """
+
+    allow_global_per_layer_attribute_access = True
+
+
 @strict  # collects the validators anew; without it the parent's would still run on saving
-class FastpruneLlamaConfig(LlamaConfig):
+class FastpruneLlamaConfig(PerLayerConfig, LlamaConfig):
     model_type = "fastprune_llama"
 
     def validate_architecture(self) -> None:
         """Allow heads that do not divide the hidden size: the head size is explicit."""
 
 
-class FastpruneMistralConfig(MistralConfig):
+class FastpruneMistralConfig(PerLayerConfig, MistralConfig):
     model_type = "fastprune_mistral"
 
 
-class FastpruneQwen2Config(Qwen2Config):
+class FastpruneQwen2Config(PerLayerConfig, Qwen2Config):
     model_type = "fastprune_qwen2"
 
 
-class FastpruneQwen3Config(Qwen3Config):
+class FastpruneQwen3Config(PerLayerConfig, Qwen3Config):
     model_type = "fastprune_qwen3"
 
 

@@ -29,6 +29,8 @@ from fastprune.models.shards import DTYPES, ShardReader
 from fastprune.progress import track
 
 NORM = "model.norm"
+PIECE = 64 * 2**20
+"""Bytes of two tensors that are compared at a time."""
 log = logging.getLogger("fastprune")
 
 
@@ -48,6 +50,8 @@ class StreamedModel:
         self.tokenizer = load_tokenizer(folder)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
+        if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):
+            config.tie_word_embeddings = False
         self.model = skeleton(config, self.dtype)
         self._check()
         _read_generation_config(self.model, folder)
@@ -130,6 +134,17 @@ def _own_dtype(config: Any, shards: ShardReader) -> torch.dtype:
         return config.dtype
     entry = shards.entries.get(EMBEDDING)
     return DTYPES.get(entry.dtype, torch.float32) if entry else torch.float32
+
+
+def _equal(shards: ShardReader, name: str, other: str) -> bool:
+    """Whether ``name`` is not in the files, or has the values of ``other``."""
+    if name not in shards.entries or other not in shards.entries:
+        return True
+    one, two = shards.entries[name], shards.entries[other]
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    pairs = zip(shards.pieces(name, PIECE), shards.pieces(other, PIECE), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _read_generation_config(model: nn.Module, folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastprune.errors import InputError
@@ -77,14 +77,23 @@ def allocate(
     return best[1]
 
 
-def allocate_same(sizes: Sequence[LayerSize], target: int, limits: Limits) -> list[Removal]:
-    """The same counts in every layer, as near to ``target`` as whole layers of units allow."""
+def allocate_same(
+    sizes: Sequence[LayerSize],
+    target: int,
+    limits: Limits,
+    fits: Callable[[int], bool] = lambda groups: True,
+) -> list[Removal]:
+    """The same counts in every layer, as near to ``target`` as whole layers of units allow.
+
+    ``fits`` says of a number of removed KV groups whether a standard model can have what is left.
+    """
     if any(size != sizes[0] for size in sizes):
         raise InputError("the uniform layout needs layers of one size; use --layout per-layer")
     check_reachable(sizes, target, limits)
     one, share = sizes[0], target / len(sizes)
     rate = share / one.prunable
-    groups = min(_round(rate * one.groups), max(one.groups - MIN_KEPT, 0))
+    counts = [n for n in range(max(one.groups - MIN_KEPT, 0) + 1) if fits(n)] or [0]
+    groups = min(counts, key=lambda n: (abs(n - rate * one.groups), -n))
     if not one.channels:
         return [Removal(groups, 0)] * len(sizes)
     step, offset = limits.align, one.channels % limits.align

@@ -100,6 +100,8 @@ class PruneConfig(CommonConfig):
     a config.json"""
     ranks: int = 1
     """processes (torchrun) for which --dry-run computes costs"""
+    read_back: bool = True
+    """load the result from its files and compare its logits before it counts as written"""
     stream: bool = False
     """for a model larger than memory: keep its weights on disk, one layer at a time in memory"""
     allow_pickle: bool = False

@@ -24,9 +24,10 @@ from fastprune.inspect.perplexity import (
     peak_memory_bytes,
     text_windows,
 )
-from fastprune.models.checkpoint import check_out, save_checkpoint, staged
+from fastprune.models.checkpoint import check_out, check_savable, save_checkpoint, staged
 from fastprune.models.families import block_parameters, family_of, geometries
 from fastprune.models.load import load_model
+from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import StreamedModel
 from fastprune.prune import latency, stream
 from fastprune.prune.budget import Budget, budget_of, saved_bytes
@@ -99,6 +100,7 @@ def run_prune(config: PruneConfig) -> PruneResult:
                 )
         if config.out is None:
             return prune(model, tokenizer, config, clock=clock, source=source)
+        check_savable(model, tokenizer)
         with _staged(config.out, config.overwrite) as directory:
             result = prune(
                 model, tokenizer, config, clock=clock, source=source, directory=directory
@@ -106,7 +108,10 @@ def run_prune(config: PruneConfig) -> PruneResult:
             result.out = config.out
             if distributed.rank() == 0:
                 with clock("save"):
-                    _save(directory, result, weights=source is None and not config.dry_run)
+                    weights = source is None and not config.dry_run
+                    _save(directory, result, weights=weights)
+                    if weights and config.read_back:
+                        check_read_back(result.model, directory)
                 if not config.dry_run:
                     _weigh(directory, result.metrics)
                 result.metrics["seconds"] = clock.totals(STAGES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprune.models.checkpoint import has_stock_form
 from fastprune.models.families import (
     attention_slices,
     block_parameters,
@@ -104,7 +106,8 @@ def make_plan(
             with clock("plan"):
                 removals, divergence = _search(model, windows, scores, costs, budget, config)
         else:
-            thin = Thinning(config, selected, scores, importance)
+            fits = partial(_standard, model)
+            thin = Thinning(config, selected, scores, importance, fits)
             spread = _spread(model, windows, costs, budget, thin, clock, source, gone)
             with clock("plan"):
                 removals = meet(budget, costs, spread, limits_of(config))
@@ -258,6 +261,15 @@ def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
         _units(layer, mlp),
         unit_cost(layer, mlp),
         *(sublayer_costs(layer) if "sublayer" in structures else (0, 0)),
+    )
+
+
+def _standard(model: nn.Module, groups: int) -> bool:
+    """Whether a standard model has the layers that are left when each loses ``groups`` groups."""
+    first = geometries(model)[0]
+    kept = first.kv_heads - groups
+    return has_stock_form(
+        model, replace(first, kv_heads=kept, query_heads=kept * first.queries_per_kv)
     )
 
 

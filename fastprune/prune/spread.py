@@ -36,6 +36,8 @@ class Thinning:
     selected: range
     scores: Scores
     importance: list[float] | None
+    fits: Callable[[int], bool] = lambda groups: True
+    """whether layers that all lose so many KV groups make a standard model"""
 
     def __call__(self, sizes: Sequence[LayerSize], target: float) -> list[Removal]:
         """Removals of ``target`` parameters from ``sizes``; BudgetError when out of reach."""
@@ -44,7 +46,7 @@ class Thinning:
         groups, channels = self.scores.attention, self.scores.mlp
         target = round(target)
         if config.layout == "uniform":
-            removals = allocate_same(chosen, target, limits)
+            removals = allocate_same(chosen, target, limits, self.fits)
         elif config.allocation == "global":
             removals = allocate_global(
                 chosen,

@@ -156,6 +156,8 @@ class FinetuneConfig(CommonConfig):
     guard_snapshot_steps: int = 50
     """remember a good state every so many steps, in memory of the host (12 bytes for each parameter
     that learns, twice that until the next sound step); 0: only at the start and when saving"""
+    read_back: bool = True
+    """load the result from its files and compare its logits before it counts as written"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
 

@@ -36,6 +36,7 @@ MARKS = ("config.json", "adapter_config.json")
 NOT_COMPARED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "log_to", "log_steps",
     "save_steps", "keep_last", "prompt", "generate_steps", "guard_snapshot_steps", "shard",
+    "read_back",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change the result."""
 

@@ -24,9 +24,17 @@ from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.models.adapter import load_adapter, read_fingerprint
-from fastprune.models.checkpoint import RECORDS, check_out, save_checkpoint, staged
+from fastprune.models.checkpoint import (
+    RECORDS,
+    check_out,
+    check_savable,
+    save_checkpoint,
+    staged,
+)
 from fastprune.models.load import load_model
 from fastprune.models.quiet import quiet_libraries
+from fastprune.models.readback import check_read_back
+from fastprune.precision import convert_weights
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
@@ -56,6 +64,8 @@ class MergeConfig(CommonConfig):
     """part of what the adapter learnt that is taken over"""
     overwrite: bool = False
     """replace an earlier checkpoint in --out"""
+    read_back: bool = True
+    """load the result from its files and compare its logits before it counts as written"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
 
@@ -95,6 +105,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
                 device=config.device,
                 allow_pickle=config.allow_pickle,
             )
+            check_savable(model, tokenizer)
             adapted = load_adapter(model, config.adapter)
             scale(adapted, config.strength)
             trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
@@ -118,6 +129,8 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
         with staged(config.out, config.overwrite) as directory:
             with clock("save"):
                 save_checkpoint(merged, tokenizer, directory)
+                if config.read_back:
+                    check_read_back(merged, directory)
             metrics["seconds"] = clock.totals(("load", "merge", "verify", "save"))
             records = directory / RECORDS
             records.mkdir()
@@ -164,8 +177,7 @@ def merge_adapter(
             for parameter in merged.parameters():
                 parameter.copy_(parameter.to(dtype))  # rounded as it will be written
             agreements.append(_agreement(merged, windows, unmerged, dtype))
-    for parameter in merged.parameters():  # not the buffers: rotary frequencies stay fp32
-        parameter.data = parameter.data.to(dtype)
+    convert_weights(merged, dtype)
     return merged, agreements
 
 

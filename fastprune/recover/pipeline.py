@@ -23,9 +23,11 @@ from fastprune.inspect.perplexity import (
     peak_memory_bytes,
     text_windows,
 )
-from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.load import load_or_start
+from fastprune.models.readback import check_read_back
 from fastprune.models.seq2seq import is_seq2seq
+from fastprune.precision import convert_weights
 from fastprune.recover.arguments import (
     is_first_process,
     meet,
@@ -93,6 +95,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
                 device=torch.device("cpu") if shards(config) else own_device(config.device),
                 allow_pickle=config.allow_pickle,
             )
+        check_savable(model, tokenizer)
         result = _finetune(model, tokenizer, config, recipe, folder, clock)
         result.out = config.out
         if is_first_process():
@@ -101,6 +104,9 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
 
                 def write(directory: Path) -> None:
                     _write(directory, result, base)
+                    if config.read_back:
+                        adapter_of = base if result.adapter else None
+                        check_read_back(result.model, directory, adapter_of)
                     result.metrics["seconds"] = clock.totals(STAGES)
                     _record(directory / "fastprune", result, folder)
                     run_log.save(directory / "fastprune" / "run.log")
@@ -201,7 +207,7 @@ def _finetune(
     _check_gate(config, record.get("before"), after)
     adapter = hasattr(model, "peft_config")
     if not adapter:
-        model.to(saved_dtype)
+        convert_weights(model, saved_dtype)
     metrics = {
         "model": config.model or type(model).__name__,
         "data": {"spec": config.data, **next(iter(course.data.values())).to_dict()}

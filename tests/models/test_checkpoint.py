@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cutting import cut
 from tiny import FAMILIES, TEXT, tiny_model, tiny_tokenizer, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import check_out, save_checkpoint, staged
-from fastprune.models.families import Geometry, geometries
+from fastprune.models.families import geometries
 from fastprune.models.load import load_model
-from fastprune.models.modeling import conform
 
-HEAD = 16  # size of every head
 UNEVEN = [(6, 3, 50), (0, 0, 96), (8, 4, 0), (2, 1, 32)]
 EVEN = [(4, 2, 48)] * 4
 INDIVISIBLE = [(6, 3, 48)] * 4  # 64 is no multiple of 6 heads
@@ -39,34 +38,6 @@ for folder in folders:
     with torch.no_grad():
         torch.save(model(ids).logits, folder + "/logits.pt")
 """
-
-
-def cut(model: nn.Module, sizes: list[tuple[int, int, int]]) -> nn.Module:
-    """Keep the first heads and channels of every layer: the simplest surgery there is."""
-    for layer, (query, kv, channels) in zip(model.model.layers, sizes, strict=True):
-        attention, mlp = layer.self_attn, layer.mlp
-        if query:
-            for name, heads in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
-                keep_rows(getattr(attention, name), heads * HEAD)
-            keep_columns(attention.o_proj, query * HEAD)
-        if channels:
-            keep_rows(mlp.gate_proj, channels)
-            keep_rows(mlp.up_proj, channels)
-            keep_columns(mlp.down_proj, channels)
-    conform(model, [Geometry(query, kv, c, HEAD) for query, kv, c in sizes])
-    return model
-
-
-def keep_rows(linear: nn.Linear, n: int) -> None:
-    linear.weight = nn.Parameter(linear.weight[:n].detach().clone())
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[:n].detach().clone())
-    linear.out_features = n
-
-
-def keep_columns(linear: nn.Linear, n: int) -> None:
-    linear.weight = nn.Parameter(linear.weight[:, :n].detach().clone())
-    linear.in_features = n
 
 
 def save(model: nn.Module, folder: Path) -> Path:
