@@ -40,8 +40,9 @@ for folder in sys.argv[1:]:
         with torch.no_grad():
             logits = model(expected["ids"]).logits.float()
         error = ((logits - expected["logits"]).norm() / expected["logits"].norm()).item()
-        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(expected["text"])["input_ids"]
-        found[folder] = error if ids == expected["tokens"] else "other token ids"
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        same = tokenizer(expected["text"])["input_ids"] == expected["tokens"]
+        found[folder] = error if same else "other token ids"
     except Exception as error:
         found[folder] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
 print("RESULT" + json.dumps(found))
