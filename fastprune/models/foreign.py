@@ -91,29 +91,47 @@ def _remove_stale(directory: Path) -> None:
 
 
 def _save_dequantised(path: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers import modeling_gguf_pytorch_utils as reader
 
     # its progress bar does not listen to the library's own switch
     reader.tqdm = partial(reader.tqdm, disable=True)
-    source, name = str(path.parent), path.name
     try:
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, gguf_file=name, dtype=torch.float32
-            )
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            model = _read_gguf(path)
+    except InputError:
+        raise
     except ImportError as error:
         raise InputError(f"{path}: reading it needs the package gguf: pip install gguf") from error
     except Exception as error:  # the reader raises whatever the damaged bytes lead to
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"{path}: cannot be read: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
     strip_quantisation(model)
     with quiet_libraries():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _read_gguf(path: Path) -> nn.Module:
+    """The model in the `.gguf` file `path`, in float32; InputError unless every tensor is used."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    header = read_header(path)
+    check_uniform(header)
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    complete_config(config, header)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_complete(found, path)
+    tied = model.all_tied_weights_keys
+    check_tensors(header, config, {k: v for k, v in model.state_dict().items() if k not in tied})
+    return model
 
 
 def strip_quantisation(model: nn.Module) -> None:
