@@ -23,10 +23,12 @@ from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import rebuild
+from fastprune.models.checks import check_complete, check_pointer, refusal, without_wrappers
+from fastprune.models.gguf import check_tensors, check_uniform, complete_config, read_header
 from fastprune.models.quiet import quiet_libraries
 from fastprune.progress import stage
 
-LAYOUT = "2"  # raise when the conversion changes, so that older copies are left alone
+LAYOUT = "3"  # raise when the conversion changes, so that older copies are left alone
 UNFINISHED = "unfinished-"
 STALE_SECONDS = 24 * 3600  # what takes longer than this to write has been killed
 
@@ -39,6 +41,7 @@ def cache_directory() -> Path:
 
 def convert_gguf(path: Path) -> Path:
     """The Hugging Face folder (float32 weights, tokenizer) made from the `.gguf` file `path`."""
+    check_pointer(path)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{path}: not a GGUF file")
@@ -98,14 +101,16 @@ def _save_dequantised(path: Path, folder: Path) -> None:
     reader.tqdm = partial(reader.tqdm, disable=True)
     try:
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, trust_remote_code=False
+            )
             model = _read_gguf(path)
     except InputError:
         raise
     except ImportError as error:
         raise InputError(f"{path}: reading it needs the package gguf: pip install gguf") from error
     except Exception as error:  # the reader raises whatever the damaged bytes lead to
-        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
+        raise refusal(path, "cannot be read", error) from error
     strip_quantisation(model)
     with quiet_libraries():
         model.save_pretrained(folder)
@@ -119,7 +124,7 @@ def _read_gguf(path: Path) -> nn.Module:
     header = read_header(path)
     check_uniform(header)
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    complete_config(config, header)
+    config = complete_config(config, header)
     model, found = AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,
@@ -129,8 +134,7 @@ def _read_gguf(path: Path) -> nn.Module:
         ignore_mismatched_sizes=True,
     )
     check_complete(found, path)
-    tied = model.all_tied_weights_keys
-    check_tensors(header, config, {k: v for k, v in model.state_dict().items() if k not in tied})
+    check_tensors(header, config, model.state_dict())
     return model
 
 
@@ -155,7 +159,7 @@ def read_pickled(path: Path) -> tuple[nn.Module, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=False)
         model, tokenizer = content["model"], content["tokenizer"]
-        settings, state = model.config.to_dict(), model.state_dict()
+        settings, state = model.config.to_dict(), without_wrappers(model.state_dict(), path)
     except Exception as error:  # unpickling runs foreign code, which may raise anything
         raise InputError(
             f"{path}: cannot be read as a pickled model and tokenizer "
