@@ -92,6 +92,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
                 dtype=config.dtype,
                 device=torch.device("cpu") if shards(config) else own_device(config.device),
                 allow_pickle=config.allow_pickle,
+                trust_remote_code=config.trust_remote_code,
             )
         result = _finetune(model, tokenizer, config, recipe, folder, clock)
         result.out = config.out
@@ -169,6 +170,7 @@ def _finetune(
                 tokenizer,
                 device=device,
                 allow_pickle=config.allow_pickle,
+                trust_remote_code=config.trust_remote_code,
                 shard=shards(config),
             )
     course = Course(
