@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import rebuild
-from fastprune.models.checks import check_complete, check_pointer, refusal, without_wrappers
+from fastprune.models.checks import check_complete, check_pointer, reason, refusal, without_wrappers
 from fastprune.models.gguf import check_tensors, check_uniform, complete_config, read_header
 from fastprune.models.quiet import quiet_libraries
 from fastprune.progress import stage
@@ -150,20 +152,68 @@ def strip_quantisation(model: nn.Module) -> None:
         holder.__dict__.pop(mark, None)
 
 
-def read_pickled(path: Path) -> tuple[nn.Module, Any]:
-    """The model and tokenizer in a pickled `{"model": ..., "tokenizer": ...}` file.
+class _Unknown(nn.Module):
+    """An object of a class that cannot be imported here: its fields, and its weights if any."""
 
-    Reading runs whatever code the file contains: the caller has asked the user. The model is built
-    anew from the sizes of its weights, since a pickled module keeps the code of its own day.
+    def __new__(cls, *_: Any, **__: Any) -> _Unknown:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take any arguments; what the object was follows in its state."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, Mapping):
+            self.__dict__.update(state)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            return type(name.rpartition(".")[2], (_Unknown,), {"__module__": module})
+
+
+def _lenient_pickle() -> ModuleType:
+    """The module pickle, but for classes that cannot be imported."""
+    module = ModuleType("lenient_pickle")
+    vars(module).update(vars(pickle), Unpickler=_Unpickler, __name__="lenient_pickle")
+    return module
+
+
+def unpickle(path: Path) -> Any:
+    """What the pickled file `path` holds; an object of a class that is not installed as its fields.
+
+    Reading runs whatever code the file contains: the caller has asked the user.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False)
-        model, tokenizer = content["model"], content["tokenizer"]
-        settings, state = model.config.to_dict(), without_wrappers(model.state_dict(), path)
+        return torch.load(
+            path, map_location="cpu", weights_only=False, pickle_module=_lenient_pickle()
+        )
     except Exception as error:  # unpickling runs foreign code, which may raise anything
         raise InputError(
+            f"{path}: cannot be read as a pickled file ({type(error).__name__}: {reason(error)})"
+        ) from error
+
+
+def holds_model(content: Any) -> bool:
+    """Whether `content`, of a pickled file, is a `{"model": ..., "tokenizer": ...}` of objects."""
+    return isinstance(content, Mapping) and isinstance(content.get("model"), nn.Module)
+
+
+def revive(path: Path, content: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """The model and tokenizer in `content`, of the pickled file `path`.
+
+    The model is built anew from the sizes of its weights, since a pickled module keeps the code of
+    its own day.
+    """
+    try:
+        model, tokenizer = content["model"], content["tokenizer"]
+        settings, state = model.config.to_dict(), without_wrappers(model.state_dict(), path)
+    except Exception as error:  # code of another day, which may raise anything
+        raise InputError(
             f"{path}: cannot be read as a pickled model and tokenizer "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {reason(error)})"
         ) from error
     try:
         return rebuild(settings, state), tokenizer

@@ -30,7 +30,7 @@ from fastprune.models.checks import (
     unwrapped,
     without_wrappers,
 )
-from fastprune.models.foreign import convert_gguf, discard, read_pickled
+from fastprune.models.foreign import convert_gguf, discard, holds_model, revive, unpickle
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
@@ -42,6 +42,7 @@ from fastprune.models.states import (
     misfits,
     read_state,
     resized,
+    state_of,
     tokenizer_beside,
 )
 
@@ -346,7 +347,10 @@ def _load_file(path: Path, allow_pickle: bool) -> tuple[nn.Module, Any]:
             raise _needs_permission(path, error) from error
         log.warning("%s: reading a pickled file, which can run any code it contains", path)
         with quiet_libraries():
-            return read_pickled(path)
+            content = unpickle(path)
+            if holds_model(content):
+                return revive(path, content)
+        saved = state_of(path, content)
     tokenizer = tokenizer_beside(path, saved)
     return build(path, saved, tokenizer), tokenizer
 

@@ -70,6 +70,11 @@ def read_state(path: Path) -> SavedState:
         raise InputError(
             f"{path}: truncated or corrupt ({type(error).__name__}); copy it again"
         ) from error
+    return state_of(path, content)
+
+
+def state_of(path: Path, content: Any) -> SavedState:
+    """The weights and settings in `content`, read from `path`. InputError when it has none."""
     outer = content if isinstance(content, Mapping) else {}
     state = next((outer[key] for key in STATES if isinstance(outer.get(key), Mapping)), outer)
     weights = {
@@ -81,10 +86,10 @@ def read_state(path: Path) -> SavedState:
         raise InputError(f"{path}: holds no weights, neither itself nor under {', '.join(STATES)}")
     settings: dict[str, Any] = {}
     for key in SETTINGS:
-        if isinstance(outer.get(key), Mapping):
-            settings |= outer[key]
-    said = [f"{k} {outer[k]}" for k in ("step", "iter_num", "val_loss") if k in outer]
-    log.info("%s: %d tensors, %s", path, len(weights), ", ".join(said) or "no step named")
+        said = outer.get(key)
+        settings |= said if isinstance(said, Mapping) else getattr(said, "__dict__", {})
+    steps = [f"{k} {outer[k]}" for k in ("step", "iter_num", "val_loss") if k in outer]
+    log.info("%s: %d tensors, %s", path, len(weights), ", ".join(steps) or "no step named")
     if "optimizer" in outer:
         log.info("%s: its optimizer's state is not used", path)
     return SavedState(weights, settings)

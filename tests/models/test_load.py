@@ -1,7 +1,9 @@
 """Every source loads, every broken one is named in one line, and nothing is filled in at random."""
 
 import json
+import sys
 import threading
+from types import ModuleType
 
 import pytest
 import torch
@@ -191,6 +193,22 @@ def test_pickles_need_permission(tmp_path):
     loaded, _ = load_model(path, allow_pickle=True)
     assert geometries(loaded) == geometries(model)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_pickles_of_classes_that_are_gone(tmp_path, monkeypatch):
+    model, module = tiny_model("llama"), ModuleType("gone")
+    monkeypatch.setitem(sys.modules, "gone", module)
+    for part in (*model.modules(), model.config):
+        kind = type(part)
+        if kind.__module__.startswith("transformers.models.llama") and part is not model.config:
+            new = type(kind.__name__, (kind,), {"__module__": "gone"})
+            part.__class__ = vars(module).setdefault(kind.__name__, new)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"model": model, "tokenizer": tiny_tokenizer()}, path)
+    monkeypatch.delitem(sys.modules, "gone")
+    loaded, _ = load_model(path, allow_pickle=True)
+    assert type(loaded).__module__ != "gone"
+    assert torch.equal(logits(loaded), logits(tiny_model("llama")))
 
 
 def test_pickles_of_other_things_are_refused(tmp_path):
