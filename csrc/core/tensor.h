@@ -92,14 +92,17 @@ struct Tensor {
     return true;
   }
 
-  // The elements fill one gapless block of memory, in whatever order of dimensions.
+  // The elements fill one gapless block of memory, in whatever order of dimensions, and none shares
+  // its place with another.
   bool dense() const {
-    std::int64_t extent = 1;
-    for (int d = 0; d < ndim; ++d) {
-      if (shape[d] == 0) return true;
-      extent += (shape[d] - 1) * strides[d];
+    const std::int64_t n = numel();
+    for (std::int64_t filled = 1; filled < n;) {
+      int d = 0;
+      while (d < ndim && (shape[d] == 1 || strides[d] != filled)) ++d;
+      if (d == ndim) return false;
+      filled *= shape[d];
     }
-    return extent == numel();
+    return true;
   }
 
   // Same shape, and the elements lie in the same order (strides of length-1 dimensions are free).

@@ -78,6 +78,8 @@ class DiagnoseConfig(CommonConfig):
     """number of windows, from the start of the text; fewer where the text is shorter"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
+    trust_remote_code: bool = False
+    """run the Python code in the model's folder, where transformers has none for its type"""
 
     def check(self) -> None:
         """InputError when two settings contradict each other."""
@@ -262,7 +264,11 @@ def _case(found: Diagnosis, config: DiagnoseConfig, record: PruningRecord | None
 
 def _load(config: DiagnoseConfig, name: str) -> tuple[nn.Module, Any]:
     return load_model(
-        name, dtype=config.dtype, device=config.device, allow_pickle=config.allow_pickle
+        name,
+        dtype=config.dtype,
+        device=config.device,
+        allow_pickle=config.allow_pickle,
+        trust_remote_code=config.trust_remote_code,
     )
 
 

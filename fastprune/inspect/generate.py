@@ -49,6 +49,8 @@ class SamplingConfig(CommonConfig):
     """folder with a LoRA adapter, put onto the model without being merged"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
+    trust_remote_code: bool = False
+    """run the Python code in the model's folder, where transformers has none for its type"""
 
 
 @dataclass(kw_only=True)
@@ -235,6 +237,7 @@ def _load(config: SamplingConfig) -> tuple[nn.Module, Any]:
         dtype=config.dtype,
         device=config.device,
         allow_pickle=config.allow_pickle,
+        trust_remote_code=config.trust_remote_code,
         adapter=config.adapter,
     )
 

@@ -78,6 +78,8 @@ class EvalConfig(CommonConfig):
     """folder with a LoRA adapter, evaluated on the model without being merged"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
+    trust_remote_code: bool = False
+    """run the Python code in the model's folder, where transformers has none for its type"""
 
 
 def run_eval(config: EvalConfig) -> Perplexity:
@@ -90,6 +92,7 @@ def run_eval(config: EvalConfig) -> Perplexity:
         dtype=config.dtype,
         device=config.device,
         allow_pickle=config.allow_pickle,
+        trust_remote_code=config.trust_remote_code,
         adapter=config.adapter,
     )
     check_positions(model, "--seq-len", config.seq_len)

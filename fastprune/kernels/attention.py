@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastprune.kernels import reference
 from fastprune.kernels.backend import compiled
-from fastprune.kernels.checks import FLOATS, check_tensor, inner_contiguous, workspace_of
+from fastprune.kernels.checks import FLOATS, check_tensor, dense, inner_contiguous, workspace_of
 
 HEAD_DIMS = range(16, 257, 16)
 
@@ -86,9 +86,7 @@ def attention_backward(
     grads = tuple(torch.empty_like(t) for t in (q, k, v))
     size = module.attention_backward_workspace(q, torch.get_num_threads())
     workspace = workspace_of(size, q.device)
-    module.attention_backward(
-        grad_out, q, k, v, out, log_sums.contiguous(), *grads, workspace, scale
-    )
+    module.attention_backward(grad_out, q, k, v, out, dense(log_sums), *grads, workspace, scale)
     return grads
 
 

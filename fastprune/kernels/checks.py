@@ -42,9 +42,48 @@ def inner_contiguous(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def dense(t: Tensor) -> Tensor:
+    """t where its elements fill one block of memory, none in the place of another; else a copy."""
     t = t.detach().resolve_neg()
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
-    return t if t.numel() == 0 or extent == t.numel() else t.contiguous()
+    return t if fills_block(t) else t.contiguous()
+
+
+def fills_block(t: Tensor) -> bool:
+    filled = 1
+    for stride, length in sorted((s, n) for s, n in zip(t.stride(), t.shape) if n > 1):
+        if stride != filled:
+            return t.numel() == 0
+        filled *= length
+    return True
+
+
+def check_written(op: str, name: str, t: Tensor) -> None:
+    """ValueError unless what a kernel writes where t lies is what t then holds, and no more."""
+    if t.is_neg():
+        raise ValueError(f"{op}: {name} is a lazily negated view, which cannot be written")
+    if not fills_block(t):
+        raise ValueError(
+            f"{op}: {name} must fill one block of memory to be written, unlike a view of shape "
+            f"{tuple(t.shape)} with strides {t.stride()}"
+        )
+
+
+def check_apart(op: str, written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """ValueError where a tensor to be written shares memory with another one, written or read."""
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size(), name, name in written)
+        for name, t in (written | read).items()
+        if t.numel()
+    )
+    last = {False: (0, ""), True: (0, "")}  # per kind, the furthest end so far and whose it is
+    for start, stop, name, changes in spans:
+        for kind, (end, other) in last.items():
+            if start < end and (changes or kind):
+                raise ValueError(f"{op}: {name} and {other} share memory, and one is written")
+        last[changes] = max(last[changes], (stop, name))
+
+
+def _extent(t: Tensor) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
 
 
 def workspace_of(size: int, device: torch.device) -> Tensor:

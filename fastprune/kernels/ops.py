@@ -15,7 +15,15 @@ from torch import Tensor
 
 from fastprune.kernels import reference
 from fastprune.kernels.backend import compiled
-from fastprune.kernels.checks import FLOATS, check_tensor, dense, inner_contiguous, workspace_of
+from fastprune.kernels.checks import (
+    FLOATS,
+    check_apart,
+    check_tensor,
+    check_written,
+    dense,
+    inner_contiguous,
+    workspace_of,
+)
 from fastprune.kernels.reference import KINDS, SCAN_FIELDS
 
 MASTERS = ("fp32", "stochastic", "none")
@@ -79,7 +87,7 @@ def taylor(
     rows = torch.empty(shape[0], dtype=torch.float32, device=w.device)
     cols = torch.empty(shape[1], dtype=torch.float32, device=w.device)
     workspace = workspace_of(module.taylor_workspace(w), w.device)
-    module.taylor(kind, w, g, h, None if x is None else x.contiguous(), rows, cols, workspace)
+    module.taylor(kind, w, g, h, None if x is None else dense(x), rows, cols, workspace)
     return (cols, rows) if as_row else (rows, cols)
 
 
@@ -119,7 +127,8 @@ def gather(
         tensors: 1-D or 2-D, any real dtype, all on one device.
         indices: per tensor, the kept positions: int64 on the CPU, strictly ascending.
         dims: per tensor, 0 (rows) or 1 (columns).
-        out: results to fill instead of new tensors: contiguous, of the right shapes.
+        out: results to fill instead of new tensors: contiguous, of the right shapes, apart from
+            `tensors` and from each other in memory.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape, device or no memory.
@@ -135,6 +144,8 @@ def gather(
     if not tensors:
         return []
     device = tensors[0].device
+    if out is not None:
+        _check_results(tensors, out)
     module = compiled(device)
     if module is None:
         for number, (t, index, dim) in enumerate(zip(tensors, indices, dims)):
@@ -149,7 +160,7 @@ def gather(
     if out is None:
         out = [_gathered(t, index, dim) for t, index, dim in zip(tensors, indices, dims)]
     src = [inner_contiguous(t, tuple(t.shape)) for t in tensors]
-    index = [i.contiguous() for i in indices]
+    index = [dense(i) for i in indices]
     dst, dims = list(out), list(dims)
     size = module.gather_workspace(src, index, dims, dst)
     module.gather(src, index, dims, dst, workspace_of(size, device) if size else None, fresh)
@@ -166,6 +177,14 @@ def _check_gather(number: int, t: Tensor, index: Tensor, dim: int, device: torch
         raise ValueError(f"gather: dim is {dim} for tensor {number} of shape {tuple(t.shape)}")
     if index.ndim != 1:
         raise ValueError(f"gather: index {number} must have 1 dimension, not {tuple(index.shape)}")
+
+
+def _check_results(tensors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    written = {f"result {number}": t for number, t in enumerate(out)}
+    for name, t in written.items():
+        check_tensor("gather", name, t, None, tensors[0].device, None)
+        check_written("gather", name, t)
+    check_apart("gather", written, {f"tensor {number}": t for number, t in enumerate(tensors)})
 
 
 def _check_index(number: int, t: Tensor, index: Tensor, dim: int) -> None:
@@ -319,6 +338,7 @@ def adamw(
         raise ValueError(f"adamw: master is {master!r}, expected one of {', '.join(MASTERS)}")
     if not params:
         return
+    grads = [g.resolve_neg() for g in grads]
     states = adamw_states(params[0].device)
     states.sync(
         [
@@ -372,6 +392,17 @@ def _check_adamw(
     check_tensor("adamw", "stats", stats, f64, device, (n, 2))
     check_tensor("adamw", "total", total, f64, device, (2,))
     check_tensor("adamw", "control", control, f64, device, (3,))
+    named = {
+        f"{name}[{number}]": t
+        for name, tensors in (("params", params), *((name, ts) for name, (ts, _) in lists.items()))
+        for number, t in enumerate(tensors)
+    }
+    read = {name: t for name, t in named.items() if name.startswith("grads")}
+    written = {name: t for name, t in named.items() if name not in read}
+    written |= {"steps": steps, "stats": stats, "total": total, "control": control}
+    for name, t in written.items():
+        check_written("adamw", name, t)
+    check_apart("adamw", written, read)
 
 
 # ---------------------------------------------------------------------------- cross_entropy
@@ -424,6 +455,8 @@ def _check_cross_entropy(logits: Tensor, targets: Tensor, scale: float | None) -
     check_tensor("cross_entropy", "targets", targets, (torch.int64,), logits.device, (rows,))
     strided = vocabulary > 1 and logits.stride(1) != 1
     overlapping = rows > 1 and logits.stride(0) < vocabulary
+    if scale is not None:
+        check_apart("cross_entropy", {"logits": logits}, {"targets": targets})
     if scale is not None and (strided or overlapping or logits.is_neg()):
         raise ValueError(
             "cross_entropy: logits can be overwritten only where each row is contiguous and "

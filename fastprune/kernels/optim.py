@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprune.kernels.checks import check_apart, check_written
 from fastprune.kernels.ops import MASTERS, adamw_states, adamw_step, adamw_workspace
 from fastprune.sharding import add_up, as_shard, local, shard_of
 
@@ -45,6 +46,8 @@ class _Part:
     def freeze(self) -> None:
         """All parameters are known: make room for them."""
         n = len(self.params)
+        named = zip(self.names, self.params, strict=True)
+        check_apart("AdamW", {name: local(p) for name, p in named}, {})
         self.steps = torch.zeros(n, dtype=torch.int64, device=self.device)
         self.stats = torch.zeros(n, 2, dtype=torch.float64, device=self.device)
         self.states = [_NO_STATE] * n
@@ -146,8 +149,9 @@ class AdamW(torch.optim.Optimizer):
             grads = [None if g is None else local(g) for g in grads]
         step = self._kernel_step(part, params, grads, groups)
         misfits = step.misfits()
-        if misfits:
-            for i in misfits:
+        negated = [i for i, g in enumerate(grads) if g is not None and g.is_neg()]
+        if misfits or negated:
+            for i in {*misfits, *negated}:
                 grads[i] = torch.empty_like(params[i], dtype=grads[i].dtype).copy_(grads[i])
             step = self._kernel_step(part, params, grads, groups)
         return step
@@ -350,3 +354,4 @@ def _check_group(number: int, group: dict[str, Any]) -> None:
                 f"AdamW: a parameter of group {number} is {p.dtype}, "
                 "expected float32, bfloat16 or float16"
             )
+        check_written("AdamW", f"a parameter of group {number}", local(p))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.models import modeling
+from fastprune.models.checks import complaint
 from fastprune.models.families import PRUNED_PREFIX, SUPPORTED, Geometry, geometries
 from fastprune.models.portable import add_older_keys, write_generation_config
 from fastprune.models.quiet import quiet_libraries
@@ -239,29 +240,37 @@ def rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Modu
     family = str(settings.get("model_type", "")).removeprefix(PRUNED_PREFIX)
     if family not in SUPPORTED:
         raise InputError(f"model type '{family}' is not supported here")
-    sizes = _sizes_of(settings, state)
-    config_class, model_class = modeling.FAMILIES[family]
-    bare = {k: v for k, v in settings.items() if k not in ("model_type", "per_layer_config")}
-    config = modeling.per_layer_config(
-        config_class(**bare | {"num_hidden_layers": len(sizes)}), sizes
-    )
+    config = sized_config(settings, state)
+    model_class = modeling.FAMILIES[family][1]
     weights = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
     with quiet_libraries():
         model, found = model_class.from_pretrained(
             None,
             config=config,
             state_dict=weights,
-            dtype=state[EMBEDDING].dtype,
+            dtype=state.get(EMBEDDING, next(iter(state.values()))).dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    if missing := sorted(found["missing_keys"]):
-        raise InputError(f"{len(missing)} weights are missing, first {missing[0]}")
+    if problem := complaint(found):
+        raise InputError(problem)
     return model
 
 
 def has_stock_form(model: nn.Module, size: Geometry) -> bool:
     """Whether a standard model can have layers of `size` and otherwise what `model` has."""
     return _stock_family(model, size) is not None
+
+
+def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+    """The config of a model like that of `settings`, of a supported family, whose layers have the
+    sizes of the tensors `state`. Only their shapes are looked at."""
+    config_class, _ = modeling.FAMILIES[settings["model_type"].removeprefix(PRUNED_PREFIX)]
+    sizes = _sizes_of(settings, state)
+    bare = {k: v for k, v in settings.items() if k not in ("model_type", "per_layer_config")}
+    return modeling.per_layer_config(
+        config_class(**bare | {"num_hidden_layers": len(sizes)}), sizes
+    )
 
 
 def _stock_family(model: nn.Module, size: Geometry) -> str | None:
@@ -297,7 +306,7 @@ def _write_weights(form: Form, directory: Path) -> None:
         shutil.copymode(directory / "config.json", file)
 
 
-def _sizes_of(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[Geometry]:
+def _sizes_of(settings: Mapping[str, Any], state: Mapping[str, Any]) -> list[Geometry]:
     matches = [match for name in state if (match := LAYER_KEY.fullmatch(name))]
     count = 1 + max((int(match[1]) for match in matches), default=-1)
     head_dim = settings.get("head_dim") or (

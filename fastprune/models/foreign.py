@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,10 +25,12 @@ from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import rebuild
+from fastprune.models.checks import check_complete, check_pointer, reason, refusal, without_wrappers
+from fastprune.models.gguf import check_tensors, check_uniform, complete_config, read_header
 from fastprune.models.quiet import quiet_libraries
 from fastprune.progress import stage
 
-LAYOUT = "2"  # raise when the conversion changes, so that older copies are left alone
+LAYOUT = "3"  # raise when the conversion changes, so that older copies are left alone
 UNFINISHED = "unfinished-"
 STALE_SECONDS = 24 * 3600  # what takes longer than this to write has been killed
 
@@ -39,6 +43,7 @@ def cache_directory() -> Path:
 
 def convert_gguf(path: Path) -> Path:
     """The Hugging Face folder (float32 weights, tokenizer) made from the `.gguf` file `path`."""
+    check_pointer(path)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{path}: not a GGUF file")
@@ -91,29 +96,48 @@ def _remove_stale(directory: Path) -> None:
 
 
 def _save_dequantised(path: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers import modeling_gguf_pytorch_utils as reader
 
     # its progress bar does not listen to the library's own switch
     reader.tqdm = partial(reader.tqdm, disable=True)
-    source, name = str(path.parent), path.name
     try:
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, gguf_file=name, dtype=torch.float32
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, trust_remote_code=False
             )
+            model = _read_gguf(path)
+    except InputError:
+        raise
     except ImportError as error:
         raise InputError(f"{path}: reading it needs the package gguf: pip install gguf") from error
     except Exception as error:  # the reader raises whatever the damaged bytes lead to
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"{path}: cannot be read: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise refusal(path, "cannot be read", error) from error
     strip_quantisation(model)
     with quiet_libraries():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _read_gguf(path: Path) -> nn.Module:
+    """The model in the `.gguf` file `path`, in float32; InputError unless every tensor is used."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    header = read_header(path)
+    check_uniform(header)
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    config = complete_config(config, header)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_complete(found, path)
+    check_tensors(header, config, model.state_dict())
+    return model
 
 
 def strip_quantisation(model: nn.Module) -> None:
@@ -128,20 +152,68 @@ def strip_quantisation(model: nn.Module) -> None:
         holder.__dict__.pop(mark, None)
 
 
-def read_pickled(path: Path) -> tuple[nn.Module, Any]:
-    """The model and tokenizer in a pickled `{"model": ..., "tokenizer": ...}` file.
+class _Unknown(nn.Module):
+    """An object of a class that cannot be imported here: its fields, and its weights if any."""
 
-    Reading runs whatever code the file contains: the caller has asked the user. The model is built
-    anew from the sizes of its weights, since a pickled module keeps the code of its own day.
+    def __new__(cls, *_: Any, **__: Any) -> _Unknown:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take any arguments; what the object was follows in its state."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, Mapping):
+            self.__dict__.update(state)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            return type(name.rpartition(".")[2], (_Unknown,), {"__module__": module})
+
+
+def _lenient_pickle() -> ModuleType:
+    """The module pickle, but for classes that cannot be imported."""
+    module = ModuleType("lenient_pickle")
+    vars(module).update(vars(pickle), Unpickler=_Unpickler, __name__="lenient_pickle")
+    return module
+
+
+def unpickle(path: Path) -> Any:
+    """What the pickled file `path` holds; an object of a class that is not installed as its fields.
+
+    Reading runs whatever code the file contains: the caller has asked the user.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False)
-        model, tokenizer = content["model"], content["tokenizer"]
-        settings, state = model.config.to_dict(), model.state_dict()
+        return torch.load(
+            path, map_location="cpu", weights_only=False, pickle_module=_lenient_pickle()
+        )
     except Exception as error:  # unpickling runs foreign code, which may raise anything
         raise InputError(
+            f"{path}: cannot be read as a pickled file ({type(error).__name__}: {reason(error)})"
+        ) from error
+
+
+def holds_model(content: Any) -> bool:
+    """Whether `content`, of a pickled file, is a `{"model": ..., "tokenizer": ...}` of objects."""
+    return isinstance(content, Mapping) and isinstance(content.get("model"), nn.Module)
+
+
+def revive(path: Path, content: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """The model and tokenizer in `content`, of the pickled file `path`.
+
+    The model is built anew from the sizes of its weights, since a pickled module keeps the code of
+    its own day.
+    """
+    try:
+        model, tokenizer = content["model"], content["tokenizer"]
+        settings, state = model.config.to_dict(), without_wrappers(model.state_dict(), path)
+    except Exception as error:  # code of another day, which may raise anything
+        raise InputError(
             f"{path}: cannot be read as a pickled model and tokenizer "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {reason(error)})"
         ) from error
     try:
         return rebuild(settings, state), tokenizer

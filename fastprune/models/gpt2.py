@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
+from fastprune.models.checks import check_complete, unwrapped
 from fastprune.models.quiet import quiet_libraries
 
-WRAPPERS = ("_orig_mod.", "module.", "model.", "transformer.")
-"""What torch.compile, DistributedDataParallel and the model itself put before a name."""
+OWNERS = ("model.", "transformer.")
+"""What the model itself puts before a name."""
 PROJECTION = re.compile(r"h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 MASK = re.compile(r"h\.\d+\.attn\.(?:bias|masked_bias)")
 LAYER = re.compile(r"h\.(\d+)\.")
@@ -31,9 +32,10 @@ log = logging.getLogger("fastprune")
 
 
 def bare(name: str) -> str:
-    """`name` without the prefixes of wrappers."""
-    while prefix := next((p for p in WRAPPERS if name.startswith(p)), None):
-        name = name.removeprefix(prefix)
+    """`name` without the prefixes of wrappers and of the model itself."""
+    name = unwrapped(name)
+    while prefix := next((p for p in OWNERS if name.startswith(p)), None):
+        name = unwrapped(name.removeprefix(prefix))
     return name
 
 
@@ -72,13 +74,14 @@ def build_gpt2(
         expected = GPT2LMHeadModel(config).state_dict()
     no_bias = [key for key in expected if key.endswith(".bias") and key not in weights]
     weights |= {key: torch.zeros(expected[key].shape, dtype=head.dtype) for key in no_bias}
-    if missing := sorted(expected.keys() - weights.keys()):
-        raise InputError(f"{name}: {len(missing)} weights are missing, first {missing[0]}")
-    if wrong := [k for k in expected if expected[k].shape != weights[k].shape]:
+    missing, unused = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    both = expected.keys() & weights.keys()
+    if wrong := sorted(k for k in both if expected[k].shape != weights[k].shape):
         found = tuple(weights[wrong[0]].shape)
         raise InputError(f"{name}: {wrong[0]} has the shape {found}, which fits no GPT-2")
-    if unused := sorted(weights.keys() - expected.keys()):
-        log.warning("%s: %d weights are not used, first %s", name, len(unused), unused[0])
+    check_complete(
+        {"missing_keys": missing, "unexpected_keys": unused, "mismatched_keys": ()}, name
+    )
     with quiet_libraries():
         model = GPT2LMHeadModel.from_pretrained(
             None, config=config, state_dict=weights, dtype=head.dtype

@@ -22,7 +22,16 @@ from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
 from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import settle_tie
-from fastprune.models.foreign import convert_gguf, discard, read_pickled
+from fastprune.models.checks import (
+    check_complete,
+    check_pointer,
+    check_unquantised,
+    reason,
+    refusal,
+    unwrapped,
+    without_wrappers,
+)
+from fastprune.models.foreign import convert_gguf, discard, holds_model, revive, unpickle
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
@@ -30,8 +39,11 @@ from fastprune.models.states import (
     NeedsPickle,
     SavedState,
     build,
-    check_complete,
+    build_by_config,
+    misfits,
     read_state,
+    resized,
+    state_of,
     tokenizer_beside,
 )
 from fastprune.precision import convert_weights
@@ -53,13 +65,15 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     adapter: str | Path | None = None,
 ) -> tuple[nn.Module, Any]:
     """The language model and the tokenizer that `source` names, ready for inference.
 
     `dtype` auto keeps the dtype of the checkpoint (float32 for a `.gguf` file). `allow_pickle`
-    reads a foreign `.bin` file, which may run any code it contains. `adapter` is a folder with a
-    LoRA adapter, put onto the model unmerged. Raises InputError when the source is missing,
+    reads a foreign `.bin` file, which may run any code it contains; `trust_remote_code` runs the
+    Python code in the model's folder where transformers has none for it. `adapter` is a folder with
+    a LoRA adapter, put onto the model unmerged. Raises InputError when the source is missing,
     incomplete or broken, or is not the model the adapter was trained on.
     """
     wanted = _dtype(dtype)
@@ -70,7 +84,7 @@ def load_model(
         if wanted is not None:
             convert_weights(model, wanted)
     else:
-        model, tokenizer = _load_resolved(source, wanted)
+        model, tokenizer = _load_resolved(source, wanted, trust_remote_code)
     model = model.to(target).eval()
     settle_tie(model)
     use_attention(model)
@@ -82,7 +96,12 @@ def load_model(
 
 
 def load_or_start(
-    source: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device, **options: Any
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> tuple[nn.Module, Any]:
     """As `load_model`; random weights, after a warning, where `source` is a folder without any.
 
@@ -90,16 +109,19 @@ def load_or_start(
     """
     folder = Path(source).expanduser()
     if not (folder / "config.json").is_file() or _has_weights(folder):
+        options["trust_remote_code"] = trust_remote_code
         return load_model(source, dtype=dtype, device=device, **options)
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = _read_config(folder)
+    config = _read_config(folder, trust_remote_code)
     check_family(config, str(folder))
-    tokenizer = _read_tokenizer(folder)
+    tokenizer = _read_tokenizer(folder, trust_remote_code)
     log.warning("%s holds a config and no weights: training starts from random ones", folder)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with quiet_libraries():
-        model = auto.from_config(config, dtype=_dtype(dtype) or torch.float32).to(device)
+        model = auto.from_config(
+            config, dtype=_dtype(dtype) or torch.float32, trust_remote_code=trust_remote_code
+        ).to(device)
     use_attention(model)
     return model, tokenizer
 
@@ -171,25 +193,27 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-def _load_resolved(source: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+def _load_resolved(
+    source: str | Path, dtype: torch.dtype | None, trust: bool
+) -> tuple[nn.Module, Any]:
     folder = resolve_source(source)
     try:
-        return _load_folder(folder, dtype)
+        return _load_folder(folder, dtype, trust)
     except InputError:
         if not discard(folder):  # not a converted copy of ours: the fault is the user's to mend
             raise
     log.info("the converted copy of %s was damaged; converting again", source)
-    return _load_folder(resolve_source(source), dtype)
+    return _load_folder(resolve_source(source), dtype, trust)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-    config = _read_config(folder)
+def _load_folder(folder: Path, dtype: torch.dtype | None, trust: bool) -> tuple[nn.Module, Any]:
+    config = _read_config(folder, trust)
     _check_weights(folder)
-    tokenizer = _read_tokenizer(folder)
-    return _read_weights(folder, config, dtype), tokenizer
+    tokenizer = _read_tokenizer(folder, trust)
+    return _read_weights(folder, config, dtype, trust), tokenizer
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path, trust: bool = False) -> Any:
     from transformers import AutoConfig
 
     register()
@@ -201,14 +225,20 @@ def _read_config(folder: Path) -> Any:
         )
     if not file.is_file():
         raise InputError(f"{folder}: not a model folder (it has no config.json)")
+    check_pointer(file)
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or "model_type" not in settings:
             raise ValueError("it names no model_type")
         with quiet_libraries():
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust
+            )
     except Exception as error:  # a config may be wrong in as many ways as it has fields
-        raise InputError(f"{file}: broken or unknown config: {_first_line(error)}") from error
+        raise refusal(file, "broken or unknown config", error) from error
+    if not trust:  # code that was not run is not passed on with the model either
+        vars(config).pop("auto_map", None)
+    return config
 
 
 def _check_weights(folder: Path) -> None:
@@ -219,13 +249,14 @@ def _check_weights(folder: Path) -> None:
     for file in files:
         if not file.is_file():
             raise InputError(f"{folder}: the weight file {file.name} is missing; copy it again")
+        check_pointer(file)
         if file.suffix == ".safetensors":
             try:
                 with safe_open(file, framework="pt"):
                     pass
             except (SafetensorError, OSError) as error:
                 raise InputError(
-                    f"{file}: truncated or corrupt weight file ({_first_line(error)}); "
+                    f"{file}: truncated or corrupt weight file ({reason(error)}); "
                     "copy or download it again"
                 ) from error
 
@@ -249,22 +280,30 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: no weights (model.safetensors) in this folder")
 
 
-def _read_tokenizer(folder: Path) -> Any:
+def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"{folder}: no tokenizer in this folder (tokenizer.json is missing)")
+    for name in TOKENIZER_FILES:
+        check_pointer(folder / name)
     try:
         with quiet_libraries():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust
+            )
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise InputError(f"{folder}: broken tokenizer: {_first_line(error)}") from error
+        raise refusal(folder, "broken tokenizer", error) from error
+    if not trust:
+        tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
 
 
-def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
+def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     check_family(config, str(folder))
+    check_unquantised(config, str(folder))
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with quiet_libraries():
@@ -274,11 +313,32 @@ def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Mo
                 dtype="auto" if dtype is None else dtype,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=trust,
             )
-    except Exception as error:  # shape mismatches, unknown classes, unreadable pickles
-        raise InputError(f"{folder}: the weights do not load: {_first_line(error)}") from error
-    check_complete(found, folder)
-    return model
+    except Exception as error:  # unknown classes, unreadable pickles
+        raise refusal(folder, "the weights do not load", error) from error
+    if any(unwrapped(name) != name for name in found["unexpected_keys"]):
+        model = build_by_config(folder, config, _read_files(folder))
+    elif misfits(config, found):
+        model = resized(folder, config, _read_files(folder))
+    else:
+        check_complete(found, folder)
+        return model
+    return model if dtype is None else model.to(dtype)
+
+
+def _read_files(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in the files of `folder`, by names without what wrappers put into them."""
+    from safetensors.torch import load_file
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder):
+        if file.suffix == ".safetensors":
+            weights |= load_file(file)
+        else:
+            weights |= torch.load(file, map_location="cpu", weights_only=True)
+    return without_wrappers(weights, folder)
 
 
 def _load_file(path: Path, allow_pickle: bool) -> tuple[nn.Module, Any]:
@@ -290,7 +350,10 @@ def _load_file(path: Path, allow_pickle: bool) -> tuple[nn.Module, Any]:
             raise _needs_permission(path, error) from error
         log.warning("%s: reading a pickled file, which can run any code it contains", path)
         with quiet_libraries():
-            return read_pickled(path)
+            content = unpickle(path)
+            if holds_model(content):
+                return revive(path, content)
+        saved = state_of(path, content)
     tokenizer = tokenizer_beside(path, saved)
     return build(path, saved, tokenizer), tokenizer
 
@@ -309,8 +372,3 @@ def _needs_permission(path: Path, refusal: NeedsPickle) -> InputError:
         "read; save it again with tensors and numbers only, or pass --allow-pickle if you trust "
         "where it comes from"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
+from fastprune.models.checks import check_pointer, without_wrappers
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -52,7 +53,8 @@ class Entry:
 class ShardReader:
     """The tensors of a folder's ``model.safetensors``, or of the files its index names.
 
-    Only headers are read now; nothing stays open. Raises InputError when a file is missing or
+    Names are without what wrappers of the model put into them. Only headers are read now; nothing
+    stays open. Raises InputError when a file is missing or
     damaged, or the folder holds weights of another kind.
     """
 
@@ -60,8 +62,9 @@ class ShardReader:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         for file in _files(folder):
+            check_pointer(file)
             try:
-                self.entries |= _entries(file)
+                self.entries |= without_wrappers(_entries(file), file)
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
                 raise InputError(
                     f"{file}: truncated or corrupt weight file ({error}); copy or download it again"

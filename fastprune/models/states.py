@@ -20,6 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
+from fastprune.models.checkpoint import LAYER_KEY, rebuild
+from fastprune.models.checks import (
+    check_complete,
+    check_pointer,
+    check_unquantised,
+    refusal,
+    without_wrappers,
+)
+from fastprune.models.families import PRUNED_PREFIX, SUPPORTED
 from fastprune.models.gpt2 import bare, build_gpt2, is_gpt2
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
@@ -28,6 +37,7 @@ STATES = ("model", "model_state_dict", "state_dict", "module")
 """Under which of these a training script keeps the weights."""
 SETTINGS = ("config", "model_args", "model_config")
 GPT2_VOCABULARY = 50257
+RESIZED = "%s: its layers are not of the sizes in its config; sizes are read off the weights"
 
 log = logging.getLogger("fastprune")
 
@@ -49,6 +59,7 @@ def read_state(path: Path) -> SavedState:
 
     Raises NeedsPickle when reading it would mean to run code.
     """
+    check_pointer(path)
     try:
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -59,6 +70,11 @@ def read_state(path: Path) -> SavedState:
         raise InputError(
             f"{path}: truncated or corrupt ({type(error).__name__}); copy it again"
         ) from error
+    return state_of(path, content)
+
+
+def state_of(path: Path, content: Any) -> SavedState:
+    """The weights and settings in `content`, read from `path`. InputError when it has none."""
     outer = content if isinstance(content, Mapping) else {}
     state = next((outer[key] for key in STATES if isinstance(outer.get(key), Mapping)), outer)
     weights = {
@@ -70,10 +86,10 @@ def read_state(path: Path) -> SavedState:
         raise InputError(f"{path}: holds no weights, neither itself nor under {', '.join(STATES)}")
     settings: dict[str, Any] = {}
     for key in SETTINGS:
-        if isinstance(outer.get(key), Mapping):
-            settings |= outer[key]
-    said = [f"{k} {outer[k]}" for k in ("step", "iter_num", "val_loss") if k in outer]
-    log.info("%s: %d tensors, %s", path, len(weights), ", ".join(said) or "no step named")
+        said = outer.get(key)
+        settings |= said if isinstance(said, Mapping) else getattr(said, "__dict__", {})
+    steps = [f"{k} {outer[k]}" for k in ("step", "iter_num", "val_loss") if k in outer]
+    log.info("%s: %d tensors, %s", path, len(weights), ", ".join(steps) or "no step named")
     if "optimizer" in outer:
         log.info("%s: its optimizer's state is not used", path)
     return SavedState(weights, settings)
@@ -102,11 +118,13 @@ def tokenizer_beside(path: Path, saved: SavedState) -> Any:
     try:
         with quiet_libraries():
             if (folder / "tokenizer_config.json").is_file():
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                return AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
             if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
                 return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise InputError(f"{folder}: broken tokenizer: {error}") from error
+        raise refusal(folder, "broken tokenizer", error) from error
     if is_gpt2(saved.weights) and _vocabulary(saved) >= GPT2_VOCABULARY:
         try:
             with quiet_libraries():
@@ -137,39 +155,68 @@ def _config_beside(path: Path) -> dict[str, Any]:
 
 
 def _build_by_config(path: Path, weights: Mapping[str, Tensor]) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
-    state = {
-        key.removeprefix("_orig_mod.").removeprefix("module."): value
-        for key, value in weights.items()
-    }
-    dtype = next(value.dtype for value in state.values() if value.is_floating_point())
     try:
         with quiet_libraries():
-            config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
-            check_family(config, str(path))
-            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model, found = auto._model_mapping[type(config)].from_pretrained(
-                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            config = AutoConfig.from_pretrained(
+                path.parent, local_files_only=True, trust_remote_code=False
             )
-    except InputError:
-        raise
-    except Exception as error:  # unknown types, shapes that do not fit
-        reason = str(error).strip().splitlines()
-        raise InputError(f"{path}: does not load: {reason[0] if reason else error!r}") from error
+    except Exception as error:  # a config may be wrong in as many ways as it has fields
+        raise refusal(path.with_name("config.json"), "broken or unknown config", error) from error
+    return build_by_config(path, config, without_wrappers(weights, path))
+
+
+def build_by_config(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """The model that `config` describes with the weights `state`, read from `path`, in their dtype.
+
+    Raises InputError when they do not go together.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    check_family(config, str(path))
+    check_unquantised(config, str(path))
+    dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        with quiet_libraries():
+            model, found = auto._model_mapping[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(state),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:  # unknown types, unreadable values
+        raise refusal(path, "does not load", error) from error
+    if misfits(config, found):
+        return resized(path, config, state)
     check_complete(found, path)
     return model
 
 
-def check_complete(found: Mapping[str, Any], path: Path) -> None:
-    """InputError for weights that transformers' loading info ``found`` says are missing.
+def misfits(config: Any, found: Mapping[str, Any]) -> bool:
+    """Whether the layers of a model that can be pruned have other sizes than `config` says."""
+    family = config.model_type.removeprefix(PRUNED_PREFIX)
+    return (
+        family in SUPPORTED
+        and not found["missing_keys"]
+        and any(LAYER_KEY.match(name) for name, *_ in found["mismatched_keys"])
+    )
 
-    Those that are not used are only warned of.
+
+def resized(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """The model of the family of `config` whose layers have the sizes of the weights `state`.
+
+    Other pruners write such files, with the config of the model before. Raises InputError.
     """
-    if missing := sorted(found["missing_keys"]):
-        raise InputError(f"{path}: {len(missing)} weights are missing, first {missing[0]}")
-    if unused := sorted(found["unexpected_keys"]):
-        log.warning("%s: %d weights are not used, first %s", path, len(unused), unused[0])
+    try:
+        model = rebuild(config.to_dict(), state)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    log.warning(RESIZED, path)
+    return model
 
 
 def _cause(error: BaseException) -> str:

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
-from fastprune.errors import InputError
 from fastprune.models.attention import use_attention
 from fastprune.models.blocks import Blocks
-from fastprune.models.checkpoint import EMBEDDING, HEAD
+from fastprune.models.checkpoint import EMBEDDING, HEAD, sized_config
+from fastprune.models.checks import check_complete, check_unquantised
 from fastprune.models.families import decoder_layers, family_of_config
 from fastprune.models.load import load_config, load_tokenizer, resolve_source
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
+from fastprune.models.states import RESIZED, misfits
 from fastprune.progress import track
 
 NORM = "model.norm"
@@ -46,18 +47,18 @@ class StreamedModel:
         folder = resolve_source(source)
         config = load_config(folder)
         family_of_config(config)
+        check_unquantised(config, str(folder))
         self.shards = ShardReader(folder)
         self.tokenizer = load_tokenizer(folder)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):
             config.tie_word_embeddings = False
-        self.model = skeleton(config, self.dtype)
-        self._check()
+        self.model = self._fitting(config)
         _read_generation_config(self.model, folder)
         self.blocks = Blocks(self.model)
         rotary = self.model.model.rotary_emb
-        self.model.model.rotary_emb = type(rotary)(config=config).to(self.device)
+        self.model.model.rotary_emb = type(rotary)(config=self.model.config).to(self.device)
         self.model.get_submodule(NORM).load_state_dict(self._values(NORM), assign=True)
 
     def read(self, name: str) -> Tensor:
@@ -94,27 +95,34 @@ class StreamedModel:
         module = self.model.get_submodule(name)
         return {key: self.read(f"{name}.{key}") for key, _ in module.named_parameters()}
 
-    def _check(self) -> None:
-        """InputError unless the files hold every weight at its size."""
-        expected = self.model.state_dict()
-        if self.model.config.tie_word_embeddings:
+    def _fitting(self, config: Any) -> nn.Module:
+        """The model of ``config`` on the meta device, its layers of the sizes in the files.
+
+        InputError unless the files hold every weight at its size.
+        """
+        model = skeleton(config, self.dtype)
+        found = self._compared(model)
+        if misfits(config, found):
+            log.warning(RESIZED, self.shards.folder)
+            model = skeleton(sized_config(config.to_dict(), self.shards.entries), self.dtype)
+            found = self._compared(model)
+        check_complete(found, self.shards.folder)
+        return model
+
+    def _compared(self, model: nn.Module) -> dict[str, Any]:
+        """How the files' weights differ from those of ``model``, as transformers' loading info."""
+        expected, found = model.state_dict(), self.shards.entries
+        if model.config.tie_word_embeddings:
             expected.pop(HEAD, None)
-        found = self.shards.entries
-        if missing := sorted(expected.keys() - found.keys()):
-            raise InputError(
-                f"{self.shards.folder}: {len(missing)} weights are missing, first {missing[0]}"
-            )
-        for name, tensor in expected.items():
-            if found[name].shape != tensor.shape:
-                raise InputError(
-                    f"{found[name].file}: {name} has the shape {found[name].shape}, "
-                    f"the config says {tuple(tensor.shape)}"
-                )
-        unused = sorted(found.keys() - expected.keys() - {HEAD})
-        if unused:
-            log.warning(
-                "%s: %d weights are not used, first %s", self.shards.folder, len(unused), unused[0]
-            )
+        return {
+            "missing_keys": expected.keys() - found.keys(),
+            "unexpected_keys": found.keys() - expected.keys() - {HEAD},
+            "mismatched_keys": {
+                (name, found[name].shape, tuple(expected[name].shape))
+                for name in expected.keys() & found.keys()
+                if found[name].shape != expected[name].shape
+            },
+        }
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:

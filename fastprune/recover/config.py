@@ -160,6 +160,8 @@ class FinetuneConfig(CommonConfig):
     """load the result from its files and compare its logits before it counts as written"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
+    trust_remote_code: bool = False
+    """run the Python code in the model's folder, where transformers has none for its type"""
 
     def check(self) -> None:
         """InputError when a value is out of range; what a recipe may say too, `Stage` checks."""

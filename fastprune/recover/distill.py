@@ -40,6 +40,7 @@ def load_teacher(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     shard: bool = False,
 ) -> nn.Module:
     """The teacher that `source` names, in eval mode and without gradients.
@@ -48,7 +49,13 @@ def load_teacher(
     it cannot be loaded or reads other tokens than the student's `tokenizer`.
     """
     place = "cpu" if shard else device
-    teacher, own = load_model(source, dtype=dtype, device=place, allow_pickle=allow_pickle)
+    teacher, own = load_model(
+        source,
+        dtype=dtype,
+        device=place,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
     if tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"--teacher {source}: its vocabulary is not the student's ({len(own.get_vocab())} and "

@@ -68,6 +68,8 @@ class MergeConfig(CommonConfig):
     """load the result from its files and compare its logits before it counts as written"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
+    trust_remote_code: bool = False
+    """run the Python code in the model's folder, where transformers has none for its type"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
                 dtype=config.dtype,
                 device=config.device,
                 allow_pickle=config.allow_pickle,
+                trust_remote_code=config.trust_remote_code,
             )
             check_savable(model, tokenizer)
             adapted = load_adapter(model, config.adapter)

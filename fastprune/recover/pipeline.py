@@ -94,6 +94,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
                 dtype=config.dtype,
                 device=torch.device("cpu") if shards(config) else own_device(config.device),
                 allow_pickle=config.allow_pickle,
+                trust_remote_code=config.trust_remote_code,
             )
         check_savable(model, tokenizer)
         result = _finetune(model, tokenizer, config, recipe, folder, clock)
@@ -175,6 +176,7 @@ def _finetune(
                 tokenizer,
                 device=device,
                 allow_pickle=config.allow_pickle,
+                trust_remote_code=config.trust_remote_code,
                 shard=shards(config),
             )
     course = Course(

@@ -139,10 +139,18 @@ def test_ignores_what_comes_later(serves):
 def test_layouts_do_not_matter(serves):
     q, k, v, grad = inputs((2, 6, 2, 90, 64))
     spaced = torch.empty(*q.shape[:3], 2 * q.shape[3], dtype=q.dtype)[..., ::2].copy_(q)
-    ways = [(q, k, v, grad), [t.contiguous() for t in (q, k, v, grad)], (spaced, k, v, grad)]
+    lazy = [torch._neg_view(-t) for t in (q, k, v, grad)]
+    ways = [(q, k, v, grad), [t.contiguous() for t in (q, k, v, grad)], (spaced, k, v, grad), lazy]
     results = [passes(*way, 0.2) for way in ways]
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+def test_tensors_may_be_expanded(serves):
+    q, k, v, grad = inputs((2, 6, 2, 90, 64))
+    wide = [t[:, :1].expand(t.shape) for t in (q, k, v)] + [grad[..., :1].expand(grad.shape)]
+    results = [passes(*way, 0.2) for way in (wide, [t.contiguous() for t in wide])]
+    assert all(map(torch.equal, *results))
 
 
 def test_threads_do_not_matter(serves):

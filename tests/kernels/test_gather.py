@@ -86,6 +86,30 @@ def test_out_is_filled_and_its_version_rises(device):
     assert torch.equal(out, w[index.to(device)])
 
 
+def test_an_index_may_be_negated_lazily(device):
+    w, index = filled((50, 60), torch.float32, device), choose(50, 0.5)
+    (result,) = ops.gather([w], [torch._neg_view(-index)], [0])
+    assert torch.equal(result, w[index.to(device)])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_results_lie_apart(monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(ops, "compiled", lambda _: None)
+    w, other = torch.ones(4, 5), torch.ones(4, 5)
+    one = torch.tensor([1, 2])
+    for out, message in (
+        ([torch.zeros(2, 5), w[:2]], "tensor 0 and result 1 share memory"),
+        ([other[2:], torch.zeros(2, 5)], "result 0 and tensor 1 share memory"),
+        ([torch.zeros(2, 5)] * 2, "share memory"),
+        ([torch.zeros(2, 5), torch._neg_view(torch.zeros(2, 5))], "result 1 is a lazily negated"),
+        ([torch.zeros(2, 5), torch.zeros(5).expand(2, 5)], "result 1 must fill one block"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.gather([w, other], [one, one], [0, 0], out=out)
+    assert bool((w == 1).all()) and bool((other == 1).all())
+
+
 def test_parameters_are_accepted(device):
     w = torch.nn.Parameter(filled((50, 60), torch.float32, device))
     (result,) = ops.gather([w], [choose(50, 0.5)], [0])

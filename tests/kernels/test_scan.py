@@ -88,6 +88,10 @@ def test_views_and_parameters(device):
     check(base.t())
     check(base[:, 4])
     check(torch.nn.Parameter(base))
+    check(torch._neg_view(base))
+    check(base[:1].expand(100, 90))
+    check(base.flatten()[:12].as_strided((2, 2, 3), (0, 9, 1)))  # as far apart as it has elements
+    check(base.flatten()[:12].as_strided((2, 2, 3), (3, 4, 2)))
 
 
 def test_many_tensors_at_once(device):

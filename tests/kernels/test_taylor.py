@@ -109,6 +109,23 @@ def test_same_bits_in_every_way(same_bits, kind, dtype):
     same_bits(lambda: ops.taylor(w, g, h, x=x, kind=kind))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_lazy_views(device, kind):
+    """Negated, and expanded along rows or columns."""
+    w, g, h, x = arguments((40, 30), torch.float32, kind, device)
+    views = {
+        "w": [torch._neg_view(w), w[:1].expand(40, 30), w[:, :1].expand(40, 30)],
+        "g": [] if g is None else [torch._neg_view(g), g[:1].expand(40, 30)],
+        "x": [] if x is None else [torch._neg_view(x), x[:1].expand(30)],
+    }
+    given = {"w": w, "g": g, "h": h, "x": x}
+    for name, lazy in views.items():
+        for view in lazy:
+            plain = given | {name: view.clone().resolve_neg().contiguous()}
+            ours = ops.taylor(**given | {name: view}, kind=kind)
+            assert all(map(torch.equal, ours, ops.taylor(**plain, kind=kind)))
+
+
 def test_two_runs_agree(device):
     w, g = torch.randn(2, 300, 5000, device=device)
     first, second = (ops.taylor(w, g, kind="first") for _ in range(2))

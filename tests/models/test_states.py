@@ -1,7 +1,9 @@
 """A `.pt` of a training script becomes the GPT-2 it was, whatever wrapped it."""
 
 import json
+import sys
 
+import numpy as np
 import pytest
 import torch
 from tiny import TEXT, VOCABULARY, saved, tiny_gpt2, tiny_t5, tiny_tokenizer, token_ids
@@ -40,7 +42,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "module."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.module.", "module."])
 def test_a_checkpoint_of_a_script_is_the_model_it_was(folder, prefix, linear, caplog):
     model = tiny_gpt2()
     content = {
@@ -146,6 +148,22 @@ def refusals():
     yield "shape", {"model": odd, "config": SETTINGS}, "fits no GPT-2"
     yield "strange", {"model": strange, "config": SETTINGS}, "fits no GPT-2"
     yield "heads", {"model": state, "config": {"n_head": 5}}, "do not make 5 heads"
+
+
+@pytest.mark.parametrize("kind", ["object", "unknown class", "numpy"])
+def test_other_objects_beside_the_weights_are_read_where_allowed(folder, kind, monkeypatch):
+    model = tiny_gpt2()
+    content = {"model": script_state(model), "config": Config(), "step": 5}
+    vars(content["config"]).update(SETTINGS)
+    if kind == "numpy":
+        content |= {"config": SETTINGS, "val_loss": np.float64(3.2)}
+    torch.save(content, folder / "m.pt")
+    if kind == "unknown class":
+        monkeypatch.delattr(sys.modules[__name__], "Config")
+    with pytest.raises(InputError, match="--allow-pickle"):
+        load_model(folder / "m.pt")
+    loaded, _ = load_model(folder / "m.pt", allow_pickle=True)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize(

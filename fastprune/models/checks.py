@@ -1,0 +1,124 @@
+"""What files and weights must be, before and after a library below makes a model of them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastprune.errors import InputError
+
+POINTER = b"version https://git-lfs"
+INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, FSDP and activation checkpointing put into a name, wherever they wrap."""
+PARALLEL = "module."
+"""What DataParallel and DistributedDataParallel put before a name."""
+DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.\d+\.")
+BUFFERS = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|(?:attn|attention)\.(?:masked_)?bias)$")
+"""Constants that older releases of transformers saved beside the weights."""
+TRUST = "trust_remote_code"
+
+log = logging.getLogger("fastprune")
+
+
+def unwrapped(name: str) -> str:
+    """The name of a weight without what wrappers of the model put into it, in whatever order."""
+    for wrapper in INNER_WRAPPERS:
+        name = name.replace(wrapper, "")
+    while name.startswith(PARALLEL):
+        name = name.removeprefix(PARALLEL)
+    return name
+
+
+def without_wrappers(weights: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """`weights` by their unwrapped names. InputError, naming `path`, where two become one."""
+    result = {unwrapped(name): value for name, value in weights.items()}
+    if len(result) != len(weights):
+        raise InputError(
+            f"{path}: holds some weights both with and without the prefix of a wrapper"
+        )
+    return result
+
+
+def check_pointer(file: Path) -> None:
+    """Raise InputError where `file` is what Git LFS leaves in the place of a large file."""
+    if not file.is_file():
+        return
+    with file.open("rb") as data:
+        if data.read(len(POINTER)) == POINTER:
+            raise InputError(
+                f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+            )
+
+
+def check_unquantised(config: Any, name: str) -> None:
+    """InputError, naming `name`, for a model whose weights are stored quantised."""
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return
+    method = (settings if isinstance(settings, Mapping) else vars(settings)).get("quant_method")
+    raise InputError(
+        f"{name}: quantised with {getattr(method, 'value', method) or 'an unknown method'}; "
+        "give the unquantised model"
+    )
+
+
+def complaint(found: Mapping[str, Any]) -> str | None:
+    """What is wrong with weights of which `found` is transformers' loading info; None if nothing.
+
+    Weights outside the decoder layers that are not used are warned of elsewhere.
+    """
+    if missing := sorted(found["missing_keys"]):
+        return f"{len(missing)} weights are missing, first {missing[0]}"
+    if mismatched := sorted(found["mismatched_keys"]):
+        name, here, expected = mismatched[0]
+        return misfit(name, here, expected)
+    if unused := [name for name in unexpected(found) if DECODER_LAYER.search(name)]:
+        return (
+            f"{len(unused)} weights of its layers are not used, first {unused[0]}: the config "
+            "describes a model without them, which computes something else; correct config.json"
+        )
+    return None
+
+
+def misfit(name: str, here: Iterable[int], expected: Iterable[int]) -> str:
+    """That the weight `name` has the shape `here` in a file and `expected` by the config."""
+    return f"{name} has the shape {tuple(here)}, the config says {tuple(expected)}"
+
+
+def unexpected(found: Mapping[str, Any]) -> list[str]:
+    """The weights that were not used, without constants of older releases."""
+    return sorted(name for name in found["unexpected_keys"] if not BUFFERS.search(name))
+
+
+def check_complete(found: Mapping[str, Any], path: Path | str) -> None:
+    """InputError, naming `path`, unless transformers' loading info `found` says all went well.
+
+    Weights outside the decoder layers that are not used are only warned of.
+    """
+    if problem := complaint(found):
+        raise InputError(f"{path}: {problem}")
+    if unused := unexpected(found):
+        log.warning("%s: %d weights are not used, first %s", path, len(unused), unused[0])
+
+
+def reason(error: BaseException) -> str:
+    """What `error` says in one line: of a config that fails a check, the check's own sentence."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def refusal(path: Path, what: str, error: BaseException) -> InputError:
+    """The InputError for `error`, raised by a library while it read `what` from `path`."""
+    if TRUST in str(error):
+        return InputError(
+            f"{path}: loads only by running the Python code that comes with it; where you trust "
+            "its source, pass --trust-remote-code to a command that has this flag"
+        )
+    return InputError(f"{path}: {what}: {reason(error)}")

@@ -1,0 +1,249 @@
+"""What a `.gguf` file says of its model, held against what transformers' reader makes of it.
+
+The reader takes the tensors and settings that it knows, and leaves the rest without a word. Here
+every tensor and every setting of the attention and its rotary embedding is mapped or refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprune.errors import InputError
+from fastprune.models.families import SUPPORTED
+
+FREQUENCIES = "rope_freqs.weight"
+DEFAULT_THETA = 10000.0
+BIASES = {
+    "attention_bias": ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"),
+    "mlp_bias": ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"),
+}
+"""The settings of a config that say whether projections have biases, and the biases' names."""
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Of every published model whose rotary frequencies are scaled as Llama 3's."""
+INNOCUOUS = {"rope.scaling.finetuned": (False, True), "attention.causal": (True,)}
+"""Settings that change nothing at these values."""
+READ = (
+    *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+    *("attention.key_length", "attention.value_length", "attention.sliding_window"),
+    *("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type"),
+    *("rope.scaling.factor", "rope.scaling.original_context_length"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+)
+"""The settings of attention and rotary embedding that `complete_config` carries over."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What lies in a `.gguf` file before its tensors, and the factors of its frequencies.
+
+    ``settings`` are those of the architecture, without its name in front; ``sizes`` the numbers of
+    elements of the tensors; ``frequencies`` (head_dim / 2,) what each rotary frequency is divided
+    by, None where the file holds none.
+    """
+
+    path: Path
+    architecture: str
+    settings: dict[str, Any]
+    sizes: dict[str, int]
+    frequencies: Tensor | None
+
+
+def read_header(path: Path) -> Header:
+    """The header of the file `path`. Raises whatever damaged bytes lead to."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    prefix = f"{architecture}."
+    settings = {
+        key.removeprefix(prefix): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(prefix)
+    }
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    factors = next((t.data for t in reader.tensors if t.name == FREQUENCIES), None)
+    frequencies = None if factors is None else torch.tensor(factors, dtype=torch.float32)
+    return Header(path, architecture, settings, sizes, frequencies)
+
+
+def check_uniform(header: Header) -> None:
+    """InputError where layers of the file differ in size, which the reader cannot express."""
+    for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        if isinstance(header.settings.get(name), list) and header.architecture in SUPPORTED:
+            raise InputError(
+                f"{header.path}: its layers differ in size ({header.architecture}.{name} is a "
+                "list), and such files are not read; give the Hugging Face folder it was made from"
+            )
+
+
+def complete_config(config: Any, header: Header) -> Any:
+    """`config`, which the reader made of the file, with what it left of the file's settings.
+
+    A model of another family keeps its config. Raises InputError for a setting that the config
+    does not express.
+    """
+    from transformers import AutoConfig
+
+    if header.architecture == "llama" != config.model_type:
+        # by its name the reader took it for a Mistral, whose tensors it then does not know
+        fields = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+        config = AutoConfig.for_model("llama", **fields)
+        config.architectures = None
+    if config.model_type in SUPPORTED:
+        _complete_family(config, header)
+    else:
+        _check_others(config, header)
+    return config
+
+
+def _complete_family(config: Any, header: Header) -> None:
+    settings = header.settings
+    for name, value in settings.items():
+        known = name in READ or value in INNOCUOUS.get(name, ())
+        if name.startswith(("rope.", "attention.")) and not known:
+            raise _not_read(header, name)
+    heads = settings.get("attention.head_count", config.num_attention_heads)
+    head_dim = settings.get("attention.key_length", config.hidden_size // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if settings.get(name, head_dim) != head_dim:
+            raise _not_read(header, name, f"heads have {head_dim} values")
+    config.head_dim = head_dim
+    config.rope_parameters = _rope(header, head_dim)
+    for field, names in BIASES.items():
+        if hasattr(config, field):
+            setattr(config, field, any(name.endswith(names) for name in header.sizes))
+    window = settings.get("attention.sliding_window")
+    if window and window < config.max_position_embeddings:
+        raise _not_read(header, "attention.sliding_window")
+
+
+def _rope(header: Header, head_dim: int) -> dict[str, Any]:
+    """The rotary embedding's parameters as transformers names them."""
+    settings = header.settings
+    theta = settings.get("rope.freq_base", DEFAULT_THETA)
+    factor = settings.get("rope.scaling.factor", settings.get("rope.scale_linear", 0.0)) or 1.0
+    kind = settings.get("rope.scaling.type", "linear" if factor != 1 else "none")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if header.frequencies is not None:
+        if kind != "none":
+            raise _not_read(header, "rope.scaling.type", f"beside {FREQUENCIES}")
+        return rope | _llama3(header, header.frequencies, theta, head_dim)
+    if kind == "none":
+        return rope
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": factor}
+    original = settings.get("rope.scaling.original_context_length")
+    if kind != "yarn" or not original:
+        raise _not_read(header, "rope.scaling.type")
+    return rope | {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": settings.get("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": settings.get("rope.scaling.yarn_beta_slow", 1.0),
+    }
+
+
+def _llama3(header: Header, divisors: Tensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """The scaling in the manner of Llama 3 that divides the frequencies by `divisors`."""
+    factor = float(divisors.max())
+    rope = {"rope_type": "llama3", "factor": factor, **LLAMA3}
+    turns = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim) / math.tau
+    low, high, original = LLAMA3.values()
+    smooth = ((turns * original - low) / (high - low)).clamp(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    fits = divisors.shape == expected.shape
+    if not fits or not torch.allclose(divisors.double(), expected, rtol=1e-3):
+        raise InputError(
+            f"{header.path}: its {FREQUENCIES} is not the scaling of Llama 3's rotary frequencies, "
+            "and no other is read; give the Hugging Face folder it was made from"
+        )
+    return rope
+
+
+def _check_others(config: Any, header: Header) -> None:
+    """InputError where the file says another rotary embedding than `config`."""
+    said = getattr(config, "rope_parameters", None) or {}
+    ropes = [value for value in said.values() if isinstance(value, Mapping)] or [said]
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    partial = ropes[0].get("partial_rotary_factor", 1.0)
+    known = {
+        "rope.dimension_count": [getattr(config, "rotary_dim", None), int(head_dim * partial)],
+        "rope.dimension_sections": [rope.get("mrope_section") for rope in ropes],
+        "rope.freq_base": [rope.get("rope_theta") for rope in ropes],
+        "rope.freq_base_swa": [rope.get("rope_theta") for rope in ropes],
+        "rope.scaling.type": ["none", *(rope.get("rope_type") for rope in ropes)],
+        "rope.scaling.factor": [1.0, *(rope.get("factor") for rope in ropes)],
+        "rope.scaling.original_context_length": [
+            rope.get("original_max_position_embeddings") for rope in ropes
+        ],
+        **INNOCUOUS,
+    }
+    for name, value in header.settings.items():
+        if isinstance(value, list):
+            value = [item for item in value if item]
+        if name.startswith("rope.") and not any(_same(value, v) for v in known.get(name, ())):
+            raise _not_read(header, name)
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, float) and isinstance(other, int | float):
+        return math.isclose(value, other, rel_tol=1e-6)
+    return bool(value == other)
+
+
+def check_tensors(header: Header, config: Any, state: Mapping[str, Tensor]) -> None:
+    """InputError unless each tensor of the file is in `state`, what the reader made of it.
+
+    `state` holds the weights of the model by transformers' names.
+    """
+    count = config.num_hidden_layers
+    known = set(_gguf_names(header.architecture, count, state))
+    if header.frequencies is not None and config.model_type in SUPPORTED:
+        known.add(FREQUENCIES)
+    experts = any("experts" in name for name in state)  # several of the file's make one weight
+    surplus = sorted(
+        name for name in header.sizes.keys() - known if not (experts and "_exps." in name)
+    )
+    if surplus:
+        raise InputError(
+            f"{header.path}: {len(surplus)} tensors have no place in a {config.model_type} of "
+            f"{count} layers, first {surplus[0]}; without them the model would be another one"
+        )
+    found = sum(size for name, size in header.sizes.items() if name != FREQUENCIES)
+    needed = sum({tensor.data_ptr(): tensor.numel() for tensor in state.values()}.values())
+    if found != needed:
+        raise InputError(
+            f"{header.path}: its tensors hold {found:,} values, a {config.model_type} of these "
+            f"sizes has {needed:,}; the file is incomplete or damaged"
+        )
+
+
+def _gguf_names(architecture: str, layers: int, names: Iterable[str]) -> Iterable[str]:
+    """What the tensors that transformers calls `names` are called in a file, as far as known."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
+    table = get_tensor_name_map(arch, layers)
+    for name in names:
+        inner = name.partition(".")[2]  # some files are made from the model without its head
+        for key in (name, inner):
+            if found := table.get_name(key, try_suffixes=(".weight", ".bias")):
+                yield found
+
+
+def _not_read(header: Header, name: str, why: str = "") -> InputError:
+    value = header.settings[name]
+    return InputError(
+        f"{header.path}: {header.architecture}.{name} is {value}{', ' * bool(why)}{why}, which is "
+        "not read from this kind of file; give the Hugging Face folder it was made from"
+    )
