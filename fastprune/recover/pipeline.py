@@ -36,6 +36,7 @@ from fastprune.recover.arguments import (
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
+from fastprune.recover.guard import bits
 from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
@@ -150,7 +151,7 @@ def _finetune(
     gradient_hook: GradientHook | None = None,
 ) -> FinetuneResult:
     device = own_device(config.device)
-    saved_dtype = model.dtype
+    saved_dtype, given = model.dtype, bits(model.parameters())
     dtypes = {autocast_dtype(s.precision, device) for s in recipe.stages}
     warn_of_slow(dtypes, device)
     if None in dtypes:
@@ -202,6 +203,13 @@ def _finetune(
     adapter = hasattr(model, "peft_config")
     if not adapter:
         model.to(saved_dtype)
+        if any(r["kept"] for r in record["results"]) and bits(model.parameters()) == given:
+            steps = sum(r["steps"] for r in record["results"])
+            dtype = str(saved_dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"0 of {steps} steps changed the weights by as much as {dtype} can hold. Raise --lr, "
+                "or keep the result in --dtype float32; no checkpoint was written"
+            )
     metrics = {
         "model": config.model or type(model).__name__,
         "data": {"spec": config.data, **next(iter(course.data.values())).to_dict()}
