@@ -57,7 +57,8 @@ def load_model(
 
     `dtype` auto keeps the dtype of the checkpoint (float32 for a `.gguf` file). `allow_pickle`
     reads a foreign `.bin` file, which may run any code it contains. `adapter` is a folder with a
-    LoRA adapter, put onto the model unmerged. Raises InputError when the source is missing,
+    LoRA adapter, put onto the model unmerged; one that resizes the vocabulary brings its tokenizer,
+    if it has one. Raises InputError when the source is missing,
     incomplete or broken, or is not the model the adapter was trained on.
     """
     wanted = _dtype(dtype)
@@ -74,7 +75,11 @@ def load_model(
     if adapter is not None:
         from fastprune.models.adapter import load_adapter  # peft takes a second to import
 
+        own = len(model.get_input_embeddings().weight)
         model = load_adapter(model, adapter)
+        folder = Path(adapter).expanduser()
+        if len(model.get_input_embeddings().weight) != own and _has_tokenizer(folder):
+            tokenizer = _read_tokenizer(folder)
     return model, tokenizer
 
 
@@ -246,10 +251,14 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: no weights (model.safetensors) in this folder")
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         raise InputError(f"{folder}: no tokenizer in this folder (tokenizer.json is missing)")
     try:
         with quiet_libraries():
