@@ -31,8 +31,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
 FOREIGN = (
-    (r"\.(lora_\w+|modules_to_save)\.\w+\.weight$", "the adapter's own name is left in them, as in a state dict that "
-     "was gathered by hand (from DeepSpeed, say)"),
+    (r"\.(lora_\w+|modules_to_save)\.\w+\.weight$", "the adapter's own name is left in them, as in "
+     "a state dict that was gathered by hand (from DeepSpeed, say)"),
     (r"^lora_(unet|te\d?)_", "they are of an image model"),
     (r"_orig_mod\.", "they are of a compiled model (torch.compile)"),
     (r"_fsdp_wrapped_module\.|^module\.", "they are of a model wrapped for several processes"),
@@ -238,8 +238,8 @@ def _check_names(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Raise InputError unless `tensors` are named as peft names those of an adapter."""
     if not tensors:
         raise InputError(
-            f"--adapter {directory}: its weight file holds no tensors, so the adapter was lost when "
-            "it was saved; save it again with save_pretrained of the PeftModel"
+            f"--adapter {directory}: its weight file holds no tensors, so the adapter was lost "
+            "when it was saved; save it again with save_pretrained of the PeftModel"
         )
     for pattern, what in FOREIGN:
         if name := next(filter(re.compile(pattern).search, tensors), None):

@@ -163,7 +163,8 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if not trainer.interrupted:
         _check_learnt(trainer, before)
         trainer.finish()
-    best = trainer.monitor.best_step if stage.eval_steps is not None else None
+    measured = stage.eval_steps is not None and trainer.monitor.best is not None
+    best = trainer.monitor.best_step if measured else None
     if best is not None and best != trainer.state.global_step and not trainer.interrupted:
         log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
         trainer.load_best()

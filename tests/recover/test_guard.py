@@ -287,7 +287,7 @@ def test_a_model_without_a_finite_loss_trains_nothing(finetune, tmp_path):
     assert "no finite loss since the last line" in stderr and "nan" not in stderr
 
 
-@pytest.mark.parametrize("dtype, lr, told", [
+@pytest.mark.parametrize(("dtype", "lr", "told"), [
     ("float32", "1e-30", "too small for the weights' precision"),
     ("bfloat16", "1e-8", "by as much as bfloat16 can hold"),
 ])  # fmt: skip

@@ -86,7 +86,7 @@ def test_a_head_of_its_own_over_the_tied_embeddings_of_another_family(tmp_path):
     torch.testing.assert_close(logits(merged(base, adapter)[0]), expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("tied, settings", [
+@pytest.mark.parametrize(("tied", "settings"), [
     (True, KINDS["own both"]), (False, KINDS["own both"]), (False, KINDS["both"]),
     (True, KINDS["embeddings"]),
 ])  # fmt: skip
@@ -106,12 +106,12 @@ def test_a_larger_vocabulary_comes_with_the_adapter(tmp_path, tied, settings):
 def test_half_a_larger_vocabulary_is_refused(tmp_path, settings):
     model = tiny_model("llama", tied=False, layers=2)
     base, adapter, _ = made(tmp_path, model, vocabulary=304, **settings)
-    with pytest.raises(InputError, match="a vocabulary of 304 tokens .* MODEL has 300"):
+    with pytest.raises(InputError, match=r"a vocabulary of 304 tokens .* MODEL has 300"):
         merged(base, adapter)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("rename, told", [
+@pytest.mark.parametrize(("rename", "told"), [
     (lambda name: name.replace(".weight", ".default.weight"), "adapter's own name is left in"),
     (lambda name: name.replace("model.layers", "_orig_mod.model.layers"), "compiled model"),
     (lambda name: f"module.{name}", "wrapped for several processes"),
@@ -136,7 +136,7 @@ def test_an_adapter_without_tensors_is_told(tmp_path):
         merged(base, adapter)
 
 
-@pytest.mark.parametrize("value, told", [(None, False), (0.5, True)])
+@pytest.mark.parametrize(("value", "told"), [(None, False), (0.5, True)])
 def test_settings_of_a_newer_peft_are_told_where_they_are_set(tmp_path, caplog, value, told):
     base, adapter, expected = made(tmp_path, tiny_model("llama", layers=2))
     settings = json.loads((adapter / SETTINGS).read_text()) | {"some_future_option": value}
@@ -149,5 +149,5 @@ def test_settings_of_a_newer_peft_are_told_where_they_are_set(tmp_path, caplog, 
 def test_a_part_of_what_replaces_weights_is_refused(tmp_path, kind):
     model = tiny_model("qwen2" if kind == "biases" else "llama", layers=2)
     base, adapter, _ = made(tmp_path, model, **KINDS[kind])
-    with pytest.raises(InputError, match="--strength 0.5 scales low-rank matrices"):
+    with pytest.raises(InputError, match=r"--strength 0\.5 scales low-rank matrices"):
         merged(base, adapter, strength=0.5)
