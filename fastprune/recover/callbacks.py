@@ -13,8 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from fastprune.errors import NumericalError
-from fastprune.progress import console, track
 from fastprune.progress import log as progress_log
+from fastprune.progress import track
 from fastprune.recover.guard import Guard
 
 if TYPE_CHECKING:
@@ -54,10 +54,9 @@ class Watch(TrainerCallback):
         trainer.guard.keep(state.global_step)
         self._skipped = trainer.guard_state.skipped
         self._tenth = TENTHS * state.global_step // max(1, state.max_steps)
-        if console.is_terminal and not console.quiet:
-            self._bar = iter(track(range(state.max_steps), trainer.stage.name))
-            for _step in range(state.global_step + 1):
-                next(self._bar, None)
+        steps = range(state.global_step, state.max_steps)
+        self._bar = track(steps, trainer.stage.name, state.max_steps, state.global_step)
+        next(self._bar, None)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._ask_to_stop)
