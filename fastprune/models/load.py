@@ -198,8 +198,8 @@ def _read_config(folder: Path) -> Any:
     file = folder / "config.json"
     if not file.is_file() and (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder}: a LoRA adapter, not a model; give the model it was trained on as MODEL, "
-            f"and --adapter {folder}"
+            f"{folder}: a LoRA adapter, not a model; write it into the model it was trained on: "
+            f"fastprune merge MODEL --adapter {folder} --out DIR"
         )
     if not file.is_file():
         raise InputError(f"{folder}: not a model folder (it has no config.json)")

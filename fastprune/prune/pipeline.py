@@ -29,7 +29,7 @@ from fastprune.models.families import block_parameters, family_of, geometries
 from fastprune.models.load import load_model
 from fastprune.models.streamed import StreamedModel
 from fastprune.prune import latency, stream
-from fastprune.prune.budget import Budget, budget_of, saved_bytes
+from fastprune.prune.budget import Budget, budget_of, far_off, saved_bytes
 from fastprune.prune.compensation import compensate
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import judging
@@ -181,6 +181,8 @@ def prune(
         with clock("evaluate"):
             yardstick = Yardstick(model, judging(calibration[: config.search_samples]))
     removed = parameters_removed(model, plan)
+    if budget is not None and (told := far_off(budget, config, removed, block)):
+        log.warning("%s", told)
     if dense is not None and source is not None:
         assert directory is not None  # run_prune has seen --out or --dry-run
         with clock("surgery"):
