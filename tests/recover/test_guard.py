@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -197,8 +198,9 @@ def gradients(monkeypatch):
 
 def test_faults_here_and_there(finetune, gradients, tmp_path):
     gradients(math.nan, {2, 5})
-    status, _, stderr = finetune("--max-steps", "8", "--guard-steps", "2")
+    status, table, stderr = finetune("--max-steps", "8", "--guard-steps", "2")
     assert status == 0, stderr
+    assert re.search(r"steps +skipped", table) and re.search(r"finetune +0\.001 +8 +2 ", table)
     metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
     stage = metrics["stages"][0]
     assert (stage["skipped_steps"], stage["rollbacks"]) == (2, 0)
