@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
+from fastprune.inspect.forward import finite_logits
 from fastprune.inspect.generate import pad_token
 from fastprune.kernels.reference import IGNORED
 from fastprune.models.gpt2 import learned_positions
@@ -145,7 +146,7 @@ def answer(
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         for batch in track(batches, "answering"):
             ids, mask = _padded([prompts[i] for i in batch], pad, left=not seq2seq)
-            with quiet_libraries():
+            with quiet_libraries(), finite_logits(model):
                 output = model.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),

@@ -27,12 +27,19 @@ from fastprune.inspect import findings as say
 from fastprune.inspect.against import Comparison, check_comparable, compare, kept_layers
 from fastprune.inspect.anatomy import Heads, LayerHealth, layer_health, wants_lines
 from fastprune.inspect.forward import ForwardTest, try_forward
-from fastprune.inspect.health import TensorHealth, model_weights, scan_weights, stored_weights
+from fastprune.inspect.health import (
+    TensorHealth,
+    model_weights,
+    scan_weights,
+    stored_weights,
+    unsound,
+)
 from fastprune.inspect.perplexity import (
     Perplexity,
     check_positions,
     evaluate,
     peak_memory_bytes,
+    sound,
     text_windows,
 )
 from fastprune.inspect.record import PruningRecord
@@ -185,7 +192,8 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
         with clock("forward"):
             ids = _first_tokens(tokenizer, documents)
             found.forward = try_forward(model, ids)
-        found.findings += say.of_forward(found.forward)
+        finite = all(tensor.finite for tensor in found.tensors)
+        found.findings += say.of_forward(found.forward, finite)
         if documents is not None and found.forward.sound:
             _measure(found, config, model, tokenizer, documents, record, clock)
     found.advice = advise(_case(found, config, record))
@@ -218,7 +226,12 @@ def _measure(
             check_comparable(model, dense)
     with clock("perplexity"):
         measured = found.perplexity = evaluate(model, windows)
-        known = evaluate(dense, windows).perplexity if dense is not None else None
+        if math.isnan(measured.perplexity):
+            found.findings.append(Finding("broken", str(unsound(model, "the loss"))))
+            return
+        known = None
+        if dense is not None:
+            known = sound(evaluate(dense, windows), dense, f"the loss of {config.dense}").perplexity
     removed = record.removed if record else 0.0
     if dense is not None and known is not None:
         with clock("compare"):
@@ -253,6 +266,7 @@ def _case(found: Diagnosis, config: DiagnoseConfig, record: PruningRecord | None
         model=config.model,
         finite=all(tensor.finite for tensor in found.tensors),
         whole=verdict(others) != "unhealthy",
+        overflows=_overflow_dtype(found),
         band=found.judgement.band if found.judgement else None,
         measured=found.judgement is not None,
         dense=dense,
@@ -260,6 +274,17 @@ def _case(found: Diagnosis, config: DiagnoseConfig, record: PruningRecord | None
         removed=removed,
         masked=any(layer.dead_heads or layer.dead_channels for layer in found.layers),
     )
+
+
+def _overflow_dtype(found: Diagnosis) -> str | None:
+    """The dtype that the forward pass left, where all else is as it should be."""
+    broken = sum(finding.severity == "broken" for finding in found.findings)
+    finite = all(tensor.finite for tensor in found.tensors)
+    nan = found.perplexity is not None and math.isnan(found.perplexity.perplexity)
+    test = found.forward
+    if broken != 1 or not finite or test is None or test.constant or (test.sound and not nan):
+        return None
+    return test.dtype
 
 
 def _load(config: DiagnoseConfig, name: str) -> tuple[nn.Module, Any]:

@@ -65,10 +65,18 @@ def of_layers(layers: Sequence[LayerHealth], heads: Heads) -> Iterator[Finding]:
             yield Finding("warning", f"all {what} are dead in {named(all_dead)}")
 
 
-def of_forward(test: ForwardTest) -> Iterator[Finding]:
-    """Where the forward pass broke, or what its output looks like."""
+def of_forward(test: ForwardTest, sound_weights: bool = False) -> Iterator[Finding]:
+    """Where the forward pass broke, or what its output looks like.
+
+    With ``sound_weights`` every weight is known to be finite.
+    """
     shape = " × ".join(map(str, test.shape))
-    if test.broken_at is not None:
+    broken = test.broken_at is not None or test.nan or test.inf
+    if broken and sound_weights:
+        remedy = "; use --dtype bfloat16 or float32" if test.dtype == "float16" else ""
+        where = test.broken_at or "the logits"
+        yield Finding("broken", f"it overflows in {test.dtype}{remedy} (in {where})")
+    elif test.broken_at is not None:
         yield Finding("broken", f"the output is not finite from {test.broken_at} on")
     elif test.nan or test.inf:
         yield Finding("broken", f"logits {shape}: {test.nan:,} NaN, {test.inf:,} Inf")

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.inspect.anatomy import LAYER
+from fastprune.inspect.health import unsound
 
 
 @dataclass(frozen=True)
 class ForwardTest:
-    """Output of one forward pass over ``tokens`` tokens.
+    """Output of one forward pass over ``tokens`` tokens, computed in ``dtype``.
 
     ``min``, ``max`` and ``mean`` are over the finite logits. ``broken_at`` names the first module,
     in the order they run, whose output was not finite. ``constant`` says that all logits are the
@@ -35,6 +36,7 @@ class ForwardTest:
     broken_at: str | None
     layers: dict[str, float]
     seconds: float
+    dtype: str = "float32"
 
     @property
     def sound(self) -> bool:
@@ -72,7 +74,25 @@ def try_forward(model: nn.Module, ids: Tensor) -> ForwardTest:
         broken_at=watch.broken_at,
         layers=watch.layers,
         seconds=time.perf_counter() - start,
+        dtype=str(logits.dtype).removeprefix("torch."),
     )
+
+
+@contextmanager
+def finite_logits(model: nn.Module) -> Iterator[None]:
+    """NumericalError as soon as ``model``, called in the block, puts out logits to take no token
+    by: NaN, or infinite for the likeliest token that follows."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def check(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not math.isfinite(output.logits[:, -1].amax().item()):  # the largest: some are masked
+            raise unsound(inner, "the output of the model")
+
+    handle = inner.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass

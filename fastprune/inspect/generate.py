@@ -15,6 +15,7 @@ from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
 from fastprune.errors import InputError, NumericalError
+from fastprune.inspect.forward import finite_logits
 from fastprune.models.gpt2 import learned_positions
 from fastprune.models.load import load_model
 from fastprune.models.quiet import quiet_libraries
@@ -160,7 +161,8 @@ def generate(
     model.eval()
     start = time.perf_counter()
     try:
-        with quiet_libraries(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        cards = [device] if device.type == "cuda" else []
+        with quiet_libraries(), finite_logits(model), torch.random.fork_rng(cards):
             torch.manual_seed(seed)
             output = model.generate(
                 input_ids=ids,
@@ -174,7 +176,9 @@ def generate(
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise NumericalError("the model's output is not finite") from error
+        raise NumericalError(
+            f"the logits are not finite once divided by the temperature {temperature:g}: raise it"
+        ) from error
     finally:
         model.train(training)
     new = output[0, start_length:].tolist()

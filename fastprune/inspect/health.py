@@ -94,6 +94,35 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
+def unsound(model: nn.Module, what: str, autocast: torch.dtype | None = None) -> NumericalError:
+    """The error to raise when ``what``, computed by ``model``, is NaN or Inf: why, and what to do.
+
+    Weights that are NaN or Inf are to blame where there are any, else the range of the dtype that
+    was computed in: that of ``autocast`` where one was in force, else the weights'.
+    """
+    parameters = list(model.parameters())
+    bad = [health for health in scan_model(model) if not health.finite]
+    half = torch.float16 in (autocast, *(p.dtype for p in parameters))
+    dtype = "float16" if half else _name(parameters[0].dtype)
+    remedy = "use --dtype bfloat16 or float32"
+    if autocast == torch.float16:
+        remedy = "use --precision bf16 or fp32"
+    if bad and not (half and all(h.scan is not None and not h.scan.nan for h in bad)):
+        why = f"the weights hold {describe_broken(bad)}; go back to the last good checkpoint"
+    elif bad:
+        why = f"the weights overflow in float16; {remedy} ({describe_broken(bad)})"
+    elif any(p.is_meta for p in parameters):
+        why = f"the weights are broken, or the model overflows in {dtype}"
+        why += f"; {remedy}" if half else "; fastprune diagnose MODEL tells which"
+    elif half:
+        why = f"the model overflows in float16; {remedy} (every weight is finite, but some "
+        why += "activations exceed 65504)"
+    else:
+        why = f"the model overflows in {dtype}, though every weight is finite; "
+        why += "fastprune diagnose MODEL names the layer"
+    return NumericalError(f"{what} came out as NaN or Inf: {why}")
+
+
 def describe_broken(tensors: Sequence[TensorHealth]) -> str:
     """The ``tensors``, which hold NaN or Inf, in one line: how much of it, and where."""
     scans = [health.scan for health in tensors if health.scan is not None]

@@ -24,7 +24,8 @@ from fastprune import distributed
 from fastprune.config import CommonConfig
 from fastprune.data.records import BUILTIN
 from fastprune.data.text import eval_windows, load_documents, token_stream
-from fastprune.errors import InputError, NumericalError
+from fastprune.errors import InputError
+from fastprune.inspect.health import unsound
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
 from fastprune.models.load import load_model
@@ -98,9 +99,14 @@ def run_eval(config: EvalConfig) -> Perplexity:
     check_positions(model, "--seq-len", config.seq_len)
     windows = text_windows(tokenizer, documents, config.seq_len, config.windows)
     result = evaluate(model, windows, batch_size=config.batch_size)
-    if math.isnan(result.perplexity):
-        raise NumericalError(f"{config.model}: the loss is not a number; its weights are broken")
-    return result
+    return sound(result, model, f"the loss of {config.model}")
+
+
+def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:
+    """``found`` of ``model``, or NumericalError, which calls the loss ``what``, if it is NaN."""
+    if math.isnan(found.perplexity):
+        raise unsound(model, what)
+    return found
 
 
 def text_windows(tokenizer: Any, documents: list[str], seq_len: int, windows: int) -> Tensor:
@@ -130,7 +136,7 @@ def evaluate(
 
     exp of the mean negative log-likelihood over all n * (s - 1) scored tokens, summed in float64.
     The encoder of a T5 reads the first half of a window, and the second half is scored. Not a
-    number, or infinite, when the model's output is: the caller decides what that means.
+    number when the model's output is not finite: the caller decides what that means (`sound`).
     Where several processes share the work, each runs its own batches. A model that is sharded all
     must evaluate, each all batches.
     """
@@ -177,7 +183,7 @@ def measured(total: Tensor, windows: Tensor, start: float, tokens: int | None = 
     mean = total.item() / tokens  # waits for the device, so the clock below is right
     seconds = time.perf_counter() - start
     return Perplexity(
-        perplexity=_exp(mean),
+        perplexity=_exp(mean) if math.isfinite(mean) else math.nan,
         tokens=tokens,
         seq_len=seq_len,
         windows=n,

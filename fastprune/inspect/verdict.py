@@ -110,12 +110,17 @@ class Case:
     removed: float | None
     masked: bool
     """there are heads or channels that add nothing"""
+    overflows: str | None = None
+    """the dtype that activations leave, though weights and sizes are sound"""
 
 
 def advise(case: Case) -> list[Advice]:
     """What to do next, the most urgent first; commands can be run as they stand."""
     if not case.finite:
         return [_remake(case, "Values that are NaN or Inf cannot be trained away")]
+    if case.overflows == "float16":
+        text = "Nothing is wrong with the weights: run it in a dtype of larger range"
+        return [Advice(text, _command("diagnose", case.model, "--dtype", "bfloat16"))]
     if not case.whole:
         return [_remake(case, "The checkpoint is damaged or was cut wrongly")]
     advice = [_by_band(case) if case.measured else _measure(case)]

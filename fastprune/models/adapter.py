@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ SAMPLES = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
+FOREIGN = (
+    (r"\.(lora_\w+|modules_to_save)\.\w+\.weight$", "the adapter's own name is left in them, as in "
+     "a state dict that was gathered by hand (from DeepSpeed, say)"),
+    (r"^lora_(unet|te\d?)_", "they are of an image model"),
+    (r"_orig_mod\.", "they are of a compiled model (torch.compile)"),
+    (r"_fsdp_wrapped_module\.|^module\.", "they are of a model wrapped for several processes"),
+    (r"\.lora_[ab]$", "they are MLX's"),
+    (rf"^(?!{re.escape(PREFIX)})", f"they lack the {PREFIX} before every name"),
+)  # fmt: skip
+"""Patterns of tensor names that peft does not write, and what they tell."""
 
 log = logging.getLogger("fastprune")
 
@@ -96,7 +107,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     The model is changed in place. The adapter's own weights are fp32. Raises InputError when there
     is no usable adapter, when `model` is not the base it was trained on, or when its tensors do not
     fit; an adapter without a fingerprint (made by plain peft) is checked for its tensors' names and
-    shapes only, with a warning.
+    shapes only, with a warning. Where it was trained on a larger or smaller vocabulary and holds
+    the embeddings and the head of it, those of `model` are resized.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -104,6 +116,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     _check_files(directory)
     _check_base(model, directory)
     tensors = _tensors(directory)
+    _check_names(directory, tensors)
+    carried = _carried(model, tensors)
+    _fit_vocabulary(model, directory, {name: len(tensors[name]) for name in carried})
     _check_fit(model, directory, tensors)
     device = next(model.parameters()).device
     try:
@@ -113,7 +128,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{directory}: the adapter does not load: {reason}") from error
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if strays := sorted(expected.keys() ^ tensors.keys()):
+    if strays := sorted((expected.keys() ^ tensors.keys()) - carried):
         raise InputError(
             f"{directory}: the adapter does not cover this model ({len(strays)} tensors, first "
             f"{strays[0]}); give the model it was trained on"
@@ -161,11 +176,23 @@ def _check_files(directory: Path) -> None:
     if not file.is_file():
         raise InputError(f"--adapter {directory}: not an adapter folder (it has no {CONFIG_FILE})")
     try:
-        kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"]
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind = settings["peft_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: broken adapter config; copy the adapter again") from error
     if kind != "LORA":
         raise InputError(f"--adapter {directory}: a {kind} adapter; only LoRA can be used")
+    import peft
+
+    known = {field.name for field in fields(peft.LoraConfig)}
+    if unknown := sorted(key for key, value in settings.items() if value and key not in known):
+        log.warning(
+            "%s: settings that peft %s does not know and leaves out (%s): the adapter may have "
+            "been made by a newer peft and mean something else",
+            file,
+            peft.__version__,
+            ", ".join(unknown),
+        )
 
 
 def _check_base(model: nn.Module, directory: Path) -> None:
@@ -205,6 +232,50 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
             f"--adapter {directory}: its weights cannot be read ({type(error).__name__}); "
             "copy the adapter again"
         ) from error
+
+
+def _check_names(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise InputError unless `tensors` are named as peft names those of an adapter."""
+    if not tensors:
+        raise InputError(
+            f"--adapter {directory}: its weight file holds no tensors, so the adapter was lost "
+            "when it was saved; save it again with save_pretrained of the PeftModel"
+        )
+    for pattern, what in FOREIGN:
+        if name := next(filter(re.compile(pattern).search, tensors), None):
+            raise InputError(
+                f"--adapter {directory}: its tensors are not named as peft names them ({name}): "
+                f"{what}; save it again with save_pretrained of the PeftModel"
+            )
+
+
+def _carried(model: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
+    """The names of those `tensors` that are whole embeddings or heads."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [PREFIX + path for path, module in model.named_modules() if module in ends]
+    names = {path + end for path in paths for end in (".weight", ".base_layer.weight")}
+    return names & tensors.keys()
+
+
+def _fit_vocabulary(model: nn.Module, directory: Path, rows: dict[str, int]) -> None:
+    """Resize embeddings and head to the `rows` that the adapter carries, by tensor name.
+
+    Raises InputError where it carries one of the two only and `model` needs both.
+    """
+    now = len(model.get_input_embeddings().weight)
+    wanted = set(rows.values()) - {now}
+    if not wanted:
+        return
+    # LoRA beside tied embeddings keeps the matrix that both of them share.
+    shared = model.config.tie_word_embeddings and any(".base_layer." in name for name in rows)
+    if len(set(rows.values())) > 1 or not (shared or len(rows) == 2):
+        raise InputError(
+            f"--adapter {directory} was trained on a vocabulary of {wanted.pop()} tokens and does "
+            f"not hold both embeddings and head of it; MODEL has {now}: give the resized model"
+        )
+    (size,) = wanted
+    log.warning("%s: the vocabulary grows or shrinks from %d to %d tokens", directory, now, size)
+    model.resize_token_embeddings(size, mean_resizing=False)
 
 
 def _check_fit(model: nn.Module, directory: Path, tensors: dict[str, Tensor]) -> None:

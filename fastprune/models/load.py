@@ -73,7 +73,8 @@ def load_model(
     `dtype` auto keeps the dtype of the checkpoint (float32 for a `.gguf` file). `allow_pickle`
     reads a foreign `.bin` file, which may run any code it contains; `trust_remote_code` runs the
     Python code in the model's folder where transformers has none for it. `adapter` is a folder with
-    a LoRA adapter, put onto the model unmerged. Raises InputError when the source is missing,
+    a LoRA adapter, put onto the model unmerged; one that resizes the vocabulary brings its
+    tokenizer, if it has one. Raises InputError when the source is missing,
     incomplete or broken, or is not the model the adapter was trained on.
     """
     wanted = _dtype(dtype)
@@ -91,7 +92,11 @@ def load_model(
     if adapter is not None:
         from fastprune.models.adapter import load_adapter  # peft takes a second to import
 
+        own = len(model.get_input_embeddings().weight)
         model = load_adapter(model, adapter)
+        folder = Path(adapter).expanduser()
+        if len(model.get_input_embeddings().weight) != own and _has_tokenizer(folder):
+            tokenizer = _read_tokenizer(folder)
     return model, tokenizer
 
 
@@ -220,8 +225,8 @@ def _read_config(folder: Path, trust: bool = False) -> Any:
     file = folder / "config.json"
     if not file.is_file() and (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder}: a LoRA adapter, not a model; give the model it was trained on as MODEL, "
-            f"and --adapter {folder}"
+            f"{folder}: a LoRA adapter, not a model; write it into the model it was trained on: "
+            f"fastprune merge MODEL --adapter {folder} --out DIR"
         )
     if not file.is_file():
         raise InputError(f"{folder}: not a model folder (it has no config.json)")
@@ -280,10 +285,14 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: no weights (model.safetensors) in this folder")
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         raise InputError(f"{folder}: no tokenizer in this folder (tokenizer.json is missing)")
     for name in TOKENIZER_FILES:
         check_pointer(folder / name)

@@ -34,6 +34,10 @@ UNITS = {
 }
 
 
+NEAR = 0.01
+"""Of the block parameters: what is removed beyond or short of the budget by less needs no word."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """``need`` must be saved: milliseconds where there is a ``table``, else parameters.
@@ -75,6 +79,25 @@ class Budget:
             f"removing {self.need / block:.1%} of the block parameters cannot be reached: {within} "
             f"{error.low / block:.1%} to {error.high / block:.1%} can be removed"
         )
+
+
+def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> str | None:
+    """How and why ``removed`` of ``block`` parameters are not what ``budget`` asks for; None where
+    they are near, or where it is one of milliseconds."""
+    if budget.table is not None or abs(removed - budget.need) <= NEAR * block:
+        return None
+    if config.align > 1:
+        why = f"--align {config.align} keeps channels in multiples of {config.align} in every layer"
+        why += "; a smaller --align comes nearer"
+    elif config.layout == "uniform":
+        why = "--layout uniform takes the same from every layer; --layout per-layer comes nearer"
+    elif "mlp" in config.structures:
+        why = "the limits of a layer leave no finer step; a smaller --min-layer-ratio or a larger "
+        why += "--max-layer-ratio comes nearer"
+    else:
+        why = "KV groups and sublayers go as a whole; --structures with mlp comes nearer"
+    asked, gone = budget.need / block, removed / block
+    return f"asked to remove {asked:.1%} of the block parameters, {gone:.1%} go: {why}"
 
 
 def budget_of(config: PruneConfig, model: nn.Module, table: CostTable | None) -> Budget | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
-from fastprune.errors import NumericalError
+from fastprune.inspect.health import unsound
 from fastprune.inspect.perplexity import batches, decoder_and_head, loss_and_hidden_grad
 from fastprune.kernels import ops
 from fastprune.models.families import (
@@ -93,15 +93,13 @@ def score(model: nn.Module, windows: Tensor, method: str, *, seed: int = 0) -> S
         scores = random(geometries(model), seed)
     else:
         raise ValueError(f"unknown importance '{method}'; known: {', '.join(METHODS)}")
-    return checked(scores, method)
+    return checked(scores, method, model)
 
 
-def checked(scores: Scores, method: str) -> Scores:
-    """``scores`` of ``method``, or NumericalError when one of them is not finite."""
+def checked(scores: Scores, method: str, model: nn.Module) -> Scores:
+    """``scores`` of ``model`` by ``method``, or NumericalError when one of them is not finite."""
     if not scores.finite():
-        raise NumericalError(
-            f"the {method} scores are not finite: the weights or the activations hold NaN or Inf"
-        )
+        raise unsound(model, f"the {method} scores")
     return scores
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.config import resolve_device
 from fastprune.data.text import load_sources, sample_mix, token_stream
-from fastprune.errors import GateError, InputError, NumericalError
+from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import (
     Perplexity,
     check_positions,
     evaluate,
     peak_memory_bytes,
+    sound,
     text_windows,
 )
 from fastprune.models.checkpoint import check_out, check_savable, save_checkpoint, staged
@@ -30,7 +30,7 @@ from fastprune.models.load import load_model
 from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import StreamedModel
 from fastprune.prune import latency, stream
-from fastprune.prune.budget import Budget, budget_of, saved_bytes
+from fastprune.prune.budget import Budget, budget_of, far_off, saved_bytes
 from fastprune.prune.compensation import compensate
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import judging
@@ -174,7 +174,7 @@ def prune(
     if not config.dry_run:
         with clock("evaluate"):
             measured = evaluate(model, test) if source is None else stream.evaluate(source, test)
-            dense = _sound(measured, "the model")
+            dense = sound(measured, model, "the loss of the model")
     if plan is None:
         assert budget is not None  # config.check() has seen a budget or a plan
         made = plan_in_steps(model, calibration, budget, planning or config, clock, source)
@@ -186,13 +186,16 @@ def prune(
         with clock("evaluate"):
             yardstick = Yardstick(model, judging(calibration[: config.search_samples]))
     removed = parameters_removed(model, plan)
+    if budget is not None and (told := far_off(budget, config, removed, block)):
+        log.warning("%s", told)
     if dense is not None and source is not None:
         assert directory is not None  # run_prune has seen --out or --dry-run
         with clock("surgery"):
             stream.cut(source, plan, calibration if refit else None, directory)
         with clock("evaluate"):
             written = StreamedModel(directory, device=str(device))
-            pruned = _sound(stream.evaluate(written, test), "the pruned model")
+            measured = stream.evaluate(written, test)
+            pruned = sound(measured, written.model, "the loss of the pruned model")
         _check_gate(config, dense, pruned)
     elif dense is not None:
         if refit:
@@ -201,7 +204,7 @@ def prune(
         with clock("surgery"):
             apply_plan(model, plan)
         with clock("evaluate"):
-            pruned = _sound(evaluate(model, test), "the pruned model")
+            pruned = sound(evaluate(model, test), model, "the loss of the pruned model")
         _check_gate(config, dense, pruned)
     actual = None
     if yardstick is not None:
@@ -314,13 +317,6 @@ def _texts(
         for name, texts in sources.items()
     }
     return test, sample_mix(streams, config.calib_seq_len, config.calib_samples, config.seed)
-
-
-def _sound(measured: Perplexity, what: str) -> Perplexity:
-    """``measured``, or NumericalError when it is not a number."""
-    if math.isnan(measured.perplexity):
-        raise NumericalError(f"the loss of {what} is not a number; nothing was written")
-    return measured
 
 
 def _check_gate(config: PruneConfig, dense: Perplexity, pruned: Perplexity) -> None:

@@ -40,6 +40,7 @@ from fastprune.prune.sizes import (
     BudgetError,
     LayerSize,
     Removal,
+    check_align,
     check_reachable,
     half_unit,
     parameters,
@@ -91,6 +92,7 @@ def make_plan(
         layer_size(layer, config.structures if i in selected else ())
         for i, layer in enumerate(decoder_layers(model))
     ]
+    check_align(costs, limits_of(config))
     importance = divergence = None
     with clock("score"):
         if source is None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
-from fastprune.errors import InputError, NumericalError
+from fastprune.errors import InputError
+from fastprune.inspect.health import unsound
 from fastprune.inspect.perplexity import chunked_loss, decoder_and_head
 from fastprune.models.blocks import Blocks
 from fastprune.progress import track
@@ -45,7 +46,7 @@ def removal(model: nn.Module, windows: Tensor) -> tuple[list[float], float]:
             totals[skipped] += loss(rest)
             hidden = blocks.run(skipped, hidden)
         totals[-1] += loss(hidden)
-    return increases(totals, windows)
+    return increases(totals, windows, model)
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def activation(model: nn.Module, windows: Tensor) -> list[float]:
             after = blocks.run(index, hidden)
             totals[index] += change(hidden, after)
             hidden = after
-    return mean_changes(totals, windows)
+    return mean_changes(totals, windows, model)
 
 
 def change(before: Tensor, after: Tensor) -> float:
@@ -74,26 +75,29 @@ def change(before: Tensor, after: Tensor) -> float:
     return ((y - x).norm(dim=-1) / norms).double().sum().item()
 
 
-def mean_changes(totals: Sequence[float], windows: Tensor) -> list[float]:
-    """Sums of `change` over ``windows`` (n, s) per token, added up over the processes.
+def mean_changes(totals: Sequence[float], windows: Tensor, model: nn.Module) -> list[float]:
+    """Sums of `change` in ``model`` over ``windows`` (n, s) per token, added up over the processes.
 
     Raises NumericalError when one is not finite.
     """
     totals = distributed.sums(totals)
     if not all(map(math.isfinite, totals)):
-        raise NumericalError("the hidden states of the model are not finite")
+        raise unsound(model, "the hidden states")
     return [total / windows.numel() for total in totals]
 
 
-def increases(totals: Sequence[float], windows: Tensor) -> tuple[list[float], float]:
-    """Summed losses on ``windows`` (n, s) as perplexities: each minus the last, and the last.
+def increases(
+    totals: Sequence[float], windows: Tensor, model: nn.Module
+) -> tuple[list[float], float]:
+    """Summed losses of ``model`` on ``windows`` (n, s) as perplexities: each minus the last, and
+    the last.
 
     The losses are added up over the processes. Raises NumericalError when one is not finite.
     """
     totals = distributed.sums(totals)
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     if not all(map(math.isfinite, totals)):
-        raise NumericalError("the loss with a layer skipped is not finite")
+        raise unsound(model, "the loss with a layer skipped")
     perplexities = [math.exp(min(total / tokens, 100.0)) for total in totals]
     return [p - perplexities[-1] for p in perplexities[:-1]], perplexities[-1]
 

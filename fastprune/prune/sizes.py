@@ -107,6 +107,17 @@ def whole_parameters(size: LayerSize, removal: Removal) -> int:
     return removal.attention * size.attention + removal.mlp * size.mlp
 
 
+def check_align(sizes: Sequence[LayerSize], limits: Limits) -> None:
+    """InputError when a layer has too few channels to keep a multiple of ``limits.align``."""
+    for index, size in enumerate(sizes):
+        if 0 < size.channels < limits.align:
+            raise InputError(
+                f"--align {limits.align}: layer {index} has {size.channels} channels, so no "
+                f"multiple of that can be kept; use --align {size.channels} at most, or leave such "
+                "layers out with --layers"
+            )
+
+
 def check_reachable(sizes: Sequence[LayerSize], target: int, limits: Limits) -> None:
     """BudgetError when ``limits`` rule out removing ``target`` parameters."""
     low, high = reachable(sizes, limits)

@@ -68,7 +68,7 @@ def score(source: StreamedModel, windows: Tensor, method: str, *, seed: int = 0)
         scores = Scores.of(_obs(source, windows))
     else:
         scores = random(geometries(source.model), seed)
-    return checked(scores, method)
+    return checked(scores, method, source.model)
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def removal(source: StreamedModel, windows: Tensor) -> tuple[list[float], float]
         variants = [_run(source, index, hidden) for hidden in variants]
         variants.append(dense)  # the variant that skips this layer
         dense = _run(source, index, dense)
-    return increases(_losses(source, [*variants, dense], rows), windows)
+    return increases(_losses(source, [*variants, dense], rows), windows, source.model)
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def sublayer_losses(source: StreamedModel, windows: Tensor) -> list[tuple[float,
         dense = _run(source, index, dense)
     totals = _losses(source, [*variants, dense], rows)
     pairs = list(zip(totals[:-1:2], totals[1:-1:2], strict=True))
-    return loss_increases(pairs, totals[-1], windows)
+    return loss_increases(pairs, totals[-1], windows, source.model)
 
 
 def _losses(
@@ -131,7 +131,7 @@ def layer_activation(source: StreamedModel, windows: Tensor) -> list[float]:
         after = _run(source, index, hidden)
         totals.append(sum(map(change, hidden, after)))
         hidden = after
-    return mean_changes(totals, windows)
+    return mean_changes(totals, windows, source.model)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
-from fastprune.errors import NumericalError
+from fastprune.inspect.health import unsound
 from fastprune.inspect.perplexity import chunked_loss, decoder_and_head
 from fastprune.models.blocks import Blocks
 from fastprune.models.modeling import RemovedAttention, RemovedMLP
@@ -54,19 +54,20 @@ def sublayer_losses(model: nn.Module, windows: Tensor) -> list[tuple[float, floa
                 totals[index][place] += chunked_loss(blocks.norm(rest), head, ids)[0].item()
             hidden = blocks.run(index, hidden)
         dense += chunked_loss(blocks.norm(hidden), head, ids)[0].item()
-    return loss_increases(totals, dense, windows)
+    return loss_increases(totals, dense, windows, model)
 
 
 def loss_increases(
-    totals: Sequence[Sequence[float]], dense: float, windows: Tensor
+    totals: Sequence[Sequence[float]], dense: float, windows: Tensor, model: nn.Module
 ) -> list[tuple[float, float]]:
-    """Summed losses on ``windows`` (n, s) as increases over ``dense``, in nats a token.
+    """Summed losses of ``model`` on ``windows`` (n, s) as increases over ``dense``.
 
-    The losses are added up over the processes. Raises NumericalError when one is not finite.
+    They are in nats a token, the losses added up over the processes. Raises NumericalError when one
+    is not finite.
     """
     flat = distributed.sums([dense, *(value for pair in totals for value in pair)])
     if not all(map(math.isfinite, flat)):
-        raise NumericalError("the loss with a sublayer skipped is not finite")
+        raise unsound(model, "the loss with a sublayer skipped")
     dense, totals = flat[0], list(zip(flat[1::2], flat[2::2], strict=True))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return [((a - dense) / tokens, (b - dense) / tokens) for a, b in totals]

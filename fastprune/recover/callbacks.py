@@ -13,8 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from fastprune.errors import NumericalError
-from fastprune.progress import console, track
 from fastprune.progress import log as progress_log
+from fastprune.progress import track
 from fastprune.recover.guard import Guard
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Watch(TrainerCallback):
         self._save_later = False
         self._tenth = 0
         self._since: list[float] = []
+        self._skipped = 0
 
     # ------------------------------------------------------------------------ begin and end
 
@@ -51,11 +52,11 @@ class Watch(TrainerCallback):
             state=trainer.guard_state,
         )
         trainer.guard.keep(state.global_step)
+        self._skipped = trainer.guard_state.skipped
         self._tenth = TENTHS * state.global_step // max(1, state.max_steps)
-        if console.is_terminal and not console.quiet:
-            self._bar = iter(track(range(state.max_steps), trainer.stage.name))
-            for _step in range(state.global_step + 1):
-                next(self._bar, None)
+        steps = range(state.global_step, state.max_steps)
+        self._bar = track(steps, trainer.stage.name, state.max_steps, state.global_step)
+        next(self._bar, None)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._ask_to_stop)
@@ -133,16 +134,21 @@ class Watch(TrainerCallback):
         if loss == loss:
             self._since.append(loss)
         tenth = TENTHS * state.global_step // max(1, state.max_steps)
-        if tenth > self._tenth:
-            self._tenth = tenth
-            mean = sum(self._since) / len(self._since) if self._since else float("nan")
-            progress_log.info(
-                "%s: %d %%, step %d of %d, mean loss %.4f, lr %.3g",
-                self.trainer.stage.name,
-                round(100 * state.global_step / max(1, state.max_steps)),
-                state.global_step,
-                state.max_steps,
-                mean,
-                logs["learning_rate"],
-            )
-            self._since = []
+        if tenth == self._tenth:
+            return
+        guard = self.trainer.guard_state
+        skipped = guard.skipped - self._skipped
+        progress_log.log(
+            logging.INFO if self._since else logging.WARNING,
+            "%s: %d %%, step %d of %d, %s%s, lr %.3g",
+            self.trainer.stage.name,
+            round(100 * state.global_step / max(1, state.max_steps)),
+            state.global_step,
+            state.max_steps,
+            f"mean loss {sum(self._since) / len(self._since):.4f}"
+            if self._since
+            else "no finite loss since the last line",
+            f", {skipped} skipped for a non-finite loss or gradient" if skipped else "",
+            logs["learning_rate"],
+        )
+        self._tenth, self._skipped, self._since = tenth, guard.skipped, []

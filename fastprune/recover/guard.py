@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,20 @@ def poison(loss: Tensor) -> Tensor:
     return loss * torch.where(value <= LOSS_LIMIT, 1.0, math.nan).to(loss.dtype)
 
 
+@torch.no_grad()
+def bits(parameters: Iterable[Tensor]) -> list[int]:
+    """For each of `parameters` a sum of the bits of its values, which a change of them changes.
+
+    Of a sharded parameter this process's part counts.
+    """
+    sums = []
+    for parameter in parameters:
+        values = local(parameter.detach())
+        integers = values.view(_INTEGERS[values.element_size()])
+        sums.append(int(integers.sum(dtype=integers.dtype)))  # wraps around: no wider copy is made
+    return sums
+
+
 @dataclass
 class GuardState:
     """What the guard has seen; saved with every checkpoint."""
@@ -49,6 +64,7 @@ class GuardState:
 
 _Kept = tuple[int, dict[str, Tensor], dict[str, Any]]  # step, weights, the optimizer's state
 _Reading = tuple[int, Tensor, Any]  # step; skipped steps and loss scale (2,); when they are here
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 _SKIPPED = 2  # in the optimizer's control: loss scale, sound steps since it grew, skipped steps
 
 

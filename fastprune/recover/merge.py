@@ -23,7 +23,7 @@ from fastprune.data.records import BUILTIN
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
-from fastprune.models.adapter import load_adapter, read_fingerprint
+from fastprune.models.adapter import read_fingerprint
 from fastprune.models.checkpoint import (
     RECORDS,
     check_out,
@@ -101,18 +101,18 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     clock = Clock()
     with RunLog() as run_log:
         with clock("load"):
-            model, tokenizer = load_model(
+            adapted, tokenizer = load_model(
                 config.model,
                 dtype=config.dtype,
                 device=config.device,
                 allow_pickle=config.allow_pickle,
                 trust_remote_code=config.trust_remote_code,
+                adapter=config.adapter,
             )
-            check_savable(model, tokenizer)
-            adapted = load_adapter(model, config.adapter)
+            check_savable(adapted.get_base_model(), tokenizer)
             scale(adapted, config.strength)
             trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
-            windows = _sample(model, tokenizer)
+            windows = _sample(adapted, tokenizer)
         merged, agreements = merge_adapter(adapted, windows, clock)
         metrics = {
             "model": config.model,
@@ -146,10 +146,22 @@ def scale(adapted: nn.Module, strength: float) -> None:
     """Multiply what the LoRA adapter of the PeftModel `adapted` adds by `strength`, in place.
 
     Between base and adapted model lie some that do better on other text than the training's
-    (WiSE-FT, Wortsman et al., arXiv 2109.01903).
+    (WiSE-FT, Wortsman et al., arXiv 2109.01903). Raises InputError where it also holds weights that
+    stand in place of the base's.
     """
     from peft.tuners.lora import LoraLayer
 
+    made = adapted.active_peft_config
+    whole = {
+        "modules_to_save": bool(made.modules_to_save),
+        "trainable_token_indices": bool(made.trainable_token_indices),
+        f"bias {made.bias}": made.bias != "none",
+    }
+    if strength != 1 and any(whole.values()):
+        raise InputError(
+            f"--strength {strength:g} scales low-rank matrices, and this adapter also replaces "
+            f"weights ({', '.join(what for what, has in whole.items() if has)}); leave it out"
+        )
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             module.scale_layer(strength)
@@ -189,11 +201,17 @@ def fold(adapted: nn.Module) -> nn.Module:
     """The model in which the adapter of the PeftModel `adapted` is part of the weights, unchecked.
 
     `adapted` is taken apart. Each weight is added to in fp32 and returns to its own dtype before
-    the next, so that little more memory is taken than the model has. Raises NumericalError when a
-    merged weight is not finite.
+    the next, so that little more memory is taken than the model has. Tied embeddings that the
+    adapter makes differ from the head are no longer tied. Raises NumericalError when a merged
+    weight is not finite.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    base = adapted.get_base_model()
+    for end in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if isinstance(end, BaseTunerLayer):  # what is merged into one must not show in the other
+            layer = end.get_base_layer()
+            layer.weight = nn.Parameter(layer.weight.clone())
     for module in adapted.modules():
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -209,7 +227,14 @@ def fold(adapted: nn.Module) -> nn.Module:
             ) from error
         layer.to(dtype)
     with quiet_libraries():
-        return adapted.unload()
+        model = adapted.unload()
+    if model.config.tie_word_embeddings:
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if torch.equal(embeddings.weight, head.weight):
+            model.tie_weights()
+        else:
+            model.config.tie_word_embeddings = False
+    return model
 
 
 def _sample(model: nn.Module, tokenizer: Any) -> Tensor:

@@ -77,7 +77,7 @@ class Monitor:
 
     def validation(self, step: int, figure: float) -> str | None:
         """Take a validation figure, of which lower is better; a new finding's name."""
-        if self.best is None or figure < self.best:
+        if math.isfinite(figure) and (self.best is None or figure < self.best):
             self.best, self.best_step, self.since_best = figure, step, 0
             self.train_at_best = self.smooth
             return None

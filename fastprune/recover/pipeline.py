@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastprune.inspect.perplexity import (
     check_positions,
     evaluate,
     peak_memory_bytes,
+    sound,
     text_windows,
 )
 from fastprune.models.checkpoint import check_savable, save_checkpoint
@@ -38,6 +38,7 @@ from fastprune.recover.arguments import (
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
+from fastprune.recover.guard import bits
 from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
@@ -157,7 +158,7 @@ def _finetune(
     gradient_hook: GradientHook | None = None,
 ) -> FinetuneResult:
     device = own_device(config.device)
-    saved_dtype = model.dtype
+    saved_dtype, given = model.dtype, bits(model.parameters())
     dtypes = {autocast_dtype(s.precision, device) for s in recipe.stages}
     warn_of_slow(dtypes, device)
     if None in dtypes:
@@ -199,7 +200,9 @@ def _finetune(
         folder.begin()
     if windows is not None and "before" not in record:
         with clock("evaluate"):
-            record["before"] = _sound(evaluate(course.placed(model), windows).perplexity)
+            measured = evaluate(course.placed(model), windows)
+            what = "the loss before any training"
+            record["before"] = sound(measured, model, what).perplexity
     total = sum(p.numel() for p in model.parameters())
     model = _stages(model, recipe, course, clock)
     if config.prompt is not None:
@@ -210,6 +213,13 @@ def _finetune(
     adapter = hasattr(model, "peft_config")
     if not adapter:
         convert_weights(model, saved_dtype)
+        if any(r["kept"] for r in record["results"]) and bits(model.parameters()) == given:
+            steps = sum(r["steps"] for r in record["results"])
+            dtype = str(saved_dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"0 of {steps} steps changed the weights by as much as {dtype} can hold. Raise "
+                "--lr, or keep the result in --dtype float32; no checkpoint was written"
+            )
     metrics = {
         "model": config.model or type(model).__name__,
         "data": {"spec": config.data, **next(iter(course.data.values())).to_dict()}
@@ -264,6 +274,8 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         kept = gate_passed(stage, standing, result["perplexity"]["after"])
         result["kept"] = kept
         if kept:
+            if course.windows is not None:
+                sound(measured, run.model, f"the loss after {stage.name}")
             alone = last and all(not r["kept"] for r in record["results"])
             # Another stage follows, or another one came before: a whole model goes on.
             model = run.model if stage.method == "full" or alone else fold(run.model)
@@ -306,14 +318,6 @@ def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.
         )
     documents = load_documents(config.eval)
     return text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
-
-
-def _sound(perplexity: float) -> float:
-    if math.isnan(perplexity):
-        raise NumericalError(
-            "the model's loss is not a number before any training: run fastprune diagnose MODEL"
-        )
-    return perplexity
 
 
 def _check_gate(config: FinetuneConfig, before: float | None, after: float | None) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprune.errors import NumericalError
+from fastprune.inspect.health import unsound
 from fastprune.kernels.optim import AdamW
 from fastprune.progress import track
 from fastprune.recover.freeze import parameter_groups
@@ -99,9 +99,7 @@ def range_test(
         probe = _batch(collate, samples, order[:PROBE_SAMPLES], device)
         before = _loss(objective, probe)
         if not math.isfinite(before):
-            raise NumericalError(
-                "the loss is not finite before the first step: run fastprune diagnose MODEL"
-            )
+            raise unsound(objective.model, "the loss before the first step", objective.dtype)
         batches = _batches(collate, samples, order[PROBE_SAMPLES:] or order, stage, device)
         try:
             rates, losses = _climb(objective, stage, batches, probe, before, master)

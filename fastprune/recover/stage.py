@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.data.training import Collator, TrainingData, training_data
-from fastprune.errors import InputError
+from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.bleu import check_installed
 from fastprune.models.families import PRUNED_PREFIX
 from fastprune.progress import log as progress_log
@@ -31,6 +31,7 @@ from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import Distiller
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.freeze import freeze, warmup_steps
+from fastprune.recover.guard import bits
 from fastprune.recover.lora import attach
 from fastprune.recover.monitor import Monitor
 from fastprune.recover.objective import Objective, autocast_dtype
@@ -108,7 +109,7 @@ class StageRun:
 def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> StageRun:
     """Train `model` as `stage` says, from the beginning or from the folder's checkpoint.
 
-    Raises InputError, or NumericalError when the guard gives up.
+    Raises InputError, or NumericalError when the guard gives up or no step changed a weight.
     """
     data = course.data_of(stage)
     stage = _with_answers(stage, data)
@@ -157,10 +158,13 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         _announce(trainer, stage, steps, len(data.train), learning)
     if is_first_process():
         course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
+    before = bits(p for p in trained.parameters() if p.requires_grad)
     trainer.run(checkpoint)
     if not trainer.interrupted:
+        _check_learnt(trainer, before)
         trainer.finish()
-    best = trainer.monitor.best_step if stage.eval_steps is not None else None
+    measured = stage.eval_steps is not None and trainer.monitor.best is not None
+    best = trainer.monitor.best_step if measured else None
     if best is not None and best != trainer.state.global_step and not trainer.interrupted:
         log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
         trainer.load_best()
@@ -168,6 +172,34 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         bring_back(trained, model)
     return StageRun(
         model, _result(trainer, stage, steps, learning, found, best), trainer.interrupted
+    )
+
+
+def _check_learnt(trainer: FinetuneTrainer, before: list[int]) -> None:
+    """NumericalError when what learns still has the `bits` that it had before the first step.
+
+    All processes must call it.
+    """
+    same = before == bits(p for p in trainer.model.parameters() if p.requires_grad)
+    agreed = torch.tensor(int(same), device=trainer.args.device)
+    if int(trainer.accelerator.reduce(agreed, "sum")) < trainer.args.world_size:
+        return
+    steps, guard = trainer.state.global_step, trainer.guard_state
+    skipped = guard.skipped if trainer.optimizer is None else int(trainer.adamw.skipped_steps)
+    half = torch.float16 in {trainer.objective.dtype, trainer.model.dtype}
+    if skipped:
+        why = f"{skipped} had a non-finite loss or gradient. " + (
+            "Use --precision bf16 or fp32, or let it take more steps to find its loss scale"
+            if half
+            else "Look at the data and at the model: fastprune diagnose MODEL"
+        )
+    elif trainer.masked_batches:
+        why = f"{trainer.masked_batches} had no token to learn from. Raise --seq-len"
+    else:
+        why = "all updates were too small for the weights' precision. Raise --lr"
+    raise NumericalError(
+        f"{trainer.stage.name}: 0 of {steps} steps changed the weights: {why}; "
+        "nothing was kept, --resume never begins anew"
     )
 
 

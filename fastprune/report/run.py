@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fastprune.progress import phase
+
 log = logging.getLogger("fastprune")
 
 
@@ -32,7 +34,8 @@ class Clock:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         begin = time.perf_counter()
-        yield
+        with phase(stage):
+            yield
         spent = time.perf_counter() - begin
         self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
         log.info("%s took %.1f s", stage, spent)

@@ -143,13 +143,14 @@ def _losses(dense: dict[str, Any], shown: int = 5) -> Table:
 def show_finetune(result: dict[str, Any]) -> None:
     """One line a stage, and where the checkpoint lies."""
     out = Console()
-    table = _table("stage", "lr", "steps", "loss", "perplexity before", "after", "")
+    table = _table("stage", "lr", "steps", "skipped", "loss", "perplexity before", "after", "")
     for stage in result["stages"]:
         rates = stage["lr"] if isinstance(stage["lr"], list) else [stage["lr"]]
         table.add_row(
             Text(stage["name"]),
             ", ".join(f"{rate:.3g}" for rate in rates),
             str(stage["steps"]),
+            str(stage["skipped_steps"]),
             "—" if stage["loss"] is None else f"{stage['loss']:.3f}",
             format.perplexity(stage["perplexity"]["before"]),
             format.perplexity(stage["perplexity"]["after"]),

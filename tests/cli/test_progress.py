@@ -37,36 +37,89 @@ def test_a_bar_on_a_terminal(screen, caplog):
     assert "counting" in text.getvalue()
 
 
-def test_a_plain_line_elsewhere(screen, caplog):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still; the test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def heard(caplog):
+    """Wait until a line says just this; the lines so far."""
+    caplog.set_level(logging.INFO, "fastprune")
+
+    def wait(line: str) -> list[str]:
+        for _ in range(6000):  # only so that a failure ends
+            lines = [record.message for record in caplog.records]
+            if line in lines:
+                return lines
+            time.sleep(0.005)
+        raise AssertionError(f"{line!r} is not among {lines}")
+
+    return wait
+
+
+def test_a_plain_line_elsewhere(screen, heard):
     text = screen(terminal=False)
-    with caplog.at_level(logging.INFO, "fastprune"):
-        for _ in progress.track(range(3), "counting"):
-            pass
+    for number in progress.track(range(3), "counting"):
+        lines = heard("counting: 0 of 3 so far")
+        assert number == 0 or len(lines) == 1  # the next is due after INTERVAL
     assert text.getvalue() == ""
-    assert [record.message for record in caplog.records] == [
-        "counting: 1 of 3 so far, about 0:00 left"
-    ]
 
 
-def test_further_lines_say_what_is_left(screen, caplog, monkeypatch):
+def test_further_lines_say_what_is_left(screen, heard, clock, monkeypatch):
     screen(terminal=False)
-    now = iter([0.0, 30, 60, 95, 120, 150, 190, 210])  # before all, then after each of seven
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(progress, "INTERVAL", 60.0)
-    with caplog.at_level(logging.INFO, "fastprune"):
-        assert list(progress.track(range(7), "counting")) == list(range(7))
-    assert [record.message for record in caplog.records] == [
-        "counting: 1 of 7 so far, about 3:00 left",
-        "counting: 3 of 7 so far, about 2:07 left",
-        "counting: 6 of 7 so far, about 0:32 left",
-    ]
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    for number in progress.track(range(7), "counting"):
+        clock[0] = 100.0 + 30 * number
+        if number == 1:
+            heard("counting: 1 of 7 so far, about 3:00 left")
+        if number == 6:
+            heard("counting: 6 of 7 so far, about 0:30 left")
 
 
-def test_lines_without_a_total(screen, caplog):
+def test_a_run_that_is_continued_counts_what_came_before(screen, heard, clock, monkeypatch):
     screen(terminal=False)
-    with caplog.at_level(logging.INFO, "fastprune"):
-        list(progress.track(iter(range(3)), "counting"))
-    assert [record.message for record in caplog.records] == ["counting: 1 so far"]
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    for number in progress.track(range(80, 100), "training", total=100, done=80):
+        if number == 80:
+            heard("training: 80 of 100 so far")
+        if number == 82:
+            clock[0] += 10
+            heard("training: 82 of 100 so far, about 1:30 left")
+            break
+
+
+def test_lines_without_a_total(screen, heard):
+    screen(terminal=False)
+    for _ in progress.track(iter(range(3)), "counting"):
+        heard("counting: 0 so far")
+
+
+def test_the_innermost_step_speaks(screen, heard, monkeypatch):
+    screen(terminal=False)
+    monkeypatch.setattr(progress, "INTERVAL", 3600.0)
+    with progress.phase("plan"):
+        heard("plan …, 0:00 so far")
+        for _ in progress.track(range(2), "searching"):
+            lines = heard("searching: 0 of 2 so far")
+    assert lines == ["plan …, 0:00 so far", "searching: 0 of 2 so far"]
+
+
+def test_a_step_is_heard_while_those_inside_are_too_short_to_be(screen, heard, monkeypatch):
+    screen(terminal=False)
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    with progress.phase("plan"):
+        before = len(heard("plan …, 0:00 so far"))
+        monkeypatch.setattr(progress, "DELAY", 3600)
+        for _ in progress.track(range(1), "evaluating"):
+            for _ in range(6000):  # only so that a failure ends
+                if len(lines := heard("plan …, 0:00 so far")) > before + 1:
+                    break
+                time.sleep(0.005)
+    assert len(lines) > before + 1 and not any("evaluating" in line for line in lines)
 
 
 def test_nothing_when_quick_or_quiet(screen, caplog):
@@ -89,4 +142,4 @@ def test_a_stage_announces_itself_after_the_delay(screen, caplog):
         deadline = time.monotonic() + 30  # only so that a failure ends
         while not caplog.records and time.monotonic() < deadline:
             time.sleep(0.005)
-    assert [record.message for record in caplog.records] == ["thinking …"]
+    assert [record.message for record in caplog.records] == ["thinking …, 0:00 so far"]

@@ -12,7 +12,7 @@ from tiny import FAMILIES, TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 from fastprune.errors import InputError
 from fastprune.models.families import geometries
 from fastprune.prune import latency
-from fastprune.prune.budget import Budget, budget_of, parse_bytes, saved_bytes
+from fastprune.prune.budget import Budget, budget_of, far_off, parse_bytes, saved_bytes
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.latency import CostTable
 from fastprune.prune.pipeline import prune, run_prune
@@ -249,3 +249,43 @@ def test_unreachable_words() -> None:
     assert "90.0% of the block parameters cannot be reached" in str(
         budget.unreachable(BudgetError(0, 500), 1000)
     )
+
+
+@pytest.mark.parametrize("choice", [
+    {}, {"allocation": "global"}, {"allocation": "inverse"}, {"allocation": "search"},
+    {"layout": "uniform"},
+])  # fmt: skip
+def test_a_ratio_that_align_cannot_meet_is_told(settings, caplog, choice):
+    model = tiny_model("llama", layers=2)
+    config = PruneConfig(ratio=0.1, align=64, dry_run=True, exchange_rounds=0, **choice, **settings)
+    achieved = prune(model, tiny_tokenizer(), config).metrics["ratio"]["achieved"]
+    assert achieved == pytest.approx(0.142, abs=1e-3)  # 32 of 96 channels in both layers
+    (told,) = (r.message for r in caplog.records if r.levelname == "WARNING")
+    assert told.startswith("asked to remove 10.0% of the block parameters, 14.2% go: --align 64")
+
+
+def test_a_ratio_that_is_met_needs_no_word(settings, caplog):
+    model = tiny_model("llama", layers=2)
+    prune(model, tiny_tokenizer(), PruneConfig(ratio=0.15, align=16, dry_run=True, **settings))
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(("choice", "removed", "told"), [
+    ({}, 101, None),
+    ({}, 120, "the limits of a layer"),
+    ({"structures": ("attention",)}, 120, "go as a whole"),
+    ({"layout": "uniform"}, 80, "--layout uniform takes the same"),
+    ({"align": 8}, 80, "--align 8 keeps channels"),
+])  # fmt: skip
+def test_why_a_budget_is_missed(choice, removed, told):
+    config = PruneConfig(ratio=0.1, **choice)
+    found = far_off(Budget("ratio", 0.1, 100), config, removed, 1000)
+    assert found is None if told is None else told in found
+
+
+def test_more_alignment_than_channels_is_refused(settings):
+    model = tiny_model("llama", layers=2)
+    for allocation in ("uniform", "global", "search"):
+        config = PruneConfig(ratio=0.1, align=128, allocation=allocation, dry_run=True, **settings)
+        with pytest.raises(InputError, match="layer 0 has 96 channels"):
+            prune(model, tiny_tokenizer(), config)

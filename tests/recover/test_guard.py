@@ -2,16 +2,17 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import saved, tiny_model
 
 from fastprune.errors import NumericalError
 from fastprune.kernels import AdamW
 from fastprune.recover import callbacks
 from fastprune.recover.freeze import make_schedule
-from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
+from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, bits, poison
 from fastprune.recover.recipes import Stage
 
 
@@ -197,8 +198,9 @@ def gradients(monkeypatch):
 
 def test_faults_here_and_there(finetune, gradients, tmp_path):
     gradients(math.nan, {2, 5})
-    status, _, stderr = finetune("--max-steps", "8", "--guard-steps", "2")
+    status, table, stderr = finetune("--max-steps", "8", "--guard-steps", "2")
     assert status == 0, stderr
+    assert re.search(r"steps +skipped", table) and re.search(r"finetune +0\.001 +8 +2 ", table)
     metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
     stage = metrics["stages"][0]
     assert (stage["skipped_steps"], stage["rollbacks"]) == (2, 0)
@@ -261,6 +263,52 @@ def test_a_run_that_gave_up_begins_anew(finetune, gradients, tmp_path):
     assert (
         json.loads((tmp_path / "out/fastprune/metrics.json").read_text())["stages"][0]["lr"] == 1e-4
     )
+
+
+def test_a_run_of_skipped_steps_alone_keeps_nothing(finetune, gradients, tmp_path):
+    gradients(math.nan, range(100))
+    status, _, stderr = finetune("--max-steps", "4", "--save-steps", "2", "--device", "cpu")
+    assert status == 4
+    assert "0 of 4 steps changed the weights: 4 had a non-finite loss or gradient" in stderr
+    assert "step 4 of 4, mean loss" in stderr and "1 skipped for a non-finite" in stderr
+    out = tmp_path / "out"
+    assert not (out / "config.json").exists() and not (out / "fastprune/metrics.json").exists()
+    again = finetune("--max-steps", "4", "--save-steps", "2", "--device", "cpu")
+    assert again[0] == 4 and "0 of 4 steps" in again[2]  # not a finished run to be continued
+
+
+def test_a_model_without_a_finite_loss_trains_nothing(finetune, tmp_path):
+    model = tiny_model("llama", layers=2)
+    with torch.no_grad():  # the product of the two is beyond fp32, and no weight is
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+        model.model.layers[1].mlp.gate_proj.weight.mul_(1e15)
+    source = saved(tmp_path / "overflowing", model)
+    flags = ["--max-steps", "4", "--eval-windows", "0", "--precision", "fp32"]
+    status, _, stderr = finetune(*flags, source=source)
+    assert status == 4 and "0 of 4 steps changed the weights" in stderr
+    assert "no finite loss since the last line" in stderr and "nan" not in stderr
+
+
+@pytest.mark.parametrize(("dtype", "lr", "told"), [
+    ("float32", "1e-30", "too small for the weights' precision"),
+    ("bfloat16", "1e-8", "by as much as bfloat16 can hold"),
+])  # fmt: skip
+def test_steps_that_round_to_nothing_keep_nothing(finetune, tmp_path, dtype, lr, told):
+    source = saved(tmp_path / "m", tiny_model("llama", layers=2).to(getattr(torch, dtype)))
+    flags = ["--max-steps", "2", "--precision", "fp32", "--lr", lr]
+    status, _, stderr = finetune(*flags, source=source)
+    assert status == 4 and "0 of 2 steps" in stderr and told in stderr
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_the_bits_tell_any_change():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        weight = torch.linspace(-3, 3, 35, dtype=torch.float32).to(dtype).reshape(5, 7).t()
+        before = bits([weight])
+        assert before == bits([weight.clone()])
+        weight[2, 3] += weight[2, 3].abs() / 64
+        assert bits([weight]) != before
+    assert bits([torch.full((3,), 0.0)]) != bits([torch.full((3,), -0.0)])
 
 
 def test_batches_without_labels_are_skipped(finetune, tmp_path):

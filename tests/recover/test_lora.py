@@ -291,5 +291,5 @@ def test_a_folder_is_a_model_or_an_adapter(trained_adapter):
     base, adapter, _ = trained_adapter
     with pytest.raises(InputError, match="not an adapter folder"):
         load_model(base, adapter=base)
-    with pytest.raises(InputError, match="a LoRA adapter, not a model; give the model it was"):
+    with pytest.raises(InputError, match=f"fastprune merge MODEL --adapter {adapter}"):
         load_model(adapter)

@@ -49,6 +49,13 @@ def test_overfitting_needs_falling_training_and_rising_validation():
     assert (monitor.best_step, monitor.best, monitor.since_best) == (3, 3.0, 5)
 
 
+def test_a_figure_that_is_not_finite_is_never_the_best():
+    monitor = Monitor()
+    for step, figure in enumerate((math.nan, math.inf, 3.0, math.nan), start=1):
+        monitor.validation(step, figure)
+    assert (monitor.best_step, monitor.best, monitor.since_best) == (3, 3.0, 1)
+
+
 def test_validation_and_training_both_rising_is_not_overfitting():
     monitor = Monitor()
     for step in range(1, 9):
