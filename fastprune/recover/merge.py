@@ -24,9 +24,10 @@ from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.models.adapter import load_adapter, read_fingerprint
-from fastprune.models.checkpoint import RECORDS, check_out, save_checkpoint, staged
+from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.load import load_model
 from fastprune.models.quiet import quiet_libraries
+from fastprune.output import RECORDS, check_out, staged
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
@@ -55,7 +56,7 @@ class MergeConfig(CommonConfig):
     strength: float = 1.0
     """part of what the adapter learnt that is taken over"""
     overwrite: bool = False
-    """replace an earlier checkpoint in --out"""
+    """replace what an earlier run left in --out"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
 
@@ -85,7 +86,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     """
     if not 0 < config.strength < math.inf:
         raise InputError(f"--strength must be above 0, got {config.strength:g}")
-    check_out(config.out, config.overwrite)
+    check_out(config.out, config.overwrite, (config.model, config.adapter))
     clock = Clock()
     with RunLog() as run_log:
         with clock("load"):
