@@ -106,7 +106,9 @@ def check_apart(out: Path, inputs: Iterable[str | Path]) -> None:
             continue
         files = path.iterdir() if path.is_dir() and os.access(path, os.R_OK) else ()
         ways = {*_ways(path), *(file.resolve() for file in files if file.is_symlink())}
-        if any(a == b or a in b.parents for a in outs for b in ways):
+        if outs & ways:
+            raise InputError(f"{named}: is what the run reads ({source}); choose another --out")
+        if any(a in b.parents for a in outs for b in ways):
             raise InputError(f"{named}: holds {source}, which the run reads; choose another --out")
         if any(a in b.parents for a in ways for b in outs):
             raise InputError(

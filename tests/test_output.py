@@ -343,7 +343,7 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("source", "words"),
         [
-            ("out", "holds .*out, which the run reads"),
+            ("out", "is what the run reads .*out"),
             ("out/weights", "holds .*out/weights, which the run reads"),
             ("", "lies in"),
             ("../{}-inputs/link", "holds .*link, which the run reads"),
