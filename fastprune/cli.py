@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from rich.logging import RichHandler
@@ -27,7 +26,7 @@ from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
 from fastprune.progress import console
 from fastprune.progress import log as progress_log
-from fastprune.report.run import write_json
+from fastprune.report.run import check_result, write_result
 
 log = logging.getLogger("fastprune")
 
@@ -159,7 +158,7 @@ def _stdout_closed(probe: str = "") -> bool:
 def _call(command: Command, config: CommonConfig) -> None:
     _log_to_stderr(config)
     if config.json is not None:
-        _check_writable(config.json)
+        check_result(config.json)
     apply(config)
     result = _load(command.run)(config)
     failure: FastpruneError | None = getattr(result, "failure", None)
@@ -170,7 +169,7 @@ def _call(command: Command, config: CommonConfig) -> None:
     if distributed.rank() > 0:  # torchrun started several; the first one speaks
         return
     if config.json is not None:
-        write_json(config.json, result)
+        write_result(config.json, result)
     if command.show is not None and not config.quiet:
         _load(command.show)(result)
     if failure is not None:
@@ -248,11 +247,3 @@ def _log_to_stderr(config: CommonConfig) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if quiet or not console.is_terminal:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _check_writable(path: Path) -> None:
-    """Say now, not after the work, that the result cannot be written."""
-    if path.is_dir():
-        raise InputError(f"--json {path}: is a folder; name a file")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"--json {path}: its folder does not exist or cannot be written")

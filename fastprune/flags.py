@@ -23,6 +23,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from fastprune.config import CommonConfig
 from fastprune.errors import InputError
+from fastprune.output import check_apart
 
 C = TypeVar("C")
 
@@ -110,6 +111,8 @@ def parse(config_class: type[C], args: Sequence[str], prog: str) -> C:
     markers = (PositionalMetavarFromFieldName,)
     config = _tyro(_presented(config_class, values), args, prog, about, markers)
     config.__class__ = config_class  # not the throw-away subclass
+    if file is not None and isinstance(out := getattr(config, "out", None), Path):
+        check_apart(out, [file])
     return config
 
 

@@ -21,7 +21,10 @@ LEVELS = (
     ("inspect", "report"),
     ("models", "data"),
     ("kernels",),
-    ("flags", "config", "precision", "progress", "distributed", "sharding", "errors"),
+    (
+        *("flags", "config", "precision", "progress", "distributed", "sharding"),
+        *("output", "files", "errors"),
+    ),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 STRANGERS = {("prune", "recover"), ("recover", "prune")}

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastprune.data.records import Record, place
+from fastprune.errors import InputError
 
 LAYOUT = 1  # raise when stores or what goes into them change, so that older ones are left alone
 SHARD_TOKENS = {"text": 100_000_000, "instructions": 10_000_000, "chat": 10_000_000}
@@ -171,14 +172,19 @@ class Store:
         shard = bisect_right(self._starts, start) - 1
         while start < end:
             first, last = self._starts[shard], min(end, self._starts[shard + 1])
-            pieces.append(self._map(f"{name}-{shard:05d}.bin", dtype)[start - first : last - first])
+            tokens = self._map(f"{name}-{shard:05d}.bin", dtype, self._about["shards"][shard])
+            pieces.append(tokens[start - first : last - first])
             start, shard = last, shard + 1
         return np.concatenate(pieces) if pieces else np.empty(0, dtype)
 
-    def _map(self, file: str, dtype: str) -> np.ndarray:
-        if file not in self._maps:
-            self._maps[file] = np.memmap(self.directory / file, dtype=dtype, mode="r")
-        return self._maps[file]
+    def _map(self, name: str, dtype: str, tokens: int) -> np.ndarray:
+        """The `tokens` entries of a file. Raises InputError where they are not all there."""
+        file = self.directory / name
+        if name not in self._maps:
+            if file.stat().st_size != tokens * np.dtype(dtype).itemsize:
+                raise InputError(f"{file}: was cut short; remove {self.directory.parent}")
+            self._maps[name] = np.memmap(file, dtype=dtype, mode="r")
+        return self._maps[name]
 
 
 def files_digest(files: Iterable[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Writes checkpoints: Hugging Face folders with safetensors, whole or not at all.
+"""Writes checkpoints: Hugging Face folders with safetensors.
 
 Layers of one size are written as a stock model that any engine loads. Layers of different sizes
 are written with `per_layer_config` and the modelling file that reads it.
@@ -7,12 +7,10 @@ are written with `per_layer_config` and the modelling file that reads it.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,61 +28,8 @@ from fastprune.models.quiet import quiet_libraries
 CODE_FILE = "modeling_fastprune.py"
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.*)")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-RECORDS = "fastprune"
-"""Folder inside a checkpoint where a run keeps its plan, metrics and report."""
 
 log = logging.getLogger("fastprune")
-
-
-def check_out(out: Path, overwrite: bool = False) -> None:
-    """Raise InputError now if a checkpoint cannot be written to `out` later.
-
-    `out` may not exist yet or be an empty folder. With `overwrite` it may be an earlier checkpoint,
-    but nothing else: a mistyped path must not cost the user a folder of other things.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; --out names a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise InputError(f"{out}: exists already; choose another --out, or pass --overwrite")
-        if not (out / "config.json").is_file() and not (out / RECORDS).is_dir():
-            raise InputError(f"{out}: not a checkpoint, so --overwrite does not replace it")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{out}: cannot be created, {parent} is not writable")
-
-
-@contextmanager
-def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder beside `out` to write into; it becomes `out` when the block ends well.
-
-    On any exception, an interrupt included, it is removed and `out` is what it was. Raises
-    InputError as `check_out` does.
-    """
-    check_out(out, overwrite)
-    out = Path(out).absolute()
-    created = [folder for folder in out.parents if not folder.exists()]  # innermost first
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        fresh = work / "new"
-        fresh.mkdir()  # unlike `work`, with the permissions the user's umask gives
-        yield fresh
-        if out.exists():
-            check_out(out, overwrite)
-            out.rename(work / "old")
-        try:
-            fresh.rename(out)
-        except BaseException:
-            if (work / "old").exists():
-                (work / "old").rename(out)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        with suppress(OSError):  # not empty: the checkpoint lies there
-            for folder in created:
-                folder.rmdir()
 
 
 def save_checkpoint(

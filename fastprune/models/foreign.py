@@ -9,12 +9,14 @@ the file's content, and later loads take about a second.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -24,15 +26,19 @@ import torch
 from torch import nn
 
 from fastprune.errors import InputError
+from fastprune.files import is_sealed, seal
 from fastprune.models.checkpoint import rebuild
 from fastprune.models.checks import check_complete, check_pointer, reason, refusal, without_wrappers
 from fastprune.models.gguf import check_tensors, check_uniform, complete_config, read_header
 from fastprune.models.quiet import quiet_libraries
+from fastprune.output import sync_folder
 from fastprune.progress import stage
 
 LAYOUT = "3"  # raise when the conversion changes, so that older copies are left alone
 UNFINISHED = "unfinished-"
 STALE_SECONDS = 24 * 3600  # what takes longer than this to write has been killed
+
+log = logging.getLogger("fastprune")
 
 
 def cache_directory() -> Path:
@@ -54,27 +60,36 @@ def convert_gguf(path: Path) -> Path:
         with stage(f"converting {path.name} (once)"):
             _save_dequantised(path, folder)
 
-    return cached_folder(f"gguf-{LAYOUT}-{key}", save)
+    return cached_folder(f"gguf-{LAYOUT}-{key}", save, digests=False)  # gigabytes, read each time
 
 
-def cached_folder(name: str, write: Callable[[Path], None], root: Path | None = None) -> Path:
+def cached_folder(
+    name: str, write: Callable[[Path], None], root: Path | None = None, *, digests: bool = True
+) -> Path:
     """The folder `name` in the cache, or in `root`; `write` fills it where it is not there yet.
 
     Whole or not at all, and safe against concurrent callers: each writes a folder of its own, and
-    a rename decides.
+    a rename decides. It is written anew where its files have other sizes than they had at first,
+    or, with `digests`, other content.
     """
     target = (root or cache_directory()) / name
-    if target.is_dir():
+    if is_sealed(target, digests):
         return target
+    if target.exists():
+        log.warning("%s is damaged or of an earlier version; it is made anew", target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target.parent)
     work = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent))
     try:
         write(work)
+        seal(work)
+        sync_folder(work)
+        if target.exists() and not is_sealed(target, digests):
+            _remove_folder(target)
         try:
             work.rename(target)
         except OSError:  # another process was first: its folder is as good as ours
-            if not target.is_dir():
+            if not is_sealed(target, digests):
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -87,6 +102,14 @@ def discard(folder: Path) -> bool:
         return False
     shutil.rmtree(folder, ignore_errors=True)
     return True
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove `folder` in one step, as others see it."""
+    aside = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
+    with suppress(FileNotFoundError):  # another process was first
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _remove_stale(directory: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
+from fastprune.data.records import source_names
 from fastprune.errors import InputError
 
 
@@ -23,7 +24,7 @@ class PruneConfig(CommonConfig):
     out: Path | None = None
     """directory of the pruned checkpoint"""
     overwrite: bool = False
-    """replace what --out holds"""
+    """replace what an earlier run left in --out"""
     ratio: float | None = None
     """fraction of the block parameters to remove"""
     target_params: int | None = None
@@ -161,6 +162,14 @@ class PruneConfig(CommonConfig):
                 "--layout uniform makes every layer the same size: "
                 "use it with --allocation uniform and without --layers"
             )
+
+    def inputs(self) -> list[str | Path]:
+        """What the command reads, as it was named; --out must lie apart from it."""
+        texts = [*source_names(self.calib), *source_names(self.eval)]
+        files: list[str | Path] = [] if self.plan is None else [self.plan]
+        if self.layer_importance not in ("removal", "activation"):
+            files.append(self.layer_importance)
+        return [self.model, *texts, *files]
 
     def _check_stream(self) -> None:
         """InputError when --stream stands beside what needs the whole model in memory."""

@@ -24,11 +24,12 @@ from fastprune.inspect.perplexity import (
     sound,
     text_windows,
 )
-from fastprune.models.checkpoint import check_out, check_savable, save_checkpoint, staged
+from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.families import block_parameters, family_of, geometries
 from fastprune.models.load import load_model
 from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import StreamedModel
+from fastprune.output import check_out, staged
 from fastprune.prune import latency, stream
 from fastprune.prune.budget import Budget, budget_of, far_off, saved_bytes
 from fastprune.prune.compensation import compensate
@@ -80,7 +81,7 @@ def run_prune(config: PruneConfig) -> PruneResult:
         raise InputError("--out DIR is needed (or --dry-run)")
     config.check()
     if config.out is not None and distributed.rank() == 0:
-        check_out(config.out, config.overwrite)
+        check_out(config.out, config.overwrite, config.inputs())
     clock = Clock()
     if lacks_weights(config):
         model, decided = sizes_only(config)

@@ -13,6 +13,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
+from fastprune.data.records import source_names
 from fastprune.errors import InputError
 
 Method = Literal["full", "lora"]
@@ -33,7 +34,7 @@ class FinetuneConfig(CommonConfig):
     out: Path | None = None
     """directory of the finetuned checkpoint (of the adapter with --method lora)"""
     overwrite: bool = False
-    """replace what --out holds"""
+    """replace what an earlier run left in --out; a run that was interrupted there is continued"""
     recipe: str = "plain"
     """plain, ultra-low, staged, frozen, segmented, layer-lr, lora, instruct, sft-onecycle, distill,
     auto, or a recipe file; flags given beside it apply to all its stages"""
@@ -185,3 +186,16 @@ class FinetuneConfig(CommonConfig):
                 raise InputError("--gate-ppl-ratio needs a perplexity: leave out --eval-windows 0")
         if self.resume not in ("auto", "never") and self.overwrite:
             raise InputError("--resume PATH continues, --overwrite starts anew: give one of them")
+
+    def inputs(self) -> list[str | Path]:
+        """What the command reads, as it was named; --out must lie apart from it.
+
+        The checkpoint to resume from is not among them, for it may be the run's own.
+        """
+        texts = [*source_names(self.data), *source_names(self.eval)]
+        files = [self.teacher] if self.teacher is not None else []
+        if self.prompt is not None and self.prompt.endswith(".txt"):
+            files.append(self.prompt)
+        if Path(self.recipe).expanduser().is_file():
+            files.append(self.recipe)
+        return [self.model, *texts, *files]

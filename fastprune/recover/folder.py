@@ -7,8 +7,9 @@
       state/start-N.safetensors    all weights as stage N began (N > 0; stage 0 begins with MODEL)
       state/stage-N/checkpoint-S   what transformers' Trainer resumes from
 
-The model's own files appear in DIR at the end, config.json (or adapter_config.json) last: until
-then DIR is not a model, and the same command continues the run.
+At the end a folder with the model's own files and all of these takes the place of DIR in one step.
+Until then DIR is what it was before, an earlier model or none, and the same command continues the
+run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,26 +25,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastprune.errors import InputError, NumericalError
-from fastprune.models.checkpoint import RECORDS, check_out
+from fastprune.output import (
+    RECORDS,
+    check_apart,
+    check_out,
+    check_place,
+    remove_leftovers,
+    replacing,
+)
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.loggers import EVENTS
 from fastprune.recover.trainer import OWN_STATE, checkpoints, last_words
 from fastprune.report.run import settings, write_json
 
-MARKS = ("config.json", "adapter_config.json")
-"""Files that make a folder a model; they are moved last."""
 NOT_COMPARED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "log_to", "log_steps",
     "save_steps", "keep_last", "prompt", "generate_steps", "guard_snapshot_steps", "shard",
-    "read_back",
+    "read_back", "gate_ppl_ratio",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change the result."""
+UNFINISHED = ".final-"
+"""What earlier versions called a model that was being written, inside DIR/fastprune."""
 
 
 class RunFolder:
     """The state of one run in `out`, or in a temporary folder where there is no `out`.
 
-    `record` is what run.json holds: settings, stage (the number of the stage at work), results.
+    `record` is what run.json holds: settings, stage (the number of the stage at work), results,
+    replaces (whether DIR holds an earlier result, which goes when this one is complete), and, of a
+    finished run, files (what it has put into DIR).
     """
 
     def __init__(self, records: Path, config: FinetuneConfig) -> None:
@@ -55,6 +64,8 @@ class RunFolder:
         self.checkpoint: Path | None = None
         """to continue the stage at work from; None starts it"""
         self.resumed = False
+        self.lasting = False
+        """whether a later call can continue it; none does where there is no `out`"""
 
     # ------------------------------------------------------------------------ beginning
 
@@ -68,12 +79,19 @@ class RunFolder:
         out = config.out
         assert out is not None  # run_finetune has seen it
         folder = cls(Path(out).absolute() / RECORDS, config)
+        folder.lasting = True
+        for place in (out, folder.state):
+            remove_leftovers(place)
+        check_place(out)
+        check_apart(out, config.inputs())
         if config.resume not in ("auto", "never"):
             folder._continue_from(Path(config.resume).expanduser(), config)
             return folder
         begun = folder._unfinished()
-        if begun is None or config.overwrite or config.resume == "never":
-            check_out(out, config.overwrite or begun is not None)
+        if begun is None or config.resume == "never":
+            earlier = (folder.records / "metrics.json").exists()
+            check_out(out, config.overwrite or (begun is not None and not earlier))
+            folder.record["replaces"] = earlier
             return folder
         folder.checkpoint = folder._newest(begun["stage"])
         if folder.checkpoint and (reason := last_words(folder.checkpoint)):
@@ -99,7 +117,7 @@ class RunFolder:
                 raise InputError(
                     f"{config.out} holds a run that was begun with --{key.replace('_', '-')} "
                     f"{then.get(key)}, not {now[key]}: give the same to continue it, or "
-                    "--overwrite to begin anew"
+                    "--resume never to begin anew"
                 )
         record["results"] = record["results"][: record["stage"]]
         self.record, self.resumed = record, True
@@ -119,11 +137,14 @@ class RunFolder:
         source = path.parent.parent
         own = source == self.state
         if not own:
-            check_out(self.records.parent, config.overwrite)
+            check_out(self.records.parent, config.overwrite, [path])
         record = json.loads((source / "run.json").read_text(encoding="utf-8"))
         stage = int(path.parent.name.rpartition("-")[2])
         record["stage"] = stage
-        record.pop("finished", None)
+        if record.pop("finished", False) or not own:
+            record["replaces"] = False
+        if not own:
+            record.pop("files", None)
         self._adopt(record, config)
         self.checkpoint = path
         self._source = source
@@ -131,13 +152,18 @@ class RunFolder:
     _source: Path | None = None
 
     def begin(self) -> None:
-        """Make the folder, before the first step: leftovers of an abandoned run go."""
-        if not self.resumed:
-            shutil.rmtree(self.state, ignore_errors=True)
-            shutil.rmtree(self.records / EVENTS, ignore_errors=True)
-            self.log_file.unlink(missing_ok=True)
-        self.state.mkdir(parents=True, exist_ok=True)
-        self.save()
+        """Make the folder, before the first step: the state of an abandoned run goes."""
+        if self.resumed:
+            self.state.mkdir(parents=True, exist_ok=True)
+            start = f"start-{self.record['stage']}.safetensors"
+            if self._source is not None and (self._source / start).is_file():
+                _take_along(self._source / start, self.state / start)
+            self.save()
+            return
+        shutil.rmtree(self.records / EVENTS, ignore_errors=True)
+        self.log_file.unlink(missing_ok=True)
+        with replacing(self.state) as state:  # in one step, so that none goes on from the old one
+            write_json(state / "run.json", self.record)
 
     def save(self) -> None:
         """Write run.json."""
@@ -153,7 +179,7 @@ class RunFolder:
         number = self.record["stage"]
         file = (self._source or self.state) / f"start-{number}.safetensors"
         if number and not file.is_file():
-            raise InputError(f"{file} is missing: begin the run anew (--overwrite)")
+            raise InputError(f"{file} is missing: begin the run anew (--resume never)")
         return load_file(file, device="cpu") if number else None
 
     def perplexity(self) -> float | None:
@@ -210,41 +236,47 @@ class RunFolder:
 
     # ------------------------------------------------------------------------ the end
 
-    def finish(self, write: Callable[[Path], None], clean: bool = False) -> None:
-        """Let `write` fill a folder with the model's files, then move them to DIR, marks last.
+    def finish(self, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a folder with the model's files, and put it in the place of DIR.
 
-        With `clean` whatever else lies in DIR, an earlier checkpoint, is removed. A kill before the
-        last move leaves a run that the same command finishes.
+        What else lies in DIR goes along, unless DIR held an earlier result that this one replaces.
+        A kill at any moment leaves a run that the same command finishes, or the complete model.
         """
         out = self.records.parent
-        work = Path(tempfile.mkdtemp(prefix=".final-", dir=self.records))
-        try:
-            fresh = work / "new"
-            fresh.mkdir()
+        with replacing(out) as fresh:
             write(fresh)
-            names = sorted(path.name for path in fresh.iterdir() if path.name != RECORDS)
-            for name in MARKS:
-                (out / name).unlink(missing_ok=True)
-            for path in out.iterdir() if clean else ():
-                if path.name != RECORDS and path.name not in names:
-                    _remove(path)
-            for name in [n for n in names if n not in MARKS]:
-                _remove(out / name)
-                (fresh / name).rename(out / name)
-            for path in (fresh / RECORDS).iterdir():
-                os.replace(path, self.records / path.name)
-            for name in [n for n in names if n in MARKS]:
-                (fresh / name).rename(out / name)
-            self.record["finished"] = True
-            self.save()
-            for path in self.state.glob("start-*.safetensors"):
-                path.unlink()
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            files = sorted(path.name for path in fresh.iterdir() if path.name != RECORDS)
+            earlier = self.record.get("files", [])
+            done = {**self.record, "finished": True, "files": files}
+            (fresh / RECORDS / "state").mkdir(parents=True)
+            write_json(fresh / RECORDS / "state" / "run.json", done)
+            for path in self._to_keep(out, earlier):
+                _take_along(path, fresh / path.relative_to(out))
+        self.record = done
+
+    def _to_keep(self, out: Path, earlier: list[str]) -> list[Path]:
+        """What DIR shall hold besides the new model; `earlier` are this run's own files in it."""
+        own = [*self.state.iterdir(), self.log_file, self.records / EVENTS]
+        own = [path for path in own if not path.name.startswith("start-") and path.exists()]
+        if self.record.get("replaces"):
+            return own
+        others = [path for path in out.iterdir() if path.name not in (RECORDS, *earlier)]
+        records = [
+            path
+            for path in self.records.iterdir()
+            if path != self.state and not path.name.startswith((UNFINISHED, ".state."))
+        ]
+        return [*own, *others, *records]
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _take_along(source: Path, target: Path) -> None:
+    """Put `source` at `target` too, but for what is there already: links, where there can be."""
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            _take_along(path, target / path.name)
+    elif not os.path.lexists(target):
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)

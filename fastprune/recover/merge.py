@@ -24,16 +24,11 @@ from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.models.adapter import read_fingerprint
-from fastprune.models.checkpoint import (
-    RECORDS,
-    check_out,
-    check_savable,
-    save_checkpoint,
-    staged,
-)
+from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.load import load_model
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.readback import check_read_back
+from fastprune.output import RECORDS, check_out, staged
 from fastprune.precision import convert_weights
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
 
@@ -63,7 +58,7 @@ class MergeConfig(CommonConfig):
     strength: float = 1.0
     """part of what the adapter learnt that is taken over"""
     overwrite: bool = False
-    """replace an earlier checkpoint in --out"""
+    """replace what an earlier run left in --out"""
     read_back: bool = True
     """load the result from its files and compare its logits before it counts as written"""
     allow_pickle: bool = False
@@ -97,7 +92,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     """
     if not 0 < config.strength < math.inf:
         raise InputError(f"--strength must be above 0, got {config.strength:g}")
-    check_out(config.out, config.overwrite)
+    check_out(config.out, config.overwrite, (config.model, config.adapter))
     clock = Clock()
     with RunLog() as run_log:
         with clock("load"):

@@ -113,7 +113,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
                     _record(directory / "fastprune", result, folder)
                     run_log.save(directory / "fastprune" / "run.log")
 
-                folder.finish(write, clean=config.overwrite)
+                folder.finish(write)
     return result
 
 
@@ -262,7 +262,9 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         with clock("train"):
             run = run_stage(model, stage, number, course)
         if run.interrupted:
-            log.warning("the state is in %s; the same command continues", folder.state)
+            if folder.lasting:
+                less = "" if course.config.resume == "auto" else " without --resume"
+                log.warning("the state is in %s; the same command%s continues", folder.state, less)
             raise KeyboardInterrupt
         result = run.result
         standing = folder.perplexity()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -16,9 +17,11 @@ from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
 from fastprune.errors import InputError
+from fastprune.files import check_file
 from fastprune.report import format
 from fastprune.report.html import environment
 from fastprune.report.pareto import Point, figure, front
+from fastprune.report.run import as_json, marked
 
 NOT_SHOWN = (
     *(
@@ -36,6 +39,8 @@ NOT_SHOWN = (
 """Settings that the other columns show, and those that leave the result as it is."""
 SAME_TEXT = 0.01
 """The perplexity of one model on one text differs by less than this share between precisions."""
+PAGE = re.compile(rb"<title>\d+ pruning runs compared</title>")
+"""What a page begins with, within its first kilobyte."""
 UNITS = ("ratio", "parameters", "bytes", "ms/token")
 """Units of a run's budget."""
 SIZES = ("before", "after", "block_before", "block_after")
@@ -64,15 +69,16 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
     if not config.runs:
         raise InputError("no run given: name one or more folders that `fastprune prune` wrote")
     _check_out(config)
-    result = {"out": str(config.out), **compare(config.runs)}
+    result = marked({"out": str(config.out), **compare(config.runs)})
     files = {
-        config.out.with_suffix(".json"): json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+        config.out.with_suffix(".json"): as_json(result),
         config.out: render_comparison(result),
     }
     try:
         with tempfile.TemporaryDirectory(dir=config.out.parent, prefix=".compare.") as folder:
             for path, text in files.items():
                 (Path(folder) / path.name).write_text(text, encoding="utf-8")
+            _check_out(config)
             for path in files:
                 os.replace(Path(folder) / path.name, path)
     except OSError as error:
@@ -328,24 +334,18 @@ def _check_out(config: CompareConfig) -> None:
     out, data = config.out, config.out.with_suffix(".json")
     if out.suffix != ".html":
         raise InputError(f"--out {out}: name a file that ends in .html")
-    if (
-        not os.access(out.absolute().parent, os.W_OK | os.X_OK)
-        or not out.absolute().parent.is_dir()
-    ):
-        raise InputError(f"--out {out}: its folder does not exist or cannot be written")
     if config.json is not None and config.json.resolve() == out.resolve():
         raise InputError(f"--json {config.json}: is the file --out names; the JSON goes to {data}")
-    if out.exists() and not (out.is_file() and _starts_like_html(out)):
-        raise InputError(f"--out {out}: exists and is no HTML file; choose another name")
-    if data.exists() and not (data.is_file() and _is_comparison(data)):
-        raise InputError(
-            f"--out {out}: {data} would be replaced and is no comparison; choose another name"
-        )
+    for path in (out, data):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise InputError(f"--out {out}: {path} is no plain file; choose another name")
+    check_file("--out", out, _is_page, "a page that fastprune compare wrote")
+    check_file(f"--out {out}: replaces", data, _is_comparison, "a comparison")
 
 
-def _starts_like_html(path: Path) -> bool:
+def _is_page(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html"))
+        return PAGE.search(file.read(1024)) is not None
 
 
 def _is_comparison(path: Path) -> bool:

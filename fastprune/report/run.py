@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from io import StringIO
@@ -19,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fastprune.files import MARK, check_file, is_result, write_file, write_whole
 from fastprune.progress import phase
 
 log = logging.getLogger("fastprune")
@@ -103,15 +102,27 @@ def versions() -> dict[str, str]:
     return found
 
 
+def as_json(data: Any) -> str:
+    """``data`` as the text of a JSON file."""
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` as JSON, whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    """Write ``data`` as JSON into a folder of ours, whole or not at all."""
+    write_whole(path, as_json(data))
+
+
+def marked(result: Mapping[str, Any]) -> dict[str, Any]:
+    """``result`` of a command, by which version it was made: so its file is known to be ours."""
+    return {MARK: versions()["fastprune"], **result}
+
+
+def check_result(path: Path) -> None:
+    """Raise InputError if ``--json path`` cannot be written, or is a file that is not a result."""
+    check_file("--json", path, is_result, "a result that fastprune wrote")
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write the result of a command to ``--json path``. Raises InputError as `check_result`."""
+    check_result(path)  # what lies there may have changed while the command ran
+    write_file("--json", path, as_json(marked(result)))

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from tiny import tiny_checkpoint
@@ -113,12 +115,73 @@ def test_usage_errors(capsys, args, words):
     assert captured.out == ""
 
 
-def test_json_is_written_whole(tmp_path):
-    file = tmp_path / "out.json"
-    file.write_text("old")
-    assert cli.main(["echo", "--json", str(file)]) == 0
-    assert json.loads(file.read_text()) == {"word": "hello"}
-    assert list(tmp_path.iterdir()) == [file]
+def result_in(text):
+    """The result in a JSON text, once it is seen to be marked as ours."""
+    result = json.loads(text)
+    assert result.pop("fastprune") == version("fastprune")
+    return result
+
+
+class TestJson:
+    """What `--json` may name, and what it leaves alone."""
+
+    @pytest.mark.parametrize("before", [None, "", '{"fastprune": "0.1", "word": "old"}'])
+    def test_a_new_an_empty_or_an_earlier_file(self, tmp_path, before):
+        file = tmp_path / "out.json"
+        if before is not None:
+            file.write_text(before)
+        for word in ("one", "two"):
+            assert cli.main(["echo", "--word", word, "--json", str(file)]) == 0
+            assert result_in(file.read_text()) == {"word": word}
+        assert list(tmp_path.iterdir()) == [file]
+
+    @pytest.mark.parametrize("content", ["years of work", '{"model_type": "llama"}', "[1]"])
+    def test_other_files_stay(self, capsys, tmp_path, content, monkeypatch):
+        file = tmp_path / "config.json"
+        file.write_text(content)
+        monkeypatch.setitem(ERRORS, "input", RuntimeError("the work has begun"))
+        assert cli.main(["echo", "--fail", "input", "--json", str(file)]) == 2
+        assert "config.json: exists and is not a result" in capsys.readouterr().err
+        assert file.read_text() == content
+
+    def test_a_file_that_appears_during_the_work_stays(self, tmp_path, monkeypatch):
+        file = tmp_path / "out.json"
+        monkeypatch.setattr(cli, "apply", lambda config: file.write_text("of another program"))
+        assert cli.main(["echo", "--json", str(file)]) == 2
+        assert file.read_text() == "of another program"
+
+    def test_a_link_stays_and_leads_to_the_result(self, tmp_path):
+        link, file = tmp_path / "link.json", tmp_path / "file.json"
+        link.symlink_to(file)
+        for _ in range(2):
+            assert cli.main(["echo", "--json", str(link)]) == 0
+            assert link.is_symlink()
+            assert result_in(file.read_text()) == {"word": "hello"}
+
+    def test_a_named_pipe_is_written_into(self, tmp_path):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+        assert cli.main(["echo", "--json", str(pipe)]) == 0
+        assert result_in(reader.communicate(timeout=60)[0]) == {"word": "hello"}
+        assert pipe.is_fifo()
+
+    def test_a_device_stays_a_device(self, capsys):
+        assert cli.main(["echo", "--json", "/dev/null", "--quiet"]) == 0
+        assert cli.main(["echo", "--json", "/dev/full", "--quiet"]) == 2
+        assert "--json /dev/full: cannot be written: No space left" in capsys.readouterr().err
+        assert all(Path(device).is_char_device() for device in ("/dev/null", "/dev/full"))
+
+    def test_a_descriptor_goes_on_where_it_stood(self, tmp_path):
+        with (tmp_path / "log").open("w+") as file:
+            file.write("before\n")
+            file.flush()
+            path = f"/dev/fd/{file.fileno()}"
+            assert cli.main(["echo", "--quiet", "--json", path]) == 0
+            file.seek(0)
+            first, _, rest = file.read().partition("\n")
+        assert first == "before"
+        assert result_in(rest) == {"word": "hello"}
 
 
 def test_under_torchrun_the_first_process_speaks(capsys, tmp_path, monkeypatch):

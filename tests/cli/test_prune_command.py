@@ -230,6 +230,21 @@ class TestOut:
         metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
         assert metrics["settings"]["ratio"] == 0.3
 
+    def test_what_is_read_is_not_replaced(self, prune, refused, tmp_path):
+        out = tmp_path / "out"
+        assert prune("--ratio", "0.2")[0] == 0
+        plan = str(out / "fastprune" / "plan.json")
+        (out / "settings.yaml").write_text("quiet: true")
+        for flags, source in (
+            (("--ratio", "0.2"), out),
+            (("--plan", plan), None),
+            (("--ratio", "0.2", "--layer-importance", plan), None),
+            (("--ratio", "0.2", "--calib", f"builtin:pydocs,{plan}"), None),
+            (("--ratio", "0.2", "--config", str(out / "settings.yaml")), None),
+        ):
+            named = {} if source is None else {"source": source}
+            assert "the run reads" in refused(*flags, "--overwrite", **named)
+
 
 class TestPlan:
     def test_for_another_model(self, prune, refused, tmp_path):

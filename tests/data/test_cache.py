@@ -18,6 +18,7 @@ from fastprune.data import tokenise
 from fastprune.data.cache import Store, StoreWriter
 from fastprune.data.records import Record
 from fastprune.data.training import training_data
+from fastprune.errors import InputError
 from fastprune.models import foreign
 
 
@@ -123,6 +124,37 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, tokenizer, monkeypatch):
     os.utime(leftover, (old, old))
     training_data(write(path, 3), tokenizer, seq_len=32, cache=cache)
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["0/tokens-00000.bin", "0/index.npz", "corpus.json", "sealed.json"]
+)
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "gone"])
+def test_a_damaged_copy_is_made_anew(tmp_path, tokenizer, caplog, name, damage):
+    path, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    expected = items(training_data(path, tokenizer, seq_len=32, cache=cache))
+    [folder] = cache.iterdir()
+    file = folder / name
+    content = file.read_bytes()
+    damaged = {"cut": content[: len(content) // 2], "empty": b"", "zeros": bytes(len(content))}
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(damaged[damage])
+    assert items(training_data(path, tokenizer, seq_len=32, cache=cache)) == expected
+    assert "is made anew" in caplog.text
+    assert file.read_bytes() == content
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_tokens_that_vanish_while_they_are_read(tmp_path, tokenizer):
+    """Fewer tokens than there should be would train on nothing, and say nothing."""
+    path, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    data = training_data(path, tokenizer, seq_len=32, cache=cache)
+    [file] = cache.rglob("tokens-*.bin")
+    os.truncate(file, 10)
+    with pytest.raises(InputError, match="was cut short"):
+        pickle.loads(pickle.dumps(data.train))[0]
 
 
 def test_a_document_in_pieces_is_one_document(tmp_path, tokenizer, monkeypatch):

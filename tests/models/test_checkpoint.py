@@ -13,8 +13,7 @@ from tiny import FAMILIES, TEXT, tiny_model, tiny_tokenizer, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fastprune.errors import InputError
-from fastprune.models.checkpoint import check_out, save_checkpoint, staged
+from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
 
@@ -147,54 +146,3 @@ def test_other_architectures_are_saved_as_they_are(tmp_path):
     ).eval()
     loaded, _ = load_model(save(model, tmp_path / "out"))
     assert torch.equal(logits(loaded), logits(model))
-
-
-def test_staged_folder_appears_only_when_whole(tmp_path):
-    out = tmp_path / "new" / "out"
-    with staged(out) as work:
-        (work / "config.json").write_text("{}")
-        assert not out.exists()
-    assert [p.name for p in out.iterdir()] == ["config.json"]
-    assert [p.name for p in out.parent.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_staged_leaves_nothing_behind(error, tmp_path):
-    def interrupted() -> None:
-        with staged(tmp_path / "new" / "out") as work:
-            (work / "half").write_text("written")
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_overwriting_is_all_or_nothing(tmp_path):
-    out = tmp_path / "out"
-    with staged(out) as work:
-        (work / "config.json").write_text("old")
-    with pytest.raises(RuntimeError), staged(out, overwrite=True) as work:
-        raise RuntimeError
-    assert (out / "config.json").read_text() == "old"
-    with staged(out, overwrite=True) as work:
-        (work / "config.json").write_text("new")
-    assert (out / "config.json").read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_out_is_checked_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "one.jpg").write_text("")
-    (tmp_path / "empty").mkdir()
-    check_out(tmp_path / "empty")
-    check_out(tmp_path / "a" / "b")
-    with pytest.raises(InputError, match="is a file"):
-        check_out(tmp_path / "file", overwrite=True)
-    with pytest.raises(InputError, match="exists already"):
-        check_out(tmp_path / "photos")
-    with pytest.raises(InputError, match="not a checkpoint"):
-        check_out(tmp_path / "photos", overwrite=True)
-    with pytest.raises(InputError, match="not writable"):
-        check_out(tmp_path / "file" / "out")

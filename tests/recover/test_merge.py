@@ -166,5 +166,5 @@ def test_other_families(tmp_path, make):
 
 def test_an_existing_folder_is_left_alone(tmp_path):
     base, adapter, _ = saved(tmp_path)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="is what the run reads"):
         run_merge(config(base, adapter, base))

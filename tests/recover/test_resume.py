@@ -97,6 +97,26 @@ def test_interrupt_saves_the_state(finetune, hooked, tmp_path, monkeypatch):
     assert_same(tmp_path / "whole", out)
 
 
+def test_an_interrupted_overwrite_goes_on(finetune, hooked, tmp_path):
+    flags = ["--max-steps", "4", "--save-steps", "100"]
+    assert finetune(*flags, out="whole")[0] == 0
+    assert finetune("--max-steps", "1")[0] == 0
+    before = load_file(tmp_path / "out/model.safetensors")
+    hooked(lambda step, model: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None)
+    status, _, stderr = finetune(*flags, "--overwrite")
+    assert status == 130
+    state = tmp_path / "out/fastprune/state"
+    assert f"the state is in {state}; the same command continues" in stderr
+    assert state.is_dir()
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    steps = []
+    hooked(lambda step, model: steps.append(step))
+    assert finetune(*flags, "--overwrite")[0] == 0
+    assert len(steps) == 2
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
 def test_other_settings_do_not_continue_a_run(finetune, hooked, tmp_path):
     hooked(lambda step, model: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None)
     assert finetune("--max-steps", "4")[0] == 130

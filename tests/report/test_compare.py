@@ -256,16 +256,23 @@ class TestOut:
 
     def test_a_folder(self, refused, run, tmp_path):
         (tmp_path / "all.html").mkdir()
-        assert "no HTML file" in refused(run("a"), "--out", tmp_path / "all.html")
+        assert "is no plain file" in refused(run("a"), "--out", tmp_path / "all.html")
 
-    def test_other_content_stays(self, refused, run, tmp_path):
-        (tmp_path / "all.html").write_text("years of work")
-        assert "no HTML file" in refused(run("a"), "--out", tmp_path / "all.html")
+    @pytest.mark.parametrize("content", ["years of work", "<!DOCTYPE html>\n<title>Home</title>"])
+    def test_other_content_stays(self, refused, run, tmp_path, content):
+        (tmp_path / "all.html").write_text(content)
+        assert "is not a page" in refused(run("a"), "--out", tmp_path / "all.html")
+
+    def test_a_link_is_not_followed(self, refused, run, tmp_path):
+        (tmp_path / "all.html").symlink_to(tmp_path / "elsewhere.html")
+        assert "is no plain file" in refused(run("a"), "--out", tmp_path / "all.html")
 
     @pytest.mark.parametrize("content", ['{"name": "package"}', "not json", "[]"])
     def test_the_json_beside_it_is_not_ours(self, refused, run, tmp_path, content):
         (tmp_path / "all.json").write_text(content)
-        assert "all.json would be replaced" in refused(run("a"), "--out", tmp_path / "all.html")
+        assert "all.json: exists and is not a comparison" in refused(
+            run("a"), "--out", tmp_path / "all.html"
+        )
 
     def test_the_metrics_of_a_run_stay(self, refused, run):
         folder = run("a")

@@ -1,0 +1,348 @@
+"""Output folders: checked before the work, filled beside their place, put there in one step.
+
+While a run writes to OUT, a hidden folder beside it, `.OUT.fastprune-XXXXXXXX`, holds
+
+    new/       what becomes OUT
+    old/       what OUT was, for a moment, where the file system cannot exchange two folders
+    removed/   the same, once OUT is there again
+
+The run holds a lock on that folder as long as it lives. One that was killed leaves the folder
+behind; the next run with the same OUT puts OUT right and removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import glob
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastprune.errors import InputError
+
+RECORDS = "fastprune"
+"""Folder inside a checkpoint where a run keeps its plan, metrics and report."""
+NEW, OLD, REMOVED = "new", "old", "removed"
+MOUNTS = Path("/proc/self/mountinfo")
+CURRENT_FOLDER, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+# -------------------------------------------------------------------------------- before the work
+
+
+def check_out(out: Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise InputError now if a run cannot leave its result in the folder `out` later.
+
+    `out` may not exist yet or be an empty folder. With `overwrite` it may hold the result of an
+    earlier run, but nothing else: a mistyped path must not cost the user a folder of other things.
+    `inputs` are what the run reads; those on the disk must lie apart from `out`. What a killed run
+    left beside `out` is put right first.
+    """
+    remove_leftovers(out)
+    check_place(out)
+    check_apart(out, inputs)
+    out = place(out)
+    if not _is_filled(out):
+        return
+    if not overwrite:
+        raise InputError(f"{out}: exists already; choose another --out, or pass --overwrite")
+    if not is_ours(out):
+        raise InputError(
+            f"{out}: not a checkpoint that fastprune wrote ({RECORDS}/metrics.json is missing or "
+            "another program's), so --overwrite does not replace it; choose another --out"
+        )
+    if (out / ".git").exists():
+        raise InputError(f"{out}: holds a git repository, so --overwrite does not replace it")
+
+
+def check_place(out: Path) -> None:
+    """Raise InputError if no folder can be put in the place of `out`, whatever it holds."""
+    named, out = Path(out), place(out)
+    if named.is_symlink():
+        raise InputError(
+            f"{named}: is a symbolic link; name the folder it leads to, {out.resolve()}"
+        )
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{named}: is a file; --out names a folder")
+    parent = next(folder for folder in out.parents if os.path.lexists(folder))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{named}: cannot be created, {parent} is not writable")
+    if not out.exists():
+        return
+    if _is_mount_point(out):
+        raise InputError(
+            f"{named}: is a mount point, which cannot be replaced as a whole; name a folder in it, "
+            f"such as {out / 'model'}"
+        )
+    if _holds_current_folder(out):
+        raise InputError(
+            f"{named}: holds the current folder, which the run would replace; choose another "
+            "--out, or run from elsewhere"
+        )
+    if not os.access(out, os.W_OK | os.X_OK) or _is_anothers(out):
+        raise InputError(f"{named}: cannot be replaced, you may not write to it")
+
+
+def check_apart(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise InputError if one of `inputs` lies in `out`, is `out`, or has it inside.
+
+    Inputs that are not on the disk (names of data sets, hub ids) are passed over.
+    """
+    named, outs = out, _ways(Path(out))
+    for source in inputs:
+        path = Path(os.path.expanduser(source))
+        if not str(source).strip() or not os.path.exists(path):
+            continue
+        files = path.iterdir() if path.is_dir() and os.access(path, os.R_OK) else ()
+        ways = {*_ways(path), *(file.resolve() for file in files if file.is_symlink())}
+        if outs & ways:
+            raise InputError(f"{named}: is what the run reads ({source}); choose another --out")
+        if any(a in b.parents for a in outs for b in ways):
+            raise InputError(f"{named}: holds {source}, which the run reads; choose another --out")
+        if any(a in b.parents for a in ways for b in outs):
+            raise InputError(
+                f"{named}: lies in {source}, which the run reads; choose another --out"
+            )
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` holds what a run of this program left: a result, or a state to go on from.
+
+    A `fastprune` folder alone says nothing: a checkout of this project has one too.
+    """
+    versions = _read_json(folder / RECORDS / "metrics.json").get("versions")
+    run = _read_json(folder / RECORDS / "state" / "run.json")
+    finished = isinstance(versions, dict) and "fastprune" in versions
+    return finished or {"settings", "stage"} <= run.keys()
+
+
+def place(out: Path) -> Path:
+    """The absolute path of `out`, free of links above its last part."""
+    path = Path(out).absolute()
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
+def _ways(path: Path) -> set[Path]:
+    """The absolute paths of `path`: as it is named, and with its last part's links followed."""
+    return {place(path), path.resolve()}
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`; an empty one where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """A folder of the same file system can be mounted too: only the kernel's list knows."""
+    mounted: set[str] = set()
+    with suppress(OSError):
+        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        mounted = {
+            re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4])
+            for line in lines
+        }
+    return os.path.ismount(folder) or str(folder) in mounted
+
+
+def _holds_current_folder(folder: Path) -> bool:
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it has been removed
+        return False
+    return folder == here or folder in here.parents
+
+
+def _is_anothers(folder: Path) -> bool:
+    """Whether `folder` is another user's in a folder where only owners may rename, as in /tmp."""
+    above = folder.parent.stat()
+    owners = (0, folder.stat().st_uid, above.st_uid)
+    return bool(above.st_mode & stat.S_ISVTX) and os.geteuid() not in owners
+
+
+# --------------------------------------------------------------------------------- after the work
+
+
+@contextmanager
+def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `out` to write into; it becomes `out` when the block ends well.
+
+    On any exception, an interrupt included, it is removed and `out` is what it was. Raises
+    InputError as `check_out` does; where that happens after the block, what was written stays
+    under a name that the error tells.
+    """
+    check_out(out, overwrite)
+    with replacing(out, partial(check_out, overwrite=overwrite)) as fresh:
+        yield fresh
+
+
+@contextmanager
+def replacing(out: Path, check: Callable[[Path], None] = lambda _: None) -> Iterator[Path]:
+    """As `staged`, whatever `out` holds: the caller has looked, and takes over what shall stay.
+
+    `check` is asked again when the block has ended.
+    """
+    out = place(out)
+    created = [folder for folder in out.parents if not folder.exists()]  # innermost first
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work, lock = _begin(out)
+    try:
+        fresh = work / NEW
+        fresh.mkdir()  # unlike `work`, with the permissions the user's umask gives
+        yield fresh
+        sync_folder(fresh)
+        try:
+            check(out)
+            exchange(fresh, out)
+        except (OSError, InputError) as error:
+            raise _kept(fresh, out, error) from error
+    finally:
+        try:
+            _settle(work, out)
+        finally:
+            if lock is not None:
+                os.close(lock)
+        with suppress(OSError):  # not empty: the result lies there
+            for folder in created:
+                folder.rmdir()
+
+
+def _kept(fresh: Path, out: Path, error: OSError | InputError) -> InputError:
+    """The work is done and must not be lost: `fresh` gets a name of its own, which this tells."""
+    kept = Path(tempfile.mkdtemp(prefix=f"{out.name}-", dir=out.parent))
+    os.rename(fresh, kept)
+    reason = error.strerror if isinstance(error, OSError) else error
+    return InputError(f"{out}: cannot be replaced ({reason}); the finished result is in {kept}")
+
+
+def exchange(fresh: Path, out: Path) -> None:
+    """Put the folder `fresh` in the place of `out`, in one step where the file system can.
+
+    What `out` was lies where `fresh` was, or else (NFS, some FUSE) in a folder `old` beside that,
+    and then `out` is missing for an instant: `_settle` knows. Raises OSError.
+    """
+    if not _is_filled(out):
+        os.rename(fresh, out)
+    elif not _exchange_paths(fresh, out):
+        os.rename(out, fresh.with_name(OLD))
+        os.rename(fresh, out)
+    with suppress(OSError):  # what is done is done
+        _sync(out.parent)
+
+
+def _exchange_paths(one: Path, other: Path) -> bool:
+    """Exchange two paths by renameat2(2); False where there is no such thing. Raises OSError."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    paths = (CURRENT_FOLDER, os.fsencode(one), CURRENT_FOLDER, os.fsencode(other))
+    if call(*paths, EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until everything in `folder` is on the disk: a name must not outlive its content.
+
+    Raises InputError where the disk is full or broken.
+    """
+    try:
+        for root, _, files in os.walk(folder):
+            for name in files:
+                _sync(Path(root, name))
+            _sync(Path(root))
+    except OSError as error:
+        raise InputError(f"{folder.parent}: cannot be written: {error.strerror}") from error
+
+
+def _sync(path: Path) -> None:
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, of folders
+            raise
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------- leftovers
+
+
+def remove_leftovers(out: Path) -> None:
+    """Put `out` right after a killed run, and remove what that left beside it.
+
+    Folders that another program made, or that a living run works in, are not touched.
+    """
+    out = place(out)
+    for work in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
+        lock = _lock(work, wait=False)
+        if lock is not None:
+            if {path.name for path in work.iterdir()} <= {NEW, OLD, REMOVED}:
+                _settle(work, out)
+            os.close(lock)
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.fastprune-"
+
+
+def _begin(out: Path) -> tuple[Path, int | None]:
+    """A new folder beside `out`, and the lock on it that `_lock` gives."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
+        lock = _lock(work, wait=True)
+        if work.is_dir():  # or another run took it for a leftover before it was locked
+            return work, lock
+
+
+def _lock(work: Path, wait: bool) -> int | None:
+    """Lock the folder `work` until the file returned is closed, or this process ends.
+
+    None where it is locked already, and where the file system has no locks: there no run removes
+    what another one left.
+    """
+    try:
+        handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _settle(work: Path, out: Path) -> None:
+    """Give back to `out` what was taken away and not replaced, and remove `work`.
+
+    Killed anywhere, the next call does the rest.
+    """
+    old, removed = work / OLD, work / REMOVED
+    if old.exists():
+        os.rename(old, removed if out.exists() else out)  # a folder half removed is never put back
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,262 @@
+"""DIR of a finetuning run: an old or a new model whatever happens, or a run that goes on."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from fastprune import output
+from fastprune.errors import InputError
+from fastprune.recover.config import FinetuneConfig
+from fastprune.recover.folder import RunFolder
+from fastprune.recover.trainer import OWN_STATE
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL; what runs after it in this process does so in the next one, too."""
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def config(out: Path, **changed) -> FinetuneConfig:
+    return FinetuneConfig(model="org/model", data="hf:org/data", out=out, **changed)
+
+
+def earlier_model(out: Path) -> None:
+    """What a run of prune left."""
+    (out / "fastprune").mkdir(parents=True)
+    (out / "config.json").write_text('{"is": "old"}')
+    (out / "model-00001-of-00002.safetensors").write_text("old")
+    (out / "fastprune" / "metrics.json").write_text('{"versions": {"fastprune": "1"}}')
+
+
+def begun(out: Path, **changed) -> RunFolder:
+    """A run with one line in its log and one checkpoint of its first stage."""
+    folder = RunFolder.open(config(out, **changed))
+    folder.begin()
+    folder.add_line({"stage": 0, "step": 1})
+    checkpoint = folder.stage_folder(0) / "checkpoint-1"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / OWN_STATE).write_text("{}")
+    return folder
+
+
+def write(directory: Path) -> None:
+    """The model and its records, as the command writes them."""
+    (directory / "config.json").write_text('{"is": "new"}')
+    (directory / "model.safetensors").write_text("new")
+    (directory / "fastprune").mkdir()
+    (directory / "fastprune" / "metrics.json").write_text('{"versions": {"fastprune": "2"}}')
+
+
+def model_in(out: Path) -> str | None:
+    """Which complete model `out` holds."""
+    if not (out / "config.json").is_file():
+        return None
+    which = json.loads((out / "config.json").read_text())["is"]
+    files = {"old": "model-00001-of-00002.safetensors", "new": "model.safetensors"}
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        ["config.json", "fastprune", files[which]]
+    )
+    return which
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_whole_run_is_in_the_finished_folder(out, overwrite):
+    if overwrite:
+        earlier_model(out)
+    folder = begun(out, overwrite=overwrite)
+    (folder.records / ".final-old").mkdir()
+    folder.finish(write)
+    assert model_in(out) == "new"
+    assert folder.lines() == [{"stage": 0, "step": 1}]
+    assert (folder.stage_folder(0) / "checkpoint-1" / OWN_STATE).is_file()
+    assert json.loads((folder.state / "run.json").read_text())["finished"]
+    assert sorted(path.name for path in folder.records.iterdir()) == [
+        *("metrics.json", "state", "train_log.jsonl")
+    ]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_what_was_put_beside_the_run_stays(out):
+    folder = begun(out)
+    (out / "notes.txt").write_text("years of work")
+    (folder.records / "eval.json").write_text("{}")
+    folder.finish(write)
+    assert (out / "notes.txt").read_text() == "years of work"
+    assert (folder.records / "eval.json").is_file()
+    again = RunFolder.open(config(out, resume=str(folder.stage_folder(0) / "checkpoint-1")))
+    again.begin()
+
+    def another(directory: Path) -> None:
+        write(directory)
+        (directory / "model.safetensors").rename(directory / "adapter.safetensors")
+
+    again.finish(another)  # files of its own that it does not write again are gone
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("adapter.safetensors", "config.json", "fastprune", "notes.txt")
+    ]
+
+
+def test_without_hard_links(out, monkeypatch):
+    def refused(*args, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    folder = begun(out)
+    folder.finish(write)
+    assert folder.lines() == [{"stage": 0, "step": 1}]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("error", [Killed, KeyboardInterrupt])
+@pytest.mark.parametrize("slow", [False, True], ids=["exchange", "two renames"])
+def test_stopped_at_any_moment_of_the_last_phase(out, monkeypatch, overwrite, error, slow):
+    """The model of before, or the new one, or a run that the same command finishes."""
+    if slow:
+        monkeypatch.setattr(output, "_exchange_paths", lambda one, other: False)
+    changed = {"overwrite": overwrite}
+    seen = set()
+    for moment in range(1, 200):
+        here = out.parent / str(moment) / "out"
+        if overwrite:
+            earlier_model(here)
+        folder = begun(here, **changed)
+        with monkeypatch.context() as patch:
+            steps = stop_at(patch, moment, error)
+            with suppress(error):
+                folder.finish(write)
+        try:
+            again = RunFolder.open(config(here, **changed, resume="auto"))
+        except InputError:  # a complete model, which is not overwritten
+            assert not overwrite
+            assert model_in(here) == "new"
+        else:
+            found = model_in(here) if overwrite else None
+            assert again.resumed or found == "new"
+            if again.resumed:
+                assert again.lines() == [{"stage": 0, "step": 1}]
+                assert again.checkpoint is not None
+                assert not overwrite or found == "old"
+                again.begin()
+                again.finish(write)
+                seen.add("went on")
+            assert model_in(here) == "new"
+        assert [path.name for path in here.parent.iterdir()] == ["out"]
+        if len(steps) < moment:
+            break
+    assert moment > 10
+    assert seen == {"went on"}
+
+
+def stop_at(patch: pytest.MonkeyPatch, moment: int, error: type[BaseException]) -> list[str]:
+    """Raise `error` after that many changes of the disk; the changes so far.
+
+    After `Killed` nothing is changed any more, as by a process that is gone.
+    """
+    steps: list[str] = []
+
+    def stopping(name):
+        original = getattr(os, name)
+
+        def call(*args, **options):
+            if error is Killed and len(steps) >= moment:
+                raise Killed
+            result = original(*args, **options)
+            steps.append(name)
+            if len(steps) == moment:
+                raise error
+            return result
+
+        return call
+
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir", "link", "fsync"):
+        patch.setattr(os, name, stopping(name))
+    return steps
+
+
+class TestOverwrite:
+    def test_of_an_unfinished_run_goes_on(self, out):
+        earlier_model(out)
+        begun(out, overwrite=True)
+        for overwrite in (True, False):  # what was agreed to stays agreed to
+            again = RunFolder.open(config(out, overwrite=overwrite))
+            assert again.resumed
+            assert again.checkpoint is not None
+            assert again.record["replaces"]
+
+    def test_of_other_settings_says_how_to_begin_anew(self, out):
+        earlier_model(out)
+        begun(out, overwrite=True)
+        with pytest.raises(InputError, match=r"--lr None, not 0.1: .* or --resume never"):
+            RunFolder.open(config(out, overwrite=True, lr=0.1))
+        again = RunFolder.open(config(out, overwrite=True, lr=0.1, resume="never"))
+        assert not again.resumed
+        again.begin()
+        assert again.lines() == []
+        assert not again.stage_folder(0).exists()
+        assert model_in(out) == "old"
+
+    def test_never_alone_does_not_replace_a_model(self, out):
+        earlier_model(out)
+        begun(out, overwrite=True)
+        with pytest.raises(InputError, match="exists already"):
+            RunFolder.open(config(out, resume="never"))
+
+    @pytest.mark.parametrize("moment", range(1, 12))
+    def test_stopped_while_it_begins_anew(self, out, monkeypatch, moment):
+        earlier_model(out)
+        begun(out, overwrite=True)
+        folder = RunFolder.open(config(out, overwrite=True, resume="never"))
+        with monkeypatch.context() as patch:
+            stop_at(patch, moment, Killed)
+            with suppress(Killed):
+                folder.begin()
+        assert model_in(out) == "old"
+        again = RunFolder.open(config(out, overwrite=True))
+        assert again.resumed
+        assert (again.checkpoint is None) == (not again.stage_folder(0).exists())
+
+    def test_a_looser_gate_goes_on(self, out):
+        begun(out, gate_ppl_ratio=1.0)
+        assert RunFolder.open(config(out, gate_ppl_ratio=2.0)).resumed
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": "out"},
+        {"teacher": "out/fastprune"},
+        {"data": "hf:org/data,out/config.json"},
+        {"eval": "out"},
+        {"recipe": "out/config.json"},
+        {"prompt": "out/prompts.txt"},
+    ],
+)
+def test_what_is_read_is_not_replaced(out, changed, monkeypatch):
+    earlier_model(out)
+    (out / "prompts.txt").write_text("The river")
+    monkeypatch.chdir(out.parent)
+    settings = {"model": "org/model", "data": "hf:org/data", "out": out, "overwrite": True}
+    with pytest.raises(InputError, match="read"):
+        RunFolder.open(FinetuneConfig(**settings | changed))
+
+
+def test_a_stage_of_another_run_can_be_continued_twice(tmp_path):
+    """Weights that a later stage began with come from the other run, and are kept here."""
+    first = begun(tmp_path / "first")
+    first.record["stage"] = 1
+    first.save()
+    (first.state / "start-1.safetensors").write_text("weights")
+    checkpoint = first.stage_folder(1) / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / OWN_STATE).write_text("{}")
+    RunFolder.open(config(tmp_path / "out", resume=str(checkpoint))).begin()
+    again = RunFolder.open(config(tmp_path / "out"))
+    assert again.resumed
+    assert (again.state / "start-1.safetensors").read_text() == "weights"
