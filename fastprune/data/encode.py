@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from fastprune.data.checks import Findings, Unusable
-from fastprune.data.examples import Example
+from fastprune.data.examples import Example, Message
 from fastprune.data.instruct import (
     Rendered,
     apply_template,
     chat_messages,
     document_end,
-    has_template,
     is_marked,
     prompt_text,
     render,
+    source_of,
     source_text,
+    with_template,
 )
 from fastprune.data.records import Record
+from fastprune.data.wording import affixes
 
 Encoded = tuple[Record, np.ndarray, "np.ndarray | None"]
 
@@ -31,19 +33,13 @@ class Encoder:
     """Text and examples to token ids, with a mask of those that are learnt."""
 
     def __init__(self, tokenizer: Any, seq2seq: bool) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer if seq2seq else with_template(tokenizer)
         self.seq2seq = seq2seq
         self._inside = False  # a document whose beginning was in an earlier piece
 
     @cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text by itself."""
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = self.tokenizer("a")["input_ids"]
-        for at in range(len(full) - len(bare) + 1):
-            if full[at : at + len(bare)] == bare:
-                return full[:at], full[at + len(bare) :]
-        return [], []
+        return affixes(self.tokenizer)
 
     def encode(
         self, batch: list[tuple[Record, Any]], kind: str, findings: Findings
@@ -73,11 +69,15 @@ class Encoder:
         The token ids up to where an answer begins; `text` itself after plain text, and for an
         encoder–decoder model, which reads bare prompts.
         """
-        if kind == "text" or self.seq2seq:
-            return text
-        before = [] if has_template(self.tokenizer) else self._affixes[0]
-        asked = prompt_text(self.tokenizer, [{"role": "user", "content": text}])
-        return [*before, *self._ids([asked])[0]]
+        asked = {"role": "user", "content": text}
+        return text if kind == "text" else self.conversation([asked])
+
+    def conversation(self, messages: Sequence[Message]) -> str | list[int]:
+        """What to give a model to answer the last of `messages`: token ids, or the text that an
+        encoder–decoder model reads. Raises InputError where the chat template refuses them."""
+        if self.seq2seq:
+            return source_of(messages)
+        return self._ids([prompt_text(self.tokenizer, messages)])[0]
 
     def _texts(self, batch: list[tuple[Record, str]]) -> Iterator[Encoded]:
         prefix, _ = self._affixes
@@ -104,12 +104,12 @@ class Encoder:
             try:
                 encoded = apply_template(
                     self.tokenizer,
-                    chat_messages(example.messages, example.context),
+                    chat_messages(self.tokenizer, example.messages, example.context),
                     return_dict=True,
                     return_assistant_tokens_mask=True,
                 )
             except Unusable as problem:
-                findings.add(str(problem), record.where)
+                findings.add(str(problem), record.where, reason=problem.reason)
                 continue
             learnt = np.asarray(encoded["assistant_masks"], dtype=bool)
             yield record, np.asarray(encoded["input_ids"], dtype=np.int64), learnt
@@ -123,18 +123,13 @@ class Encoder:
             try:
                 rendered.append((record, render(self.tokenizer, example)))
             except Unusable as problem:
-                findings.add(str(problem), record.where)
+                findings.add(str(problem), record.where, reason=problem.reason)
                 continue
             if rendered[-1][1].problem:
                 findings.add(rendered[-1][1].problem, record.where)
         masked = self._by_offsets if self.tokenizer.is_fast else self._by_pieces
-        for (record, text), (ids, learnt) in zip(rendered, masked([r for _, r in rendered])):
-            before = self._affixes[0] if text.special else []
-            yield (
-                record,
-                np.concatenate([np.asarray(before, dtype=np.int64), ids]),
-                np.concatenate([np.zeros(len(before), dtype=bool), learnt]),
-            )
+        for (record, _), (ids, learnt) in zip(rendered, masked([text for _, text in rendered])):
+            yield record, ids, learnt
 
     def _by_offsets(self, texts: list[Rendered]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         if not texts:

@@ -141,7 +141,7 @@ def _instruction(value: Mapping[str, Any]) -> Example:
         prompt = _string(value, PROMPT_FIELDS).strip()
     else:  # the input is all there is
         prompt, context = _string(value, CONTEXT_FIELDS).strip(), ""
-    response = _string(value, RESPONSE_FIELDS).strip()
+    response = _string(value, RESPONSE_FIELDS, or_number=True).strip()
     if not prompt and not context:
         raise Unusable("empty prompt")
     if not response:
@@ -165,14 +165,14 @@ def _history(value: Any) -> list[Message]:
     """The earlier questions and answers of an instruction."""
     turns = _listed(value)
     if turns is None:
-        if _text(value) or isinstance(value, dict):
+        if value and not _is_null(value):
             raise Unusable("wrong fields")
         return []
     messages = []
     for turn in turns:
         if isinstance(turn, dict):
             messages.append(_message(turn))
-        elif isinstance(turn, list) and len(turn) == 2 and all(map(_text, turn)):
+        elif isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn):
             roles = ("user", "assistant")
             messages += [{"role": role, "content": text} for role, text in zip(roles, turn)]
         else:
@@ -252,25 +252,24 @@ def _has(value: Mapping[str, Any], fields: Iterable[str]) -> bool:
     return any(field in value for field in fields)
 
 
-def _string(value: Mapping[str, Any], fields: Iterable[str]) -> str:
-    """The first string or number among `fields`, of which there is one at least."""
+def _string(value: Mapping[str, Any], fields: Iterable[str], *, or_number: bool = False) -> str:
+    """The first string among `fields`, of which there is one at least; or the first number."""
     found = [value[field] for field in fields if field in value]
     for content in found:
-        if (text := _text(content)) is not None:
-            return text
+        if isinstance(content, str):
+            return content
+        if or_number and _is_number(content):
+            return str(content)
     raise Unusable("null" if any(map(_is_null, found)) else "wrong fields")
 
 
 def _optional(value: Mapping[str, Any], fields: Iterable[str]) -> str:
-    return next((text.strip() for f in fields if (text := _text(value.get(f))) is not None), "")
+    return next((value[f].strip() for f in fields if isinstance(value.get(f), str)), "")
 
 
-def _text(content: Any) -> str | None:
-    """A string, or a number as people write it; None where `content` is something else."""
-    if isinstance(content, str):
-        return content
+def _is_number(content: Any) -> bool:
     number = isinstance(content, int | float) and not isinstance(content, bool)
-    return str(content) if number and math.isfinite(content) else None
+    return number and math.isfinite(content)
 
 
 def _is_null(content: Any) -> bool:
