@@ -33,9 +33,14 @@ class Encoder:
     """Text and examples to token ids, with a mask of those that are learnt."""
 
     def __init__(self, tokenizer: Any, seq2seq: bool) -> None:
-        self.tokenizer = tokenizer if seq2seq else with_template(tokenizer)
+        self.tokenizer = tokenizer
         self.seq2seq = seq2seq
         self._inside = False  # a document whose beginning was in an earlier piece
+
+    @cached_property
+    def _asking(self) -> Any:
+        """The tokenizer with the template that conversations are put by."""
+        return with_template(self.tokenizer)
 
     @cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
@@ -53,7 +58,7 @@ class Encoder:
             return
         if self.seq2seq:
             encoded = self._pairs(batch)
-        elif is_marked(self.tokenizer) and self.tokenizer.is_fast:
+        elif is_marked(self._asking) and self.tokenizer.is_fast:
             encoded = self._marked(batch, findings)
         else:
             encoded = self._rendered(batch, findings)
@@ -77,7 +82,7 @@ class Encoder:
         encoder–decoder model reads. Raises InputError where the chat template refuses them."""
         if self.seq2seq:
             return source_of(messages)
-        return self._ids([prompt_text(self.tokenizer, messages)])[0]
+        return self._ids([prompt_text(self._asking, messages)])[0]
 
     def _texts(self, batch: list[tuple[Record, str]]) -> Iterator[Encoded]:
         prefix, _ = self._affixes
@@ -103,8 +108,8 @@ class Encoder:
         for record, example in batch:
             try:
                 encoded = apply_template(
-                    self.tokenizer,
-                    chat_messages(self.tokenizer, example.messages, example.context),
+                    self._asking,
+                    chat_messages(self._asking, example.messages, example.context),
                     return_dict=True,
                     return_assistant_tokens_mask=True,
                 )
@@ -121,7 +126,7 @@ class Encoder:
         rendered: list[tuple[Record, Rendered]] = []
         for record, example in batch:
             try:
-                rendered.append((record, render(self.tokenizer, example)))
+                rendered.append((record, render(self._asking, example)))
             except Unusable as problem:
                 findings.add(str(problem), record.where, reason=problem.reason)
                 continue

@@ -352,9 +352,15 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
         raise InputError(f"{path}: not a Parquet file, or damaged") from error
 
 
-def _hub(spec: str, rows: int) -> Iterator[Record]:
+def hub_parts(spec: str) -> tuple[str, str, str]:
+    """Name, configuration (empty where none is given) and split of a hub data set."""
     full = SHORT_NAMES.get(spec, spec)
     name, config, split = (*full.removeprefix("hf:").split(":"), "", "")[:3]
+    return name, config, split or "train"
+
+
+def _hub(spec: str, rows: int) -> Iterator[Record]:
+    name, config, split = hub_parts(spec)
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -362,7 +368,7 @@ def _hub(spec: str, rows: int) -> Iterator[Record]:
             f"text {spec!r} comes from the hub and needs the package datasets: "
             f"pip install datasets; or give a local file, or {BUILTIN}"
         ) from error
-    source: dict[str, Any] = {"path": name, "name": config or None, "split": split or "train"}
+    source: dict[str, Any] = {"path": name, "name": config or None, "split": split}
     if name in SCRIPTED:
         copy = f"hf://datasets/{name}@refs/convert/parquet/{config}/{split}/*.parquet"
         source = {"path": "parquet", "data_files": copy, "split": "train"}

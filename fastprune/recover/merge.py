@@ -27,6 +27,7 @@ from fastprune.models.adapter import load_adapter, read_fingerprint
 from fastprune.models.checkpoint import RECORDS, check_out, save_checkpoint, staged
 from fastprune.models.load import load_model
 from fastprune.models.quiet import quiet_libraries
+from fastprune.models.vocabulary import check_largest
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
@@ -201,7 +202,9 @@ def _sample(model: nn.Module, tokenizer: Any) -> Tensor:
     """Token windows to compare logits on: running text, as far as the model has positions."""
     positions = getattr(model.config, "max_position_embeddings", None) or SAMPLE_LENGTH
     length = min(SAMPLE_LENGTH, positions)
-    return text_windows(tokenizer, load_documents(BUILTIN), length, SAMPLE_WINDOWS)
+    windows = text_windows(tokenizer, load_documents(BUILTIN), length, SAMPLE_WINDOWS)
+    check_largest(model, tokenizer, int(windows.max()), BUILTIN)
+    return windows
 
 
 def _logits(model: nn.Module, windows: Tensor) -> Tensor:
