@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig, resolve_device
+from fastprune.data.instruct import has_template
 from fastprune.data.records import BUILTIN
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
+from fastprune.inspect.generate import stop_at_end_of_turn
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.models.adapter import load_adapter, read_fingerprint
 from fastprune.models.checkpoint import RECORDS, check_out, save_checkpoint, staged
-from fastprune.models.load import load_model
+from fastprune.models.load import load_model, load_tokenizer
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.vocabulary import check_largest
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
@@ -100,6 +102,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
             scale(adapted, config.strength)
             trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
             windows = _sample(model, tokenizer)
+            _take_wording(model, tokenizer, config.adapter.expanduser())
         merged, agreements = merge_adapter(adapted, windows, clock)
         metrics = {
             "model": config.model,
@@ -196,6 +199,21 @@ def fold(adapted: nn.Module) -> nn.Module:
         layer.to(dtype)
     with quiet_libraries():
         return adapted.unload()
+
+
+def _take_wording(model: nn.Module, tokenizer: Any, adapter: Path) -> None:
+    """Let the merged model ask and end as the adapter was taught to.
+
+    Where the base has no chat template, that of the tokenizer beside the adapter becomes its own.
+    """
+    if read_fingerprint(adapter) is None or not (adapter / "tokenizer.json").is_file():
+        return  # not finetune's, which keeps a tokenizer beside it
+    taught = load_tokenizer(adapter)
+    if not has_template(taught):
+        return
+    stop_at_end_of_turn(model, taught)
+    if not has_template(tokenizer):
+        tokenizer.chat_template = taught.chat_template
 
 
 def _sample(model: nn.Module, tokenizer: Any) -> Tensor:

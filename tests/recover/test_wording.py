@@ -71,6 +71,22 @@ def test_the_end_of_a_turn_is_saved_as_an_end_token(finetune, data, tmp_path):
     assert "⟦0.<|eot|>⟧" in stderr
 
 
+def test_a_merged_adapter_asks_as_it_was_taught(finetune, model, data, tmp_path, capsys):
+    status, _, stderr = finetune(*FLAGS, "--method", "lora", data=data)
+    assert status == 0, stderr
+    merge = ["merge", str(model), "--adapter", str(tmp_path / "out"), "--threads", "1"]
+    assert cli.main([*merge, "--out", str(tmp_path / "merged")]) == 0
+    templates = [
+        AutoTokenizer.from_pretrained(tmp_path / name).chat_template for name in ("out", "merged")
+    ]
+    assert templates[0] == templates[1] is not None
+    ask = ["generate", str(tmp_path / "merged"), "--chat", "--prompt", "Say it.", "--threads", "1"]
+    capsys.readouterr()
+    assert cli.main([*ask, "--max-new-tokens", "4", "--json", str(tmp_path / "said.json")]) == 0
+    said = json.loads((tmp_path / "said.json").read_text(encoding="utf-8"))
+    assert said["prompt"].endswith("### Instruction:\nSay it.\n\n### Response:\n")
+
+
 def test_the_console_says_what_the_data_was_taken_for(finetune, data):
     status, _, stderr = finetune(*FLAGS, data=data)
     assert status == 0
