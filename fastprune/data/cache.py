@@ -23,7 +23,7 @@ import numpy as np
 from fastprune.data.records import Record, place
 from fastprune.errors import InputError
 
-LAYOUT = 1  # raise when stores or what goes into them change, so that older ones are left alone
+LAYOUT = 2  # raise when stores or what goes into them change, so that older ones are left alone
 SHARD_TOKENS = {"text": 100_000_000, "instructions": 10_000_000, "chat": 10_000_000}
 MAX_SHORT = 1 << 16  # ids below it fit 16 bits
 HASH_BYTES = 1 << 20

@@ -17,6 +17,8 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
     "empty response": (False, "nothing is answered, so there is nothing to learn"),
     "empty text": (False, "a blank document"),
     "surrogates": (False, "lone surrogates (half characters), which no tokenizer takes"),
+    "tool call": (False, "the assistant calls a tool instead of answering in words"),
+    "other split": (False, "of a validation or test split, which is not trained on"),
     "template": (False, "the model's chat template refuses the conversation"),
     "all masked": (False, "no token is left to learn"),
     "duplicate": (False, "said before, word for word"),
@@ -53,6 +55,11 @@ GBK_MOJIBAKE = "锟斤拷"  # U+FFFD U+FFFD as UTF-8, read as GBK
 class Unusable(Exception):
     """A record that cannot be trained on. Its text is a key of PROBLEMS."""
 
+    def __init__(self, problem: str, reason: str = "") -> None:
+        super().__init__(problem)
+        self.reason = " ".join(reason.split())
+        """what refused it, in its own words"""
+
 
 @dataclass
 class Finding:
@@ -63,6 +70,8 @@ class Finding:
     count: int
     first: str
     """where it occurs first"""
+    reason: str = ""
+    """what refused that one, in its own words, where something did"""
 
     @property
     def used(self) -> bool:
@@ -70,11 +79,15 @@ class Finding:
         return PROBLEMS[self.problem][0]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "used": self.used, "meaning": PROBLEMS[self.problem][1]}
+        fields = asdict(self)
+        if not self.reason:
+            del fields["reason"]
+        return {**fields, "used": self.used, "meaning": PROBLEMS[self.problem][1]}
 
     def __str__(self) -> str:
         fate = "used" if self.used else "left out"
-        return f"{self.count} × {self.problem} ({fate}), first at {self.first}"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{self.count} × {self.problem} ({fate}), first at {self.first}{reason}"
 
 
 class Findings:
@@ -83,8 +96,8 @@ class Findings:
     def __init__(self, found: Iterable[Finding] = ()) -> None:
         self._found = {finding.problem: finding for finding in found}
 
-    def add(self, problem: str, where: str, count: int = 1) -> None:
-        finding = self._found.setdefault(problem, Finding(problem, 0, where))
+    def add(self, problem: str, where: str, count: int = 1, reason: str = "") -> None:
+        finding = self._found.setdefault(problem, Finding(problem, 0, where, reason))
         finding.count += count
 
     def __iter__(self) -> Iterator[Finding]:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from fastprune.data.checks import Findings, Unusable
-from fastprune.data.examples import Example
+from fastprune.data.examples import Example, Message
 from fastprune.data.instruct import (
     Rendered,
     apply_template,
     chat_messages,
     document_end,
-    has_template,
     is_marked,
     prompt_text,
     render,
+    source_of,
     source_text,
+    with_template,
 )
 from fastprune.data.records import Record
+from fastprune.data.wording import affixes
 
 Encoded = tuple[Record, np.ndarray, "np.ndarray | None"]
 
@@ -36,14 +38,13 @@ class Encoder:
         self._inside = False  # a document whose beginning was in an earlier piece
 
     @cached_property
+    def _asking(self) -> Any:
+        """The tokenizer with the template that conversations are put by."""
+        return with_template(self.tokenizer)
+
+    @cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text by itself."""
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = self.tokenizer("a")["input_ids"]
-        for at in range(len(full) - len(bare) + 1):
-            if full[at : at + len(bare)] == bare:
-                return full[:at], full[at + len(bare) :]
-        return [], []
+        return affixes(self.tokenizer)
 
     def encode(
         self, batch: list[tuple[Record, Any]], kind: str, findings: Findings
@@ -57,7 +58,7 @@ class Encoder:
             return
         if self.seq2seq:
             encoded = self._pairs(batch)
-        elif is_marked(self.tokenizer) and self.tokenizer.is_fast:
+        elif is_marked(self._asking) and self.tokenizer.is_fast:
             encoded = self._marked(batch, findings)
         else:
             encoded = self._rendered(batch, findings)
@@ -73,11 +74,15 @@ class Encoder:
         The token ids up to where an answer begins; `text` itself after plain text, and for an
         encoder–decoder model, which reads bare prompts.
         """
-        if kind == "text" or self.seq2seq:
-            return text
-        before = [] if has_template(self.tokenizer) else self._affixes[0]
-        asked = prompt_text(self.tokenizer, [{"role": "user", "content": text}])
-        return [*before, *self._ids([asked])[0]]
+        asked = {"role": "user", "content": text}
+        return text if kind == "text" else self.conversation([asked])
+
+    def conversation(self, messages: Sequence[Message]) -> str | list[int]:
+        """What to give a model to answer the last of `messages`: token ids, or the text that an
+        encoder–decoder model reads. Raises InputError where the chat template refuses them."""
+        if self.seq2seq:
+            return source_of(messages)
+        return self._ids([prompt_text(self._asking, messages)])[0]
 
     def _texts(self, batch: list[tuple[Record, str]]) -> Iterator[Encoded]:
         prefix, _ = self._affixes
@@ -103,13 +108,13 @@ class Encoder:
         for record, example in batch:
             try:
                 encoded = apply_template(
-                    self.tokenizer,
-                    chat_messages(example.messages, example.context),
+                    self._asking,
+                    chat_messages(self._asking, example.messages, example.context),
                     return_dict=True,
                     return_assistant_tokens_mask=True,
                 )
             except Unusable as problem:
-                findings.add(str(problem), record.where)
+                findings.add(str(problem), record.where, reason=problem.reason)
                 continue
             learnt = np.asarray(encoded["assistant_masks"], dtype=bool)
             yield record, np.asarray(encoded["input_ids"], dtype=np.int64), learnt
@@ -121,20 +126,15 @@ class Encoder:
         rendered: list[tuple[Record, Rendered]] = []
         for record, example in batch:
             try:
-                rendered.append((record, render(self.tokenizer, example)))
+                rendered.append((record, render(self._asking, example)))
             except Unusable as problem:
-                findings.add(str(problem), record.where)
+                findings.add(str(problem), record.where, reason=problem.reason)
                 continue
             if rendered[-1][1].problem:
                 findings.add(rendered[-1][1].problem, record.where)
         masked = self._by_offsets if self.tokenizer.is_fast else self._by_pieces
-        for (record, text), (ids, learnt) in zip(rendered, masked([r for _, r in rendered])):
-            before = self._affixes[0] if text.special else []
-            yield (
-                record,
-                np.concatenate([np.asarray(before, dtype=np.int64), ids]),
-                np.concatenate([np.zeros(len(before), dtype=bool), learnt]),
-            )
+        for (record, _), (ids, learnt) in zip(rendered, masked([text for _, text in rendered])):
+            yield record, ids, learnt
 
     def _by_offsets(self, texts: list[Rendered]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         if not texts:

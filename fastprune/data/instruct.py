@@ -1,11 +1,13 @@
 """Examples to text, with the spans that are learnt: the answers, and the end after each.
 
-By the tokenizer's chat template where it has one, else by Alpaca's wording, in English or Chinese
-as the instruction is. An encoder–decoder model reads the bare prompt and answers with the response.
+All goes through a chat template: the tokenizer's own, or, where it has none, one of Alpaca's
+wording (`wording.py`). So a prompt is put to a model in the words it was trained with. An
+encoder–decoder model reads the bare prompt and answers with the response.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,47 +15,14 @@ from typing import Any
 
 from fastprune.data.checks import Unusable
 from fastprune.data.examples import Example, Message
+from fastprune.data.wording import default_template, has_context
+from fastprune.errors import InputError
 
-CJK = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
-LETTER = re.compile(r"[^\W\d_]")
-CJK_SHARE = 0.2  # of the letters: a Chinese instruction may quote an English text
 MARKED = re.compile(r"\{%-?\s*generation\b")
+THINKING = re.compile(r"(<(think|thinking|thought|reasoning)>)\s*$")
+"""The end of a prompt that has the model think before it answers."""
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 """What ends a document in models whose EOS ends a turn of a conversation."""
-
-
-@dataclass(frozen=True)
-class Wording:
-    """How an instruction is put to a model without a chat template."""
-
-    bare: str
-    with_context: str
-    instruction: str
-    context: str
-    response: str
-
-
-ENGLISH = Wording(
-    bare=(
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request."
-    ),
-    with_context=(
-        "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request."
-    ),
-    instruction="### Instruction:",
-    context="### Input:",
-    response="### Response:",
-)
-"""The wording of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca)."""
-CHINESE = Wording(
-    bare="下面是一条描述任务的指令。请写出恰当完成这一请求的回答。",
-    with_context="下面是一条描述任务的指令，并附有提供背景的输入。请写出恰当完成这一请求的回答。",
-    instruction="### 指令：",
-    context="### 输入：",
-    response="### 回答：",
-)
 
 
 @dataclass(frozen=True)
@@ -63,26 +32,44 @@ class Rendered:
     text: str
     spans: list[tuple[int, int]]
     """characters that are learnt: [start, end), ascending"""
-    special: bool
-    """whether the tokenizer still has to put its own first token before it"""
     problem: str = ""
     """a key of checks.PROBLEMS that concerns it"""
 
 
-def is_chinese(text: str) -> bool:
-    """Whether `text` is Chinese (or other text in CJK ideographs), by its letters."""
-    return len(CJK.findall(text)) > CJK_SHARE * len(LETTER.findall(text))
-
-
 def has_template(tokenizer: Any) -> bool:
-    """Whether `tokenizer` has a chat template."""
+    """Whether `tokenizer` has a chat template of its own."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def template_of(tokenizer: Any) -> str:
+    """The chat template that conversations are put by: the tokenizer's own, or the default one.
+
+    Raises InputError where it has several by name, and none of them is the default.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, dict):
+        return template or default_template(tokenizer)
+    if len(template) > 1 and "default" not in template:
+        raise InputError(
+            f"the tokenizer has chat templates named {', '.join(sorted(template))} and none named "
+            "default: save the one to use as chat_template.jinja beside it"
+        )
+    return template.get("default") or next(iter(template.values()))
+
+
+def with_template(tokenizer: Any) -> Any:
+    """`tokenizer`, or a copy of it, with the template that conversations are put by as its own."""
+    template = template_of(tokenizer)
+    if getattr(tokenizer, "chat_template", None) == template:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def is_marked(tokenizer: Any) -> bool:
     """Whether the chat template itself marks what the assistant generates."""
-    template = tokenizer.chat_template if has_template(tokenizer) else ""
-    return isinstance(template, str) and bool(MARKED.search(template))
+    return bool(MARKED.search(template_of(tokenizer)))
 
 
 def document_end(tokenizer: Any) -> int | None:
@@ -92,27 +79,61 @@ def document_end(tokenizer: Any) -> int | None:
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], context: str = "") -> str:
-    """What a model reads before it answers `messages`, in the wording it was trained with here."""
-    if has_template(tokenizer):
-        turns = chat_messages(messages, context)
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return _worded(tokenizer, messages, context).text
+    """What a model reads before it answers `messages`, in the wording it is trained with here.
+
+    Raises InputError where the chat template refuses them.
+    """
+    turns = chat_messages(tokenizer, messages, context)
+    try:
+        return _text(tokenizer, turns, add_generation_prompt=True)
+    except Unusable as problem:
+        reason = problem.reason or "it gives no reason"
+        raise InputError(f"the chat template refuses this conversation: {reason}") from problem
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The id of the special token that the chat template puts after an answer.
+
+    None where it puts none, or refuses the simplest of conversations.
+    """
+    asked, answer = {"role": "user", "content": "Hello."}, "Good morning."
+    turns = [asked, {"role": "assistant", "content": answer}]
+    try:
+        _, found, after = _text(tokenizer, turns).rpartition(answer)
+    except Unusable:
+        return None
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ids[0] if ids and ids[0] in special | set(tokenizer.all_special_ids) else None
 
 
 def source_text(example: Example) -> str:
     """What the encoder of an encoder–decoder model reads: all before the last answer."""
-    return "\n".join(m["content"] for m in chat_messages(example.messages[:-1], example.context))
+    return source_of(_merged(example.messages[:-1], example.context))
+
+
+def source_of(messages: Sequence[Message]) -> str:
+    """What the encoder of an encoder–decoder model reads of `messages` before it answers."""
+    return "\n".join(message["content"] for message in messages)
 
 
 def render(tokenizer: Any, example: Example) -> Rendered:
     """`example` as one text with its learnt spans. Raises Unusable if the template refuses it."""
-    if has_template(tokenizer):
-        return _templated(tokenizer, chat_messages(example.messages, example.context))
-    return _worded(tokenizer, example.messages, example.context)
+    return _templated(tokenizer, chat_messages(tokenizer, example.messages, example.context))
 
 
-def chat_messages(messages: Sequence[Message], context: str) -> list[Message]:
-    """The messages with the context below the first thing the user says."""
+def chat_messages(tokenizer: Any, messages: Sequence[Message], context: str) -> list[Message]:
+    """The messages as the template takes them: the context of the first question beside it, or,
+    where the template knows none, below it."""
+    if not has_context(template_of(tokenizer)):
+        return _merged(messages, context)
+    turns = [dict(message) for message in messages]
+    if context:
+        next(turn for turn in turns if turn["role"] == "user")["context"] = context
+    return turns
+
+
+def _merged(messages: Sequence[Message], context: str) -> list[Message]:
     turns = [dict(message) for message in messages]
     if context:
         asked = next(turn for turn in turns if turn["role"] == "user")
@@ -121,22 +142,41 @@ def chat_messages(messages: Sequence[Message], context: str) -> list[Message]:
 
 
 def apply_template(tokenizer: Any, messages: list[Message], **options: Any) -> Any:
-    """What `apply_chat_template` makes of `messages`. Raises Unusable if the template refuses."""
+    """What `apply_chat_template` makes of `messages`. Raises Unusable if the template refuses.
+
+    A system message that the template refuses stands at the head of what the user says first.
+    """
     from jinja2 import TemplateError
 
+    refusals = (TemplateError, ValueError, TypeError, KeyError, IndexError)
+    options = {"chat_template": template_of(tokenizer), **options}
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise Unusable("template") from error  # whatever the template asks for in vain
+    except refusals as error:  # whatever the template asks for in vain
+        refusal = error
+    if (others := _without_system(messages)) is not None:
+        try:
+            return tokenizer.apply_chat_template(others, **options)
+        except refusals:
+            pass  # the first reason is the one that concerns the conversation as it is
+    raise Unusable("template", str(refusal)) from refusal
+
+
+def _without_system(messages: list[Message]) -> list[Message] | None:
+    """The messages with that of the system in the one after it; None where the two are not so."""
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return None
+    system, asked, *rest = messages
+    return [{**asked, "content": f"{system['content']}\n\n{asked['content']}"}, *rest]
 
 
 def _templated(tokenizer: Any, messages: list[Message]) -> Rendered:
     text = _text(tokenizer, messages)
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     spans = [_span(tokenizer, text, messages, n) for n in answers]
-    last = spans[-1]
-    if last is None:
-        raise Unusable("template")
+    if (last := spans[-1]) is None:
+        text, last = _after_thinking(tokenizer, text, messages)
+        spans = [None] * (len(spans) - 1) + [last]
     problem = ""
     if None in spans:
         spans, problem = [last], "last answer only"
@@ -145,7 +185,32 @@ def _templated(tokenizer: Any, messages: list[Message]) -> Rendered:
     if tokenizer.eos_token and not _ends_special(tokenizer, text[:end]):
         text = text[:end] + tokenizer.eos_token
         found[-1] = (start, len(text))
-    return Rendered(text, found, False, problem)
+    return Rendered(text, found, problem)
+
+
+def _after_thinking(
+    tokenizer: Any, text: str, messages: list[Message]
+) -> tuple[str, tuple[int, int]]:
+    """The conversation `text` where the prompt ends in a mark that opens a thought.
+
+    The answer then begins with what it thinks, or with the end of an empty thought. Raises Unusable
+    where that is not why the prompt is not the beginning of `text`.
+    """
+    before = _text(tokenizer, messages[:-1], add_generation_prompt=True)
+    content = messages[-1]["content"].strip()
+    mark = THINKING.search(before)
+    if mark is None or not text.startswith(before[: mark.start()]):
+        raise Unusable("template", "it writes what was said before an answer in another way")
+    opened, closed = mark[1], f"</{mark[2]}>"
+    said = content.rpartition(closed)[2].strip()
+    _, found, end = text[mark.start() :].rpartition(said or content)
+    if not found or not said:
+        raise Unusable("template", "it does not write the answer as it is")
+    if content.startswith(opened):
+        content = content.removeprefix(opened).lstrip()
+    elif closed not in content:
+        content = f"\n{closed}\n\n{content}"
+    return before + content + end, (len(before), len(before) + len(content) + len(end))
 
 
 def _span(tokenizer: Any, text: str, messages: list[Message], n: int) -> tuple[int, int] | None:
@@ -177,27 +242,3 @@ def _ends_special(tokenizer: Any, text: str) -> bool:
         return True
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return text.endswith(tuple(special | set(tokenizer.all_special_tokens)))
-
-
-def _worded(tokenizer: Any, messages: Sequence[Message], context: str) -> Rendered:
-    """Alpaca's form; further turns repeat its headings, and a system message its first sentence."""
-    asked = next(m["content"] for m in messages if m["role"] == "user")
-    words = CHINESE if is_chinese(asked + context) else ENGLISH
-    text = words.with_context if context else words.bare
-    end = tokenizer.eos_token or ""
-    spans = []
-    for message in messages:
-        content = message["content"].strip()
-        match message["role"]:
-            case "system":
-                text = content
-            case "assistant":
-                start = len(text)
-                text += content + end
-                spans.append((start, len(text)))
-            case _:
-                text += f"\n\n{words.instruction}\n{content}\n\n"
-                if context and not spans:
-                    text += f"{words.context}\n{context}\n\n"
-                text += f"{words.response}\n"
-    return Rendered(text, spans, True)

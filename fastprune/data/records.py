@@ -1,6 +1,6 @@
 """Sources on the command line to records, one after the other.
 
-A source is a path (`.txt .jsonl .json .parquet .csv`, or a folder of them),
+A source is a path (to a file of a form in `data.files`, or a folder of them),
 `hf:NAME[:CONFIG[:SPLIT]]`, a short name, or `builtin:pydocs`; several are joined by commas. Files
 are read a piece at a time, so that a corpus may be larger than memory (a `.json` file alone is
 parsed as a whole).
@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastprune.data.files import checked_form, folder_files, is_packed, split_of
 from fastprune.errors import InputError
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 BUILTIN = "builtin:pydocs"
 SHORT_NAMES = {
     "wikitext2": "hf:Salesforce/wikitext:wikitext-2-raw-v1:test",
@@ -36,6 +38,7 @@ MAX_STREAMED_ROWS = 20_000
 """Rows taken of a hub data set: c4 alone has hundreds of millions."""
 READ_BYTES = 1 << 20
 PARQUET_ROWS = 1024  # at a time: a row may be a whole book
+DELIMITERS = ",;\t"  # of a .csv; the first one that its first line has
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class Record:
     """from 1"""
     more: bool = False
     """the document goes on in the next record"""
+    held_out: bool = False
+    """of another split than train, in a file that has train too"""
 
     @property
     def where(self) -> str:
@@ -93,17 +98,16 @@ def read_source(
 def source_files(name: str) -> list[Path]:
     """The files of a source, sorted; none for one that does not lie on the disk.
 
-    Raises InputError for a name that is neither a path nor a data set.
+    Raises InputError for a name that is neither a path nor a data set, for a file of an unknown
+    form, and for a folder without any of a known one.
     """
     if not name.strip():
         raise InputError("an empty name stands where a text is expected")
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-        if not files:
-            raise InputError(f"{path}: no {' '.join(SUFFIXES)} files in this folder")
-        return files
+        return folder_files(path)
     if path.is_file():
+        checked_form(path)
         return [path]
     if name == BUILTIN or name in SHORT_NAMES or name.startswith("hf:"):
         return []
@@ -118,15 +122,19 @@ def read_file(
 ) -> Iterator[Record]:
     """The records of one file; positions call it `name`. Raises InputError as `read_source`."""
     name = name or str(path)
-    match path.suffix:
-        case ".jsonl":
+    match checked_form(path):
+        case "jsonl":
             return _jsonl(path, name, broken or _refuse)
-        case ".json":
+        case "json":
             return _json(path, name, broken or _refuse)
-        case ".parquet":
+        case "parquet":
             return _parquet(path, name)
-        case ".csv":
-            return _csv(path, name)
+        case "arrow":
+            return _arrow(path, name)
+        case "csv":
+            return _csv(path, name, DELIMITERS)
+        case "tsv":
+            return _csv(path, name, "\t")
     return _plain(path, name)
 
 
@@ -148,7 +156,7 @@ def _decoded(path: Path) -> Iterator[str]:
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
     position = 0
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if is_packed(path) else path.open("rb") as file:
             while True:
                 data = file.read(READ_BYTES)
                 if b"\0" in data:
@@ -160,7 +168,11 @@ def _decoded(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         # `object` begins with the bytes kept back from the piece before, or lacks the BOM
         byte = position + len(data) - len(error.object) + error.start
-        raise InputError(f"{path}: not UTF-8 text (byte {byte} is wrong)") from error
+        raise InputError(
+            f"{path}: not UTF-8 text (byte {byte} is wrong); save it as UTF-8"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a gzip file, or damaged") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -206,17 +218,79 @@ def _json(path: Path, name: str, broken: Broken) -> Iterator[Record]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if "Extra data" in str(error):  # one object a line, which many a .json file is
+        if "Extra data" not in str(error):
+            raise InputError(f"{path}: not JSON: {error}") from error
+        if _is_json(text.lstrip().partition("\n")[0]):  # one value a line
             yield from _jsonl(path, name, broken)
             return
-        raise InputError(f"{path}: not JSON: {error}") from error
+        content = _one_after_the_other(path, text)
     del text
-    if isinstance(content, dict):  # one record, or {"data": [records]}
-        lists = [value for value in content.values() if isinstance(value, list)]
-        content = lists[0] if len(lists) == 1 and not is_record(content) else [content]
-    values = content if isinstance(content, list) else [content]
-    for number, value in enumerate(values, start=1):
-        yield Record(value, name, "record", number)
+    number = 0
+    for values, held_out in _contained(content):
+        for value in values:
+            number += 1
+            yield Record(value, name, "record", number, held_out=held_out)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _one_after_the_other(path: Path, text: str) -> list[Any]:
+    """The JSON values that `text` holds, each on as many lines as it likes."""
+    decoder = json.JSONDecoder()
+    values = []
+    position = _after_blanks(text, 0)
+    try:
+        while position < len(text):
+            value, end = decoder.raw_decode(text, position)
+            values.append(value)
+            position = _after_blanks(text, end)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    return values
+
+
+def _after_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
+
+
+def _contained(content: Any) -> list[tuple[list[Any], bool]]:
+    """The records in the content of a JSON file, and whether they are held out of training.
+
+    A list of records; one record; lists by the name of their split; {"data": [records]}; records
+    by an identifier; or columns, as lists or by the number of the row.
+    """
+    if not isinstance(content, dict):
+        return [(content if isinstance(content, list) else [content], False)]
+    values = list(content.values())
+    if is_record(content) or not values:
+        return [([content], False)]
+    if all(isinstance(value, list) for value in values):
+        splits = {key: split_of(str(key)) for key in content}
+        if all(splits.values()):
+            train = "train" in splits.values()
+            return [(content[key], train and splits[key] != "train") for key in content]
+        if len(values) > 1 and len(set(map(len, values))) == 1:
+            return [([dict(zip(content, row)) for row in zip(*values)], False)]
+    if all(isinstance(value, dict) for value in values):
+        rows = list(values[0])
+        if rows and all(list(value) == rows for value in values) and all(map(str.isdecimal, rows)):
+            return [([{key: content[key][row] for key in content} for row in rows], False)]
+        return [(values, False)]
+    lists = [value for value in values if isinstance(value, list)]
+    whole = len(lists) == 1 and (len(values) == 1 or _are_objects(lists[0]))
+    return [(lists[0] if whole else [content], False)]
+
+
+def _are_objects(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, dict) for value in values)
 
 
 def is_record(value: dict[str, Any]) -> bool:
@@ -224,14 +298,46 @@ def is_record(value: dict[str, Any]) -> bool:
     return isinstance(value.get("messages"), list) or isinstance(value.get("conversations"), list)
 
 
-def _csv(path: Path, name: str) -> Iterator[Record]:
+def _csv(path: Path, name: str, delimiters: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
-    rows = csv.DictReader(line + "\n" for line in _lines(path))
+    lines = (line + "\n" for line in _lines(path))
+    first = next(lines, "")
+    delimiter = next((sign for sign in delimiters if sign in first), delimiters[0])
+    rows = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter)
     try:
         for number, value in enumerate(rows, start=1):
             yield Record(value, name, "record", number)
     except csv.Error as error:
         raise InputError(f"{path}: line {rows.line_num}: not CSV: {error}") from error
+
+
+def _arrow(path: Path, name: str) -> Iterator[Record]:
+    try:
+        from pyarrow import ArrowException, ArrowInvalid, ipc, memory_map
+    except ImportError as error:
+        raise InputError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
+    try:
+        with memory_map(str(path)) as source:
+            try:
+                batches = iter(ipc.open_stream(source))
+            except ArrowInvalid:  # the other of the two forms
+                file = ipc.open_file(source)
+                batches = map(file.get_batch, range(file.num_record_batches))
+            yield from _rows(batches, name)
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path}: not an Arrow file, or damaged") from error
+
+
+def _rows(batches: Iterable[Any], name: str) -> Iterator[Record]:
+    """The rows of Arrow's record batches."""
+    pieces = itertools.chain.from_iterable(_pieces(batch) for batch in batches)
+    values = itertools.chain.from_iterable(piece.to_pylist() for piece in pieces)
+    for number, value in enumerate(values, start=1):
+        yield Record(value, name, "record", number)
+
+
+def _pieces(batch: Any) -> Iterator[Any]:
+    return (batch.slice(at, PARQUET_ROWS) for at in range(0, batch.num_rows, PARQUET_ROWS))
 
 
 def _parquet(path: Path, name: str) -> Iterator[Record]:
@@ -241,17 +347,20 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
         raise InputError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
     try:
         file = parquet.ParquetFile(path)
-        batches = file.iter_batches(batch_size=PARQUET_ROWS)
-        values = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        for number, value in enumerate(values, start=1):
-            yield Record(value, name, "record", number)
+        yield from _rows(file.iter_batches(batch_size=PARQUET_ROWS), name)
     except (ArrowException, OSError) as error:
         raise InputError(f"{path}: not a Parquet file, or damaged") from error
 
 
-def _hub(spec: str, rows: int) -> Iterator[Record]:
+def hub_parts(spec: str) -> tuple[str, str, str]:
+    """Name, configuration (empty where none is given) and split of a hub data set."""
     full = SHORT_NAMES.get(spec, spec)
     name, config, split = (*full.removeprefix("hf:").split(":"), "", "")[:3]
+    return name, config, split or "train"
+
+
+def _hub(spec: str, rows: int) -> Iterator[Record]:
+    name, config, split = hub_parts(spec)
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -259,7 +368,7 @@ def _hub(spec: str, rows: int) -> Iterator[Record]:
             f"text {spec!r} comes from the hub and needs the package datasets: "
             f"pip install datasets; or give a local file, or {BUILTIN}"
         ) from error
-    source: dict[str, Any] = {"path": name, "name": config or None, "split": split or "train"}
+    source: dict[str, Any] = {"path": name, "name": config or None, "split": split}
     if name in SCRIPTED:
         copy = f"hf://datasets/{name}@refs/convert/parquet/{config}/{split}/*.parquet"
         source = {"path": "parquet", "data_files": copy, "split": "train"}

@@ -26,9 +26,9 @@ EDGE_TOKENS = 64  # the last tokens before a cut may differ from those of the wh
 TEXT_FIELDS = ("text", "content", "sentence", "document")
 """Fields that hold a whole document, in the order they are looked for."""
 PART_FIELDS = (
-    ("instruction", "prompt", "question"),
+    ("instruction", "prompt", "question", "query", "problem"),
     ("input", "context"),
-    ("output", "response", "answer", "completion"),
+    ("output", "response", "answer", "completion", "solution"),
 )
 """Fields of an instruction record; those it has are joined in this order."""
 
@@ -154,12 +154,22 @@ def _documents(name: str) -> Iterator[str]:
             pieces.clear()
 
 
+def small_names(record: Mapping[Any, Any]) -> dict[str, Any]:
+    """`record` with the names of its fields in small letters; one that is so already comes first.
+
+    `Instruction` and `instruction` are the same field.
+    """
+    small = {str(name).strip().lower(): value for name, value in record.items()}
+    return small | {name: value for name, value in record.items() if name in small}
+
+
 def document(record: Any, where: str) -> str:
     """The text of one record: itself, its text field, or the parts of an instruction."""
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):
         raise InputError(f"{where}: neither a string nor an object with a text field")
+    record = small_names(record)
     for field in TEXT_FIELDS:
         if isinstance(record.get(field), str):
             return record[field]

@@ -25,8 +25,10 @@ from fastprune.data.cache import (
     tokenizer_digest,
 )
 from fastprune.data.checks import Finding, Findings, Unusable, encoding_problems
+from fastprune.data.columns import Columns
 from fastprune.data.encode import Encoder
 from fastprune.data.examples import Example, detect_kind, example_of, text_of
+from fastprune.data.files import without_held_out
 from fastprune.data.records import (
     Broken,
     Record,
@@ -54,8 +56,10 @@ class Source:
 
     name: str
     files: tuple[Path, ...]
-    called: str | None
+    called: str | None = None
     """what positions call the file, where its own name says nothing"""
+    held_out: tuple[Path, ...] = ()
+    """files of other splits than train, which are left alone"""
 
     def records(self, broken: Broken | None = None) -> Iterator[Record]:
         if not self.files:
@@ -80,6 +84,9 @@ class Part:
     name: str
     kind: str
     records: int
+    largest: int
+    """the greatest token id in it"""
+    source: Source
     store: Store
 
 
@@ -92,15 +99,17 @@ class Corpus:
 
 
 def tokenised(
-    spec: str | Path, tokenizer: Any, *, kind: str, seq2seq: bool, cache: Path | None
+    spec: str | Path, tokenizer: Any, *, kind: str | Columns, seq2seq: bool, cache: Path | None
 ) -> Corpus:
     """The corpus that `spec` names, from the cache or put there now.
 
-    `cache` is a folder; None means the user's cache directory. Raises InputError for sources that
+    `kind` is that of all records, auto, or the columns of what they hold. `cache` is a folder; None
+    means the user's cache directory. Raises InputError for sources that
     cannot be read or hold nothing to train on.
     """
     sources = [_resolved(name, cache) for name in source_names(spec)]
-    key = [LAYOUT, kind, seq2seq, tokenizer_digest(tokenizer)]
+    columns = kind.fields if isinstance(kind, Columns) else kind
+    key = [LAYOUT, columns, seq2seq, tokenizer_digest(tokenizer)]
     key += [part for source in sources for part in (source.name, source.digest())]
     name = f"tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
     folder = cached_folder(
@@ -108,16 +117,21 @@ def tokenised(
     )
     content = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     return Corpus(
-        [Part(**part, store=Store(folder / str(n))) for n, part in enumerate(content["parts"])],
+        [
+            Part(**part, source=source, store=Store(folder / str(n)))
+            for n, (part, source) in enumerate(zip(content["parts"], sources))
+        ],
         [Finding(**finding) for finding in content["findings"]],
     )
 
 
 def _resolved(name: str, cache: Path | None) -> Source:
     if files := source_files(name):
-        return Source(name, tuple(files), None)
+        path = Path(name).expanduser()
+        kept, held_out = without_held_out(path, files) if path.is_dir() else (files, [])
+        return Source(name, tuple(kept), held_out=tuple(held_out))
     if name.startswith("builtin:"):
-        return Source(name, (), None)
+        return Source(name, ())
 
     def fetch(folder: Path) -> None:
         count = 0
@@ -132,7 +146,7 @@ def _resolved(name: str, cache: Path | None) -> Source:
     return Source(name, (cached_folder(f"hub-{key}", fetch, cache) / "records.jsonl",), name)
 
 
-def _write(folder: Path, sources: list[Source], encoder: Encoder, kind: str) -> None:
+def _write(folder: Path, sources: list[Source], encoder: Encoder, kind: str | Columns) -> None:
     findings = Findings()
     seen: set[int] = set()
     parts = []
@@ -149,16 +163,18 @@ def _write(folder: Path, sources: list[Source], encoder: Encoder, kind: str) -> 
             masked=reader.kind != "text",
             shard_tokens=SHARD_TOKENS[reader.kind],
         ) as writer:
-            kept = 0
+            kept, largest = 0, 0
             batches = _batches(reader)
             for batch in track(batches, f"tokenising {source.name}"):
                 for record, ids, learnt in encoder.encode(batch, reader.kind, findings):
                     writer.add(ids, learnt, record)
                     kept += not record.more
+                    largest = max(largest, int(ids.max(initial=0)))
         if not kept:
             reasons = "; ".join(map(str, findings)) or "it is empty"
             raise InputError(f"{source.name}: no text in it that can be trained on: {reasons}")
-        parts.append({"name": source.name, "kind": reader.kind, "records": reader.records})
+        about = {"kind": reader.kind, "records": reader.records, "largest": largest}
+        parts.append({"name": source.name, **about})
     content = {"parts": parts, "findings": [vars(finding) for finding in findings]}
     (folder / "corpus.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -166,14 +182,24 @@ def _write(folder: Path, sources: list[Source], encoder: Encoder, kind: str) -> 
 class _Reader:
     """The usable records of a source as text or examples; notes what is wrong with the others."""
 
-    def __init__(self, source: Source, kind: str, findings: Findings, seen: set[int]) -> None:
+    def __init__(
+        self, source: Source, kind: str | Columns, findings: Findings, seen: set[int]
+    ) -> None:
         self.source = source
         self.findings = findings
         self.seen = seen
         self.records = 0
         """how many there were, usable or not"""
-        first = itertools.islice(source.records(lambda *_: None), DETECTION_RECORDS)
-        self.kind = detect_kind(first, source.name) if kind == "auto" else kind
+        unread: list[str] = []
+        records = source.records(lambda record, why: unread.append(f"{record.where} {why}"))
+        first = itertools.islice(records, DETECTION_RECORDS)
+        self.columns = kind if isinstance(kind, Columns) else None
+        if isinstance(kind, Columns):
+            for record in itertools.islice(first, 1):
+                kind.check_first(record.value, record.where)
+            self.kind = kind.kind
+        else:
+            self.kind = detect_kind(first, source.name, unread) if kind == "auto" else kind
 
     def __iter__(self) -> Iterator[tuple[Record, str | Example]]:
         first = True  # of a document in pieces
@@ -182,7 +208,7 @@ class _Reader:
             try:
                 content = self._content(record, first)
             except Unusable as problem:
-                self.findings.add(str(problem), record.where)
+                self.findings.add(str(problem), record.where, reason=problem.reason)
             else:
                 yield record, content
             first = not record.more
@@ -193,12 +219,15 @@ class _Reader:
 
     def _content(self, record: Record, first: bool) -> str | Example:
         """What `record` holds. Raises Unusable."""
+        if record.held_out:
+            raise Unusable("other split")
+        value = self.columns.of(record.value) if self.columns else record.value
         content: str | Example
         if self.kind == "text":
-            content = text_of(record.value)
+            content = text_of(value)
             texts: tuple[str, ...] = (content,)
         else:
-            content = example_of(record.value, self.kind)
+            content = example_of(value, self.kind)
             texts = content.texts
         problems = encoding_problems("\n".join(texts))
         if first and not record.more:

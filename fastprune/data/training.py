@@ -24,8 +24,9 @@ from torch.utils.data import Dataset
 
 from fastprune.data.cache import Store
 from fastprune.data.checks import Finding, Findings, LengthStatistics
+from fastprune.data.columns import Columns
 from fastprune.data.examples import KINDS
-from fastprune.data.tokenise import Corpus, tokenised
+from fastprune.data.tokenise import Corpus, Part, tokenised
 from fastprune.errors import InputError
 from fastprune.kernels.reference import IGNORED
 
@@ -51,6 +52,8 @@ class TrainingData:
     """text, instructions or chat; mixed if the sources differ"""
     records: int
     """how many the sources hold, usable or not"""
+    parts: list[Part]
+    """the tokens of each source, and the files they came from"""
 
     def to_dict(self) -> dict[str, Any]:
         """For metrics.json and the report."""
@@ -72,7 +75,7 @@ def training_data(
     seq_len: int,
     samples: int | None = None,
     val_size: float = 0,
-    kind: str = "auto",
+    kind: str | Columns = "auto",
     pack: bool = True,
     seed: int = 0,
     cache: Path | None = None,
@@ -81,11 +84,12 @@ def training_data(
     """The data that `spec` names, tokenised, checked and split.
 
     `samples` caps the training items, drawn by `seed`. `val_size` holds out a number of items, or
-    below 1 a share. `kind` is text, instructions or chat for all sources; auto looks at the fields
-    of each. `pack` joins the documents of a text before it is cut into windows; otherwise every
-    document has windows of its own. `cache` is the folder of the tokenised copies, by default in
-    the user's cache directory. With `seq2seq` the items are for an encoder–decoder model: `seq_len`
-    holds for the input and for the labels each. Findings are logged as warnings.
+    below 1 a share. `kind` is text, instructions or chat for all sources, or the columns that hold
+    what is to be learnt; auto looks at the fields of each. `pack` joins the documents of a text
+    before it is cut into windows; otherwise every document has windows of its own. `cache` is the
+    folder of the tokenised copies, by default in the user's cache directory. With `seq2seq` the
+    items are for an encoder–decoder model: `seq_len` holds for the input and for the labels each.
+    Findings are logged as warnings.
 
     Raises InputError for settings out of range and for sources that cannot be read or hold nothing
     to train on.
@@ -96,7 +100,7 @@ def training_data(
         raise InputError(f"samples must be at least 1, got {samples}")
     if val_size < 0 or (val_size > 1 and val_size != int(val_size)):
         raise InputError(f"val_size must be a number of examples or a share, got {val_size}")
-    if kind not in ("auto", *KINDS):
+    if not isinstance(kind, Columns) and kind not in ("auto", *KINDS):
         raise InputError(f"kind must be auto or one of {', '.join(KINDS)}, got {kind!r}")
     corpus = tokenised(spec, tokenizer, kind=kind, seq2seq=seq2seq, cache=cache)
     views = [_view(part.store, part.kind, seq_len, pack, seq2seq) for part in corpus.parts]
@@ -115,6 +119,7 @@ def training_data(
         _length_statistics(corpus, seq_len),
         kinds.pop() if len(kinds) == 1 else "mixed",
         sum(part.records for part in corpus.parts),
+        corpus.parts,
     )
 
 

@@ -35,12 +35,13 @@ from fastprune.inspect.health import (
     unsound,
 )
 from fastprune.inspect.perplexity import (
+    SEQ_LEN,
     Perplexity,
-    check_positions,
     evaluate,
     peak_memory_bytes,
     sound,
     text_windows,
+    window_length,
 )
 from fastprune.inspect.record import PruningRecord
 from fastprune.inspect.verdict import (
@@ -56,6 +57,7 @@ from fastprune.inspect.verdict import (
 )
 from fastprune.models.load import STATE_SUFFIXES, load_model, resolve_source
 from fastprune.models.shards import FILE, INDEX, ShardReader
+from fastprune.models.vocabulary import check_largest
 from fastprune.report.run import Clock, command_line, settings, versions
 
 FORWARD_TOKENS = 32
@@ -79,8 +81,9 @@ class DiagnoseConfig(CommonConfig):
     dense: str | None = None
     """the model before pruning, to compare with layer by layer; on builtin:pydocs where no --text
     is given"""
-    seq_len: int = 1024
-    """tokens per window of the text, at most the model's maximum positions"""
+    seq_len: int | None = None
+    """tokens per window of the text, at most the model's maximum positions (default: 1024, or that
+    maximum)"""
     windows: int = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
     allow_pickle: bool = False
@@ -191,6 +194,7 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
     if config.forward and model is not None:
         with clock("forward"):
             ids = _first_tokens(tokenizer, documents)
+            check_largest(model, tokenizer, int(ids.max()), str(text or BUILTIN))
             found.forward = try_forward(model, ids)
         finite = all(tensor.finite for tensor in found.tensors)
         found.findings += say.of_forward(found.forward, finite)
@@ -217,8 +221,9 @@ def _measure(
     clock: Clock,
 ) -> None:
     """Perplexity, and the comparison with the dense model; fills in ``found``."""
-    check_positions(model, "--seq-len", config.seq_len)
-    windows = text_windows(tokenizer, documents, config.seq_len, config.windows)
+    seq_len = window_length(model, "--seq-len", config.seq_len, SEQ_LEN)
+    windows = text_windows(tokenizer, documents, seq_len, config.windows)
+    check_largest(model, tokenizer, int(windows.max()), str(found.text))
     dense = None
     if config.dense is not None:
         with clock("load"):

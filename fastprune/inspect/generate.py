@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from torch import nn
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
+from fastprune.data.encode import Encoder
+from fastprune.data.instruct import end_of_turn
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.forward import finite_logits
 from fastprune.models.gpt2 import learned_positions
 from fastprune.models.load import load_model
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import is_seq2seq, with_end
+from fastprune.models.vocabulary import check_largest, embedding_rows
 
 EXIT, CLEAR = "/exit", "/clear"
 
@@ -61,7 +64,8 @@ class GenerateConfig(SamplingConfig):
     prompt: str
     """text to continue; a .txt file holds one prompt a line"""
     chat: bool = False
-    """ask through the model's chat template instead of continuing the bare text"""
+    """ask through the model's chat template instead of continuing the bare text; where it has none,
+    in the words that finetune teaches instructions in"""
 
 
 @dataclass(kw_only=True)
@@ -79,15 +83,16 @@ def run_generate(config: GenerateConfig) -> Generation | dict[str, Any]:
     """
     prompts = read_prompts(config.prompt)
     model, tokenizer = _load(config)
+    kind = "chat" if config.chat else "text"
+    if config.chat:
+        stop_at_end_of_turn(model, tokenizer)
+    encoder = Encoder(tokenizer, is_seq2seq(model))
     results = []
     for prompt in prompts:
-        inputs = prompt
-        if config.chat:
-            inputs = _conversation(model, tokenizer, [{"role": "user", "content": prompt}])
         result = generate(
             model,
             tokenizer,
-            inputs,
+            encoder.prompt(prompt, kind),
             config.max_new_tokens,
             temperature=config.temperature,
             seed=config.seed,
@@ -151,7 +156,9 @@ def generate(
     if temperature < 0:
         raise InputError(f"temperature must not be negative, got {temperature}")
     device = next(model.parameters()).device
-    ids = _prompt_ids(tokenizer, prompt, seq2seq=is_seq2seq(model)).to(device)
+    ids = _prompt_ids(tokenizer, prompt, seq2seq=is_seq2seq(model))
+    check_largest(model, tokenizer, int(ids.max()), "the prompt")
+    ids = ids.to(device)
     start_length = 1 if is_seq2seq(model) else ids.shape[1]  # a decoder's start token
     max_new_tokens = min(max_new_tokens, _room(model, start_length))
     settings: dict[str, Any] = {"do_sample": False}
@@ -204,10 +211,14 @@ def chat(
 ) -> None:
     """Talk to `model` on the terminal until `/exit` or the end of input.
 
-    `read` shows its argument and returns one line; answers are printed token by token.
+    `read` shows its argument and returns one line; answers are printed token by token. The end of
+    a turn becomes one of the tokens that end what `model` generates. Raises InputError where the
+    chat template refuses the conversation.
     """
     from transformers import TextStreamer
 
+    stop_at_end_of_turn(model, tokenizer)
+    encoder = Encoder(tokenizer, is_seq2seq(model))
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
     print(f"{CLEAR} forgets what was said, {EXIT} or Ctrl-D ends")
@@ -226,7 +237,7 @@ def chat(
             answer = generate(
                 model,
                 tokenizer,
-                _conversation(model, tokenizer, messages),
+                encoder.conversation(messages),
                 max_new_tokens,
                 temperature=temperature,
                 seed=seed,
@@ -246,17 +257,20 @@ def _load(config: SamplingConfig) -> tuple[nn.Module, Any]:
     )
 
 
-def _conversation(model: nn.Module, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """What the model reads: by its chat template, or a plain transcript where it has none.
+def stop_at_end_of_turn(model: nn.Module, tokenizer: Any) -> None:
+    """Let the token that ends a turn in the chat template end what `model` generates, too.
 
-    An encoder-decoder model without a template has learnt single prompts, so it reads the last one.
+    It joins the end tokens of the generation settings, which are saved with the model. An
+    encoder-decoder model has no turns.
     """
-    if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if is_seq2seq(model):
-        return messages[-1]["content"]
-    lines = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
-    return "\n".join([*lines, "Assistant:"])
+    settings: Any = getattr(model, "generation_config", None)
+    end = None if settings is None or is_seq2seq(model) else end_of_turn(tokenizer)
+    if end is None or end >= embedding_rows(model):
+        return
+    known = settings.eos_token_id
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if end not in ends:
+        settings.eos_token_id = [*ends, end]
 
 
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, seq2seq: bool) -> torch.Tensor:
@@ -286,7 +300,7 @@ def _room(model: nn.Module, used: int) -> int:
 
 
 def pad_token(model: nn.Module, tokenizer: Any) -> int:
-    """Any valid token: padding is masked, or is not there at all, but the library asks for one."""
-    end = model.generation_config.eos_token_id
-    candidates = [tokenizer.pad_token_id, end[0] if isinstance(end, list) and end else end, 0]
-    return next(token for token in candidates if isinstance(token, int))
+    """Any legal token: padding is masked, or is not there at all, but the library asks for one."""
+    rows = embedding_rows(model)
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if isinstance(token, int) and token < rows)

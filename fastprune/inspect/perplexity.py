@@ -6,6 +6,7 @@ head is applied to a few tokens at a time and the logits of a window never stand
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import sys
@@ -30,6 +31,7 @@ from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
 from fastprune.models.load import load_model
 from fastprune.models.seq2seq import halves, is_seq2seq, response_states
+from fastprune.models.vocabulary import check_largest
 from fastprune.progress import track
 from fastprune.sharding import inside
 
@@ -39,6 +41,11 @@ BATCH_TOKENS = 2048
 """Tokens in one forward pass where no batch size is given."""
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of families whose logits are not simply the head's output."""
+
+SEQ_LEN = 1024
+"""Tokens of an evaluation window where nothing is said and the model has as many positions."""
+
+log = logging.getLogger("fastprune")
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ class EvalConfig(CommonConfig):
     text: str = BUILTIN
     """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:pydocs; several,
     joined by commas, are read one after the other"""
-    seq_len: int = 1024
-    """tokens per window, at most the model's maximum positions"""
+    seq_len: int | None = None
+    """tokens per window, at most the model's maximum positions (default: 1024, or that maximum)"""
     windows: int = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
     batch_size: int | None = None
@@ -96,8 +103,9 @@ def run_eval(config: EvalConfig) -> Perplexity:
         trust_remote_code=config.trust_remote_code,
         adapter=config.adapter,
     )
-    check_positions(model, "--seq-len", config.seq_len)
-    windows = text_windows(tokenizer, documents, config.seq_len, config.windows)
+    seq_len = window_length(model, "--seq-len", config.seq_len, SEQ_LEN)
+    windows = text_windows(tokenizer, documents, seq_len, config.windows)
+    check_largest(model, tokenizer, int(windows.max()), config.text)
     result = evaluate(model, windows, batch_size=config.batch_size)
     return sound(result, model, f"the loss of {config.model}")
 
@@ -115,13 +123,21 @@ def text_windows(tokenizer: Any, documents: list[str], seq_len: int, windows: in
     return eval_windows(stream, seq_len, windows)
 
 
-def check_positions(model: nn.Module, flag: str, seq_len: int) -> None:
-    """InputError when the model has no positions for windows as long as `flag` says."""
+def window_length(model: nn.Module, flag: str, asked: int | None, default: int) -> int:
+    """Tokens of a window: as many as were `asked` for, else `default`, or the model's maximum where
+    that is less. InputError when `flag` asks for more than the model has positions."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and seq_len > limit:
+    if limit is None:
+        return default if asked is None else asked
+    if asked is None:
+        if default > limit:
+            log.info("%s: %d, the model's maximum, instead of %d", flag, limit, default)
+        return min(default, limit)
+    if asked > limit:
         raise InputError(
-            f"{flag} {seq_len}: the model has {limit} positions at most (max_position_embeddings)"
+            f"{flag} {asked}: the model has {limit} positions at most (max_position_embeddings)"
         )
+    return asked
 
 
 @torch.no_grad()

@@ -79,8 +79,9 @@ class PruneConfig(CommonConfig):
     """calibration text; several, joined by commas, give an equal share of the windows each"""
     calib_samples: int = 128
     """calibration windows"""
-    calib_seq_len: int = 128
-    """tokens of a calibration window, at most the model's maximum positions"""
+    calib_seq_len: int | None = None
+    """tokens of a calibration window, at most the model's maximum positions (default: 128, or that
+    maximum)"""
     sensitivity_samples: int = 16
     """calibration windows used for layer sensitivity"""
     search_samples: int = 128
@@ -88,8 +89,9 @@ class PruneConfig(CommonConfig):
     use all"""
     eval: str = "builtin:pydocs"
     """evaluation text; several, joined by commas, are read one after the other"""
-    eval_seq_len: int = 1024
-    """tokens of an evaluation window, at most the model's maximum positions"""
+    eval_seq_len: int | None = None
+    """tokens of an evaluation window, at most the model's maximum positions (default: 1024, or that
+    maximum)"""
     eval_windows: int = 16
     """evaluation windows, from the start of the text"""
     gate_ppl_ratio: float | None = None
@@ -144,9 +146,10 @@ class PruneConfig(CommonConfig):
             ("eval_windows", 1),
             ("ranks", 1),
         ):
-            if getattr(self, name) < least:
+            value = getattr(self, name)
+            if value is not None and value < least:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}")
+                raise InputError(f"--{flag} must be at least {least}, not {value}")
         if self.gate_ppl_ratio is not None and not self.gate_ppl_ratio > 0:
             raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
         self._check_stream()

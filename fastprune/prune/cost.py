@@ -62,7 +62,9 @@ class Costs:
     ) -> None:
         self.model, self.kept, self.config = model, kept, config
         self.ranks, self.stream = ranks, stream
+        assert config.calib_seq_len and config.eval_seq_len  # decided by `prune`
         self.n, self.s = config.calib_samples, config.calib_seq_len
+        self.tested = config.eval_seq_len
         self.searched = min(config.search_samples, self.n)
         self.mine = _share(self.n, ranks)
         self.batch = max(1, BATCH_TOKENS // self.s)
@@ -265,7 +267,7 @@ class Costs:
 
     def evaluate(self, name: str, model: ModelShape) -> Stage:
         """Perplexity on the evaluation windows."""
-        n, s = self.config.eval_windows, self.config.eval_seq_len
+        n, s = self.config.eval_windows, self.tested
         batches = _split(n, max(1, BATCH_TOKENS // s))[:: self.ranks]
         cost = total(model.forward(layer, b, s) for layer in model.layers for b in batches)
         cost += total(model.head(b * (s - 1)) for b in batches)

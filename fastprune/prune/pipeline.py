@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,20 @@ from fastprune.config import resolve_device
 from fastprune.data.text import load_sources, sample_mix, token_stream
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import (
+    SEQ_LEN,
     Perplexity,
-    check_positions,
     evaluate,
     peak_memory_bytes,
     sound,
     text_windows,
+    window_length,
 )
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.families import block_parameters, family_of, geometries
 from fastprune.models.load import load_model
 from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import StreamedModel
+from fastprune.models.vocabulary import check_largest
 from fastprune.output import check_out, staged
 from fastprune.prune import latency, stream
 from fastprune.prune.budget import Budget, budget_of, far_off, saved_bytes
@@ -50,6 +52,8 @@ from fastprune.report.summary import prune_lines
 log = logging.getLogger("fastprune")
 
 
+CALIB_SEQ_LEN = 128
+"""Tokens of a calibration window where nothing is said and the model has as many positions."""
 STAGES = ("load", "score", "plan", "surgery", "compensate", "evaluate", "save")
 
 
@@ -150,6 +154,7 @@ def prune(
     """
     clock = clock or Clock()
     config.check()
+    config = _with_lengths(config, model)
     family_of(model)
     model.eval()
     params = sum(p.numel() for p in model.parameters())
@@ -295,17 +300,27 @@ def _budget(budget: Budget, metrics: dict[str, Any]) -> dict[str, Any]:
     return {"unit": budget.unit, "requested": budget.requested, "achieved": achieved}
 
 
+def _with_lengths(config: PruneConfig, model: nn.Module) -> PruneConfig:
+    """``config`` with the lengths of its windows decided. InputError for one that is too long."""
+    calib, test = config.calib_seq_len, config.eval_seq_len
+    return replace(
+        config,
+        calib_seq_len=window_length(model, "--calib-seq-len", calib, CALIB_SEQ_LEN),
+        eval_seq_len=window_length(model, "--eval-seq-len", test, SEQ_LEN),
+    )
+
+
 def _texts(
     config: PruneConfig, model: nn.Module, tokenizer: Any, *, calibrate: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Evaluation windows from the text's start, calibration windows from what is not tested."""
-    check_positions(model, "--eval-seq-len", config.eval_seq_len)
+    assert config.calib_seq_len and config.eval_seq_len  # decided by `prune`
     sources = load_sources(config.eval)
     documents = [text for texts in sources.values() for text in texts]
     test = text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
+    check_largest(model, tokenizer, int(test.max()), config.eval)
     if not calibrate:
         return test, None
-    check_positions(model, "--calib-seq-len", config.calib_seq_len)
     tested = {}
     left = test.numel()
     for name, texts in sources.items():
@@ -317,7 +332,9 @@ def _texts(
         name: token_stream(tokenizer, texts)[tested.get(name, 0) :]
         for name, texts in sources.items()
     }
-    return test, sample_mix(streams, config.calib_seq_len, config.calib_samples, config.seed)
+    windows = sample_mix(streams, config.calib_seq_len, config.calib_samples, config.seed)
+    check_largest(model, tokenizer, int(windows.max()), config.calib)
+    return test, windows
 
 
 def _check_gate(config: PruneConfig, dense: Perplexity, pruned: Perplexity) -> None:

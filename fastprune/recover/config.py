@@ -71,7 +71,8 @@ class FinetuneConfig(CommonConfig):
     samples: int | None = None
     """use at most so many training samples (windows of text, or records)"""
     seq_len: int | None = None
-    """tokens of a training window, at most the model's maximum positions (default: 512)"""
+    """tokens of a training window, at most the model's maximum positions (default: 512, or that
+    maximum)"""
     batch_size: int | None = None
     """samples per forward pass and device (default: 4)"""
     grad_accum: int | None = None
@@ -104,12 +105,19 @@ class FinetuneConfig(CommonConfig):
 
     kind: Literal["auto", "text", "instructions", "chat"] = "auto"
     """what the data is; auto tells by its fields"""
+    columns: tuple[str, ...] = ()
+    """fields of the data whose names do not say what they hold: prompt=FIELD,answer=FIELD, and
+    context=, system=, history= beside them; or messages=FIELD; or text=FIELD"""
+    resize_embeddings: bool = False
+    """give the model's embedding (and head) a row for every token of the tokenizer, where it has
+    too few; the new rows begin near the mean of the others"""
     val_size: float | None = None
     """samples held out for validation: a number, or a share below 1 (default: 0)"""
     eval: str = "builtin:pydocs"
     """text whose perplexity is measured before, between the stages and after"""
-    eval_seq_len: int = 1024
-    """tokens of an evaluation window, at most the model's maximum positions"""
+    eval_seq_len: int | None = None
+    """tokens of an evaluation window, at most the model's maximum positions (default: 1024, or that
+    maximum)"""
     eval_windows: int = 16
     """evaluation windows, from the start of the text; 0 measures nothing"""
     eval_steps: int | None = None

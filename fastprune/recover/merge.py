@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig, resolve_device
+from fastprune.data.instruct import has_template
 from fastprune.data.records import BUILTIN
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
+from fastprune.inspect.generate import stop_at_end_of_turn
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.models.adapter import read_fingerprint
 from fastprune.models.checkpoint import check_savable, save_checkpoint
-from fastprune.models.load import load_model
+from fastprune.models.load import load_model, load_tokenizer
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.readback import check_read_back
+from fastprune.models.vocabulary import check_largest
 from fastprune.output import RECORDS, check_out, staged
 from fastprune.precision import convert_weights
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
@@ -108,6 +111,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
             scale(adapted, config.strength)
             trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
             windows = _sample(adapted, tokenizer)
+            _take_wording(adapted.get_base_model(), tokenizer, config.adapter.expanduser())
         merged, agreements = merge_adapter(adapted, windows, clock)
         metrics = {
             "model": config.model,
@@ -232,11 +236,28 @@ def fold(adapted: nn.Module) -> nn.Module:
     return model
 
 
+def _take_wording(model: nn.Module, tokenizer: Any, adapter: Path) -> None:
+    """Let the merged model ask and end as the adapter was taught to.
+
+    Where the base has no chat template, that of the tokenizer beside the adapter becomes its own.
+    """
+    if read_fingerprint(adapter) is None or not (adapter / "tokenizer.json").is_file():
+        return  # not finetune's, which keeps a tokenizer beside it
+    taught = load_tokenizer(adapter)
+    if not has_template(taught):
+        return
+    stop_at_end_of_turn(model, taught)
+    if not has_template(tokenizer):
+        tokenizer.chat_template = taught.chat_template
+
+
 def _sample(model: nn.Module, tokenizer: Any) -> Tensor:
     """Token windows to compare logits on: running text, as far as the model has positions."""
     positions = getattr(model.config, "max_position_embeddings", None) or SAMPLE_LENGTH
     length = min(SAMPLE_LENGTH, positions)
-    return text_windows(tokenizer, load_documents(BUILTIN), length, SAMPLE_WINDOWS)
+    windows = text_windows(tokenizer, load_documents(BUILTIN), length, SAMPLE_WINDOWS)
+    check_largest(model, tokenizer, int(windows.max()), BUILTIN)
+    return windows
 
 
 def _logits(model: nn.Module, windows: Tensor) -> Tensor:

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastprune.data.describe import describe
 from fastprune.data.encode import Encoder
+from fastprune.data.instruct import has_template, template_of
 from fastprune.data.text import load_documents
 from fastprune.errors import GateError, InputError, NumericalError
-from fastprune.inspect.generate import generate, read_prompts
+from fastprune.inspect.generate import generate, read_prompts, stop_at_end_of_turn
 from fastprune.inspect.health import check_weights
 from fastprune.inspect.perplexity import (
-    check_positions,
+    SEQ_LEN,
     evaluate,
     peak_memory_bytes,
     sound,
     text_windows,
+    window_length,
 )
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.load import load_or_start
 from fastprune.models.readback import check_read_back
 from fastprune.models.seq2seq import is_seq2seq
+from fastprune.models.vocabulary import check_largest, grow_embeddings
 from fastprune.precision import convert_weights
+from fastprune.progress import log as progress_log
 from fastprune.recover.arguments import (
     is_first_process,
     meet,
@@ -43,8 +48,8 @@ from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
 from fastprune.recover.objective import autocast_dtype, warn_of_slow
-from fastprune.recover.recipes import Recipe, load_recipe
-from fastprune.recover.stage import Course, gate_passed, put_back, run_stage, snapshot
+from fastprune.recover.recipes import Recipe, Stage, load_recipe
+from fastprune.recover.stage import Course, data_kind, gate_passed, put_back, run_stage, snapshot
 from fastprune.recover.trainer import GradientHook
 from fastprune.report.finetune import write_finetune_report
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
@@ -145,7 +150,14 @@ def _checked(config: FinetuneConfig) -> Recipe:
     check_logger(config.log_to)
     if config.prompt is not None:
         read_prompts(config.prompt)  # an unreadable file is told now
-    return load_recipe(config)
+    data_kind(config)
+    recipe = load_recipe(config)
+    if config.resize_embeddings and any(stage.method == "lora" for stage in recipe.stages):
+        raise InputError(
+            "--resize-embeddings changes the model itself, which an adapter is not: finetune all "
+            "weights (--method full) first"
+        )
+    return recipe
 
 
 def _finetune(
@@ -158,6 +170,9 @@ def _finetune(
     gradient_hook: GradientHook | None = None,
 ) -> FinetuneResult:
     device = own_device(config.device)
+    recipe = _fitted(recipe, config, model)
+    if config.resize_embeddings:
+        grow_embeddings(model, tokenizer, config.seed)
     saved_dtype, given = model.dtype, bits(model.parameters())
     dtypes = {autocast_dtype(s.precision, device) for s in recipe.stages}
     warn_of_slow(dtypes, device)
@@ -192,9 +207,7 @@ def _finetune(
         gradient_hook=gradient_hook,
     )
     with clock("data"):
-        for stage in recipe.stages[folder.record["stage"] :]:
-            check_positions(model, "--seq-len", stage.seq_len)
-            course.data_of(stage)
+        _prepare(model, course, recipe.stages[folder.record["stage"] :])
     record = folder.record
     if is_first_process():
         folder.begin()
@@ -250,6 +263,35 @@ def _finetune(
         "settings": settings(config),
     }
     return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
+
+
+def _fitted(recipe: Recipe, config: FinetuneConfig, model: nn.Module) -> Recipe:
+    """`recipe` with no window longer than the model has positions. InputError for --seq-len."""
+    stages = (
+        replace(s, seq_len=window_length(model, "--seq-len", config.seq_len, s.seq_len))
+        for s in recipe.stages
+    )
+    return replace(recipe, stages=tuple(stages))
+
+
+def _prepare(model: nn.Module, course: Course, stages: tuple[Stage, ...]) -> None:
+    """Tokenise and check what `stages` learn from, and say what it is.
+
+    Where it has answers, the tokenizer keeps the wording they are asked in, and the model ends what
+    it generates where they end. Raises InputError.
+    """
+    for stage in stages:
+        for part in course.data_of(stage).parts:
+            check_largest(model, course.tokenizer, part.largest, part.name)
+    if not course.data:
+        return
+    data = next(iter(course.data.values()))
+    for line in describe(data, course.tokenizer):
+        progress_log.info("%s", line)
+    if data.kind != "text" and not course.seq2seq:
+        stop_at_end_of_turn(model, course.tokenizer)
+        if not has_template(course.tokenizer):
+            course.tokenizer.chat_template = template_of(course.tokenizer)
 
 
 def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> nn.Module:
@@ -310,7 +352,7 @@ def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.
     """The evaluation windows; says so when the text is among the training data."""
     if not config.eval_windows:
         return None
-    check_positions(model, "--eval-seq-len", config.eval_seq_len)
+    seq_len = window_length(model, "--eval-seq-len", config.eval_seq_len, SEQ_LEN)
     names = {name.strip() for name in config.data.split(",")}
     if shared := sorted(names & {name.strip() for name in config.eval.split(",")}):
         log.warning(
@@ -319,7 +361,9 @@ def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.
             shared[0],
         )
     documents = load_documents(config.eval)
-    return text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
+    windows = text_windows(tokenizer, documents, seq_len, config.eval_windows)
+    check_largest(model, tokenizer, int(windows.max()), config.eval)
+    return windows
 
 
 def _check_gate(config: FinetuneConfig, before: float | None, after: float | None) -> None:

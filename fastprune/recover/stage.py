@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprune.data.columns import Columns
 from fastprune.data.training import Collator, TrainingData, training_data
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.bleu import check_installed
+from fastprune.inspect.generate import pad_token
 from fastprune.models.families import PRUNED_PREFIX
 from fastprune.progress import log as progress_log
 from fastprune.recover.arguments import (
@@ -82,7 +84,7 @@ class Course:
                     seq_len=stage.seq_len,
                     samples=stage.samples,
                     val_size=stage.val_size,
-                    kind=self.config.kind,
+                    kind=data_kind(self.config),
                     seed=self.config.seed,
                     seq2seq=self.seq2seq,
                 )
@@ -94,6 +96,15 @@ class Course:
         Such a copy has weights of its own. All processes must call it.
         """
         return sharded_copy(model, self.device) if shards(self.config) else model
+
+
+def data_kind(config: FinetuneConfig) -> str | Columns:
+    """What the data is: as `config` says, or the columns it names. InputError for both."""
+    if not config.columns:
+        return config.kind
+    if config.kind != "auto":
+        raise InputError("--columns says what the data is: leave out --kind")
+    return Columns.parse(config.columns)
 
 
 @dataclass
@@ -131,7 +142,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
             student=model,
         )
     objective = Objective(trained, dtype, distiller)
-    collate = Collator(_pad_token(course.tokenizer))
+    collate = Collator(pad_token(model, course.tokenizer))
     folder = course.folder.stage_folder(number)
     found = None
     if stage.find_lr:
@@ -337,12 +348,6 @@ def _line_writer(folder: RunFolder, number: int) -> Callable[[dict[str, Any]], N
             folder.add_line({"stage": number, **line})
 
     return write
-
-
-def _pad_token(tokenizer: Any) -> int:
-    """A token to fill batches with; it is masked, so any will do."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if isinstance(token, int))
 
 
 def _recompute_activations(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from fastprune.data.checks import (
     encoding_problems,
     is_mojibake,
 )
-from fastprune.data.instruct import is_chinese
+from fastprune.data.instruct import prompt_text
 from fastprune.data.training import training_data
 
 SOUND = [
@@ -81,6 +81,10 @@ def test_length_statistics():
 
 
 def test_chinese_is_told_by_its_letters():
+    def is_chinese(text):
+        asked = [{"role": "user", "content": text}]
+        return prompt_text(tiny_tokenizer(), asked).endswith("### 回答：\n")
+
     assert is_chinese("把 English sentence here 译成中文，并解释语法。")
     assert is_chinese("你好")
     assert not is_chinese("What does 你好 mean in English?")
@@ -126,7 +130,8 @@ def test_every_problem_of_a_file_is_counted(tmp_path, monkeypatch):
     [
         ([], "empty response"),
         ([("user", "x")], "empty response"),
-        ([("assistant", "x"), ("user", "y"), ("assistant", "z")], "empty prompt"),
+        ([("assistant", "x"), ("user", "y")], "empty prompt"),
+        ([("system", "x"), ("assistant", "y")], "empty prompt"),
         ([("user", " "), ("assistant", "x")], "empty prompt"),
         ([("user", "x"), ("assistant", "")], "empty response"),
         ([("user", None), ("assistant", "x")], "null"),

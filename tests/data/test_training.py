@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from fastprune.data.encode import Encoder
-from fastprune.data.instruct import prompt_text
+from fastprune.data.instruct import end_of_turn, prompt_text
 from fastprune.data.training import Collator, training_data
 from fastprune.errors import InputError
 from fastprune.kernels.reference import IGNORED
@@ -219,15 +219,80 @@ def test_a_tokenizer_without_offsets_masks_the_same(tmp_path, template):
     assert learnt(tokenizer, item) == ["Nobody remembers.</s>", "The miller.</s>"]
 
 
+REFUSING = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
+    "{% elif m.role == 'tool' %}{{ raise_exception('no tool role') }}{% endif %}{% endfor %}"
+)
+
+
 def test_a_template_that_refuses_a_conversation_is_a_finding(tmp_path, tokenizer):
-    tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        + TEMPLATE
-    )
-    path = write(tmp_path / "a.jsonl", [{"messages": CHAT[1:]}, {"messages": CHAT}])
+    tokenizer.chat_template = REFUSING + TEMPLATE
+    tool = [*CHAT[1:4], {"role": "tool", "content": "42"}, CHAT[4]]
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT[1:]}, {"messages": tool}])
     data = training_data(path, tokenizer, seq_len=512)
     assert problems(data) == {"template": (1, f"{path}: line 2")}
+    assert data.findings[0].reason == "no tool role"
     assert len(data.train) == 1
+    with pytest.raises(InputError, match=r"left out.*\(no tool role\)"):
+        training_data(write(tmp_path / "b.jsonl", [{"messages": tool}]), tokenizer, seq_len=512)
+
+
+def test_a_system_message_that_is_refused_heads_the_first_question(tmp_path, tokenizer):
+    tokenizer.chat_template = REFUSING + TEMPLATE
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    item = training_data(path, tokenizer, seq_len=512).train[0]
+    assert whole(tokenizer, item).startswith("<|user|>\nBe brief.\n\nWho built the dam?\n<|assis")
+    assert learnt(tokenizer, item) == [f"Nobody remembers.{END}", f"The miller.{END}"]
+
+
+THINKING = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content.split('</think>')[-1].strip() }}"
+    "{% if m.role == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n<think>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "taught"),
+    [
+        ("Nobody.", "\n</think>\n\nNobody."),
+        ("<think>\nA dam?\n</think>\n\nNobody.", "A dam?\n</think>\n\nNobody."),
+        ("A dam?\n</think>\n\nNobody.", "A dam?\n</think>\n\nNobody."),
+    ],
+)
+def test_a_prompt_that_ends_in_a_thinking_mark(tmp_path, tokenizer, answer, taught):
+    tokenizer.chat_template = THINKING
+    path = write(tmp_path / "a.jsonl", [{"prompt": "Who built the dam?", "response": answer}])
+    item = training_data(path, tokenizer, seq_len=512).train[0]
+    asked = Encoder(tokenizer, seq2seq=False).prompt("Who built the dam?", "instructions")
+    assert item["input_ids"][: len(asked)].tolist() == asked
+    assert tokenizer.decode(asked).endswith("<think>\n")
+    assert learnt(tokenizer, item) == [f"{taught}{END}"]
+
+
+def test_templates_that_exist_only_by_name(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    marked = {"default": TEMPLATE, "tools": "{{ raise_exception('tools alone') }}"}
+    for templates in (marked, {"only": TEMPLATE}, {"default": MARKED, "tools": TEMPLATE}):
+        tokenizer.chat_template = templates
+        item = training_data(path, tokenizer, seq_len=512).train[0]
+        assert learnt(tokenizer, item) == [f"Nobody remembers.{END}", f"The miller.{END}"]
+        assert whole(tokenizer, item).startswith("<|system|>\nBe brief.")
+    tokenizer.chat_template = {"rag": TEMPLATE, "tools": TEMPLATE}
+    with pytest.raises(InputError, match="templates named rag, tools and none named default"):
+        training_data(path, tokenizer, seq_len=512)
+
+
+def test_the_token_that_ends_a_turn(tokenizer):
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    turn = tokenizer.convert_tokens_to_ids("<|eot|>")
+    tokenizer.chat_template = TEMPLATE.replace("<|end|>", "\\n<|eot|>")
+    assert end_of_turn(tokenizer) == turn
+    tokenizer.chat_template = TEMPLATE.replace("<|end|>", "")
+    assert end_of_turn(tokenizer) is None
+    tokenizer.chat_template = "{{ raise_exception('no one may speak') }}"
+    assert end_of_turn(tokenizer) is None
 
 
 def test_prompts_are_put_as_in_training(tmp_path, tokenizer):

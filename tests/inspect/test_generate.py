@@ -1,11 +1,21 @@
 """Generation is the model's own greedy or seeded choice; a chat remembers and ends."""
 
+import copy
+
 import pytest
 import torch
 from tiny import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer
 
+from fastprune.data.encode import Encoder
 from fastprune.errors import InputError, NumericalError
-from fastprune.inspect.generate import GenerateConfig, chat, generate, run_generate
+from fastprune.inspect.generate import (
+    GenerateConfig,
+    chat,
+    generate,
+    pad_token,
+    run_generate,
+    stop_at_end_of_turn,
+)
 
 PROMPT = "The river that runs"
 
@@ -102,15 +112,16 @@ def test_chat_ends_and_remembers(monkeypatch, capsys):
     asked = []
 
     def record(model, tokenizer, prompt, *args, **kwargs):
-        asked.append(prompt)
+        asked.append(tokenizer.decode(prompt))
         return generate(model, tokenizer, prompt, 2)
 
     monkeypatch.setattr("fastprune.inspect.generate.generate", record)
     chat(model, tokenizer, system="Be brief.", read=lines("one", "", "two", "/clear", "three"))
-    assert asked[0] == "System: Be brief.\nUser: one\nAssistant:"
-    assert asked[1].startswith(asked[0])
-    assert asked[1].endswith("User: two\nAssistant:")
-    assert asked[2] == "System: Be brief.\nUser: three\nAssistant:"
+    first, second, third = asked
+    assert first == "Be brief.\n\n### Instruction:\none\n\n### Response:\n"
+    assert second.startswith(first)
+    assert second.endswith("### Instruction:\ntwo\n\n### Response:\n")
+    assert third == first.replace("one", "three")
     chat(model, tokenizer, read=lines("/exit", "never read"))
     assert len(asked) == 3
 
@@ -118,5 +129,37 @@ def test_chat_ends_and_remembers(monkeypatch, capsys):
 def test_chat_prints_the_answer_as_it_comes(capsys):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     chat(model, tokenizer, 5, read=lines("hello"))
-    expected = generate(model, tokenizer, "User: hello\nAssistant:", 5).text
+    asked = Encoder(tokenizer, seq2seq=False).prompt("hello", "chat")
+    expected = generate(model, tokenizer, asked, 5).text
     assert expected.strip() in capsys.readouterr().out
+
+
+def test_a_refused_conversation_is_an_input_error_with_the_reason():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = "{{ raise_exception('no one may speak') }}"
+    with pytest.raises(InputError, match="no one may speak"):
+        chat(tiny_model("llama"), tokenizer, read=lines("hello"))
+
+
+def test_the_end_of_a_turn_ends_the_generation():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    turn = tokenizer.convert_tokens_to_ids("<|eot|>")
+    for _ in range(2):
+        stop_at_end_of_turn(model, tokenizer)
+        assert model.generation_config.eos_token_id == [0, turn]
+    model = tiny_model("llama")  # whose embedding has no row for it
+    stop_at_end_of_turn(model, tokenizer)
+    assert model.generation_config.eos_token_id == 0
+
+
+def test_a_prompt_beyond_the_embedding_is_refused_and_padding_is_legal():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    model = tiny_model("llama", vocab_size=tokenizer.pad_token_id)
+    assert pad_token(model, tokenizer) == tokenizer.eos_token_id
+    with pytest.raises(InputError, match=r"the prompt: needs the token '<\|pad\|>' \(id"):
+        generate(model, tokenizer, "The <|pad|>", 2)
+    assert generate(model, tokenizer, PROMPT, 2).new_tokens == 2
