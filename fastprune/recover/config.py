@@ -13,6 +13,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
+from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
 from fastprune.errors import InputError
 
 Method = Literal["full", "lora"]
@@ -27,7 +28,7 @@ class FinetuneConfig(CommonConfig):
 
     model: Positional[str] = ""
     """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
-    data: str = ""
+    data: str = TRAINING_TEXT
     """training text or instructions: a path, hf:NAME[:CONFIG[:SPLIT]], a short name; several joined
     by commas"""
     out: Path | None = None
@@ -105,7 +106,7 @@ class FinetuneConfig(CommonConfig):
     """what the data is; auto tells by its fields"""
     val_size: float | None = None
     """samples held out for validation: a number, or a share below 1 (default: 0)"""
-    eval: str = "builtin:pydocs"
+    eval: str = EVALUATION_TEXT
     """text whose perplexity is measured before, between the stages and after"""
     eval_seq_len: int = 1024
     """tokens of an evaluation window, at most the model's maximum positions"""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig, resolve_device
-from fastprune.data.records import BUILTIN
+from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
@@ -201,7 +201,7 @@ def _sample(model: nn.Module, tokenizer: Any) -> Tensor:
     """Token windows to compare logits on: running text, as far as the model has positions."""
     positions = getattr(model.config, "max_position_embeddings", None) or SAMPLE_LENGTH
     length = min(SAMPLE_LENGTH, positions)
-    return text_windows(tokenizer, load_documents(BUILTIN), length, SAMPLE_WINDOWS)
+    return text_windows(tokenizer, load_documents(EVALUATION_TEXT), length, SAMPLE_WINDOWS)
 
 
 def _logits(model: nn.Module, windows: Tensor) -> Tensor:
