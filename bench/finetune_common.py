@@ -44,7 +44,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     """Options of every one of them."""
     made = argparse.ArgumentParser(description=about)
     made.add_argument("model", help="as for fastprune finetune")
-    made.add_argument("--data", default="builtin:pydocs", help="text to train on")
+    made.add_argument("--data", default="builtin:c4", help="text to train on")
     made.add_argument("--seq-len", type=int, default=128)
     made.add_argument("--batch-size", type=int, default=2)
     made.add_argument("--device", default="cpu")

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from fastprune.data.records import BUILTIN
+from fastprune.data.builtin import TRAINING_TEXT
 from fastprune.data.text import load_documents, sample_windows, token_stream
 from fastprune.inspect.perplexity import peak_memory_bytes
 from fastprune.models.load import load_model
@@ -23,7 +23,7 @@ SAMPLES, LENGTH = 128, 128
 
 def load():
     model, tokenizer = load_model("smollm2-135m", dtype="float32")
-    stream = token_stream(tokenizer, load_documents(BUILTIN))
+    stream = token_stream(tokenizer, load_documents(TRAINING_TEXT))
     return model, sample_windows(stream, LENGTH, SAMPLES)
 
 

@@ -1,9 +1,9 @@
 """Sources on the command line to records, one after the other.
 
 A source is a path (to a file of a form in `data.files`, or a folder of them),
-`hf:NAME[:CONFIG[:SPLIT]]`, a short name, or `builtin:pydocs`; several are joined by commas. Files
-are read a piece at a time, so that a corpus may be larger than memory (a `.json` file alone is
-parsed as a whole).
+`hf:NAME[:CONFIG[:SPLIT]]`, a short name, or a text inside the package (`builtin:NAME`); several are
+joined by commas. Files are read a piece at a time, so that a corpus may be larger than memory (a
+`.json` file alone is parsed as a whole).
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastprune.data.builtin import BUILTIN, builtin_documents
 from fastprune.data.files import checked_form, folder_files, is_packed, split_of
 from fastprune.errors import InputError
 
-BUILTIN = "builtin:pydocs"
+SELF = "self"
+"""In place of a source: text that the model writes itself, which `prune` alone calibrates on."""
 SHORT_NAMES = {
     "wikitext2": "hf:Salesforce/wikitext:wikitext-2-raw-v1:test",
     "ptb": "hf:ptb-text-only/ptb_text_only:penn_treebank:test",
@@ -86,8 +88,9 @@ def read_source(
     Raises InputError for a source that is missing, unreadable or binary, and, unless `broken` is
     there to be told, for a line that cannot be parsed.
     """
-    if name == BUILTIN:
-        yield from _pydocs()
+    if name in BUILTIN:
+        for number, document in enumerate(builtin_documents(name), start=1):
+            yield Record(document, name, "document", number)
     elif files := source_files(name):
         for file in files:
             yield from read_file(file, broken=broken)
@@ -109,11 +112,15 @@ def source_files(name: str) -> list[Path]:
     if path.is_file():
         checked_form(path)
         return [path]
-    if name == BUILTIN or name in SHORT_NAMES or name.startswith("hf:"):
+    if name in BUILTIN or name in SHORT_NAMES or name.startswith("hf:"):
         return []
+    if name == SELF:
+        raise InputError(
+            f"text {SELF!r}: only `prune --calib` can let the model write its text; name another"
+        )
     raise InputError(
         f"text {name!r}: no such file or folder; give a path, hf:NAME[:CONFIG[:SPLIT]], "
-        f"{BUILTIN}, or one of {', '.join(SHORT_NAMES)}"
+        f"or one of {', '.join((*BUILTIN, *SHORT_NAMES))}"
     )
 
 
@@ -140,14 +147,6 @@ def read_file(
 
 def _refuse(record: Record, reason: str) -> None:
     raise InputError(f"{record.where} {reason}")
-
-
-def _pydocs() -> Iterator[Record]:
-    """The Python language reference that the standard library carries, about 0.7 MB."""
-    from pydoc_data.topics import topics
-
-    for number, name in enumerate(sorted(topics), start=1):
-        yield Record(topics[name], BUILTIN, "topic", number)
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -366,7 +365,7 @@ def _hub(spec: str, rows: int) -> Iterator[Record]:
     except ImportError as error:
         raise InputError(
             f"text {spec!r} comes from the hub and needs the package datasets: "
-            f"pip install datasets; or give a local file, or {BUILTIN}"
+            f"pip install datasets; or give a local file, or {', '.join(BUILTIN)}"
         ) from error
     source: dict[str, Any] = {"path": name, "name": config or None, "split": split}
     if name in SCRIPTED:
@@ -379,5 +378,5 @@ def _hub(spec: str, rows: int) -> Iterator[Record]:
     except Exception as error:  # the hub client raises errors of four libraries
         raise InputError(
             f"text {spec!r} could not be fetched from the hub ({type(error).__name__}); "
-            f"check the name and the network, or give a local file, or {BUILTIN}"
+            f"check the name and the network, or give a local file, or {', '.join(BUILTIN)}"
         ) from error

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
-from fastprune.data.records import BUILTIN
+from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import load_documents, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
 from fastprune.inspect import findings as say
@@ -77,10 +77,10 @@ class DiagnoseConfig(CommonConfig):
     """run the model once; without it a model in safetensors is never built, whatever its size"""
     text: str | None = None
     """measure the perplexity on this text: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or
-    builtin:pydocs; several, joined by commas, are read one after the other"""
+    builtin:wikitext2; several, joined by commas, are read one after the other"""
     dense: str | None = None
-    """the model before pruning, to compare with layer by layer; on builtin:pydocs where no --text
-    is given"""
+    """the model before pruning, to compare with layer by layer; on builtin:wikitext2 where no
+    --text is given"""
     seq_len: int | None = None
     """tokens per window of the text, at most the model's maximum positions (default: 1024, or that
     maximum)"""
@@ -162,7 +162,7 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
     """
     config.check()
     clock = Clock()
-    text = config.text or (BUILTIN if config.dense else None)
+    text = config.text or (EVALUATION_TEXT if config.dense else None)
     documents = load_documents(text) if text else None
     model: nn.Module | None = None
     tokenizer: Any = None
@@ -194,7 +194,7 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
     if config.forward and model is not None:
         with clock("forward"):
             ids = _first_tokens(tokenizer, documents)
-            check_largest(model, tokenizer, int(ids.max()), str(text or BUILTIN))
+            check_largest(model, tokenizer, int(ids.max()), str(text or EVALUATION_TEXT))
             found.forward = try_forward(model, ids)
         finite = all(tensor.finite for tensor in found.tensors)
         found.findings += say.of_forward(found.forward, finite)
@@ -305,7 +305,7 @@ def _load(config: DiagnoseConfig, name: str) -> tuple[nn.Module, Any]:
 def _first_tokens(tokenizer: Any, documents: list[str] | None) -> Tensor:
     """Token ids (1, s) of the text's beginning, for the forward pass."""
     if documents is None:
-        documents = load_documents(BUILTIN)
+        documents = load_documents(EVALUATION_TEXT)
     return token_stream(tokenizer, documents, limit=FORWARD_TOKENS)[None]
 
 

@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 from fastprune import distributed
 from fastprune.config import CommonConfig
-from fastprune.data.records import BUILTIN
+from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import eval_windows, load_documents, token_stream
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
@@ -73,9 +73,9 @@ class EvalConfig(CommonConfig):
 
     model: Positional[str]
     """Hugging Face directory, hub id, .gguf file, .pt of a GPT-2, or smollm2-135m"""
-    text: str = BUILTIN
-    """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:pydocs; several,
-    joined by commas, are read one after the other"""
+    text: str = EVALUATION_TEXT
+    """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:wikitext2, :c4 or
+    :pydocs; several, joined by commas, are read one after the other"""
     seq_len: int | None = None
     """tokens per window, at most the model's maximum positions (default: 1024, or that maximum)"""
     windows: int = 16

@@ -6,6 +6,7 @@ GPUs, in fp32, under a padding mask, while it generates token by token.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def use_attention(model: nn.Module) -> None:
     replaceable = getattr(config, "_attn_implementation", None) == "sdpa"
     if replaceable and not config.is_encoder_decoder and attention_serves(torch.device("cpu")):
         model.set_attn_implementation(NAME)
+
+
+def cache_keyword(module: nn.Module) -> str:
+    """What `module` calls its key-value cache: transformers 5.24 renamed it."""
+    known = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def attention(

@@ -11,7 +11,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
-from fastprune.data.records import source_names
+from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
+from fastprune.data.records import SELF, source_names
 from fastprune.errors import InputError
 
 
@@ -75,8 +76,9 @@ class PruneConfig(CommonConfig):
     """uniform: every layer the same size, so that any engine loads the result"""
     align: int = 1
     """keep channels in multiples of this number"""
-    calib: str = "builtin:pydocs"
-    """calibration text; several, joined by commas, give an equal share of the windows each"""
+    calib: str = TRAINING_TEXT
+    """calibration text, or self for text that the model writes before it is pruned; several, joined
+    by commas, give an equal share of the windows each"""
     calib_samples: int = 128
     """calibration windows"""
     calib_seq_len: int | None = None
@@ -87,7 +89,7 @@ class PruneConfig(CommonConfig):
     search_samples: int = 128
     """calibration windows that search measures and refits by; --importance and the refit that stays
     use all"""
-    eval: str = "builtin:pydocs"
+    eval: str = EVALUATION_TEXT
     """evaluation text; several, joined by commas, are read one after the other"""
     eval_seq_len: int | None = None
     """tokens of an evaluation window, at most the model's maximum positions (default: 1024, or that
@@ -187,6 +189,11 @@ class PruneConfig(CommonConfig):
             raise InputError(
                 "--stream keeps the weights on disk, so decoding cannot be timed; "
                 "use --target-bytes, --target-params or --ratio"
+            )
+        if SELF in source_names(self.calib):
+            raise InputError(
+                "--stream runs a layer at a time, --calib self writes text with the whole model; "
+                "calibrate on another text"
             )
         if self.iterations > 1:
             raise InputError(

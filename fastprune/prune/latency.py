@@ -10,7 +10,6 @@ to stay in a cache between two steps, as the model's own weights do not.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import statistics
 import time
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastprune.models.attention import cache_keyword
 from fastprune.models.families import Geometry, decoder_layers, geometries
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.streamed import skeleton
@@ -79,7 +79,7 @@ class Decoding:
     def __init__(self, module: nn.Module, context: int) -> None:
         self.module = module
         self.device = next(module.parameters()).device
-        self.keyword = _cache_keyword(module)
+        self.keyword = cache_keyword(module)
         self.cache = self._run(context, None)
         for _ in range(WARM_UP):
             self.step()
@@ -189,12 +189,6 @@ def _fitting(model: nn.Module, context: int) -> int:
 
 def _with_groups(size: Geometry, groups: int) -> Geometry:
     return replace(size, kv_heads=groups, query_heads=groups * size.queries_per_kv)
-
-
-def _cache_keyword(module: nn.Module) -> str:
-    """What ``module`` calls its key-value cache: transformers 5.24 renamed it."""
-    known = inspect.signature(module.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
 
 
 def _levels(units: int, between: int) -> list[int]:

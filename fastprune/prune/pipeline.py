@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.config import resolve_device
+from fastprune.data.records import SELF, source_names
 from fastprune.data.text import load_sources, sample_mix, token_stream
+from fastprune.data.written import written_windows
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import (
     SEQ_LEN,
@@ -326,15 +328,30 @@ def _texts(
     for name, texts in sources.items():
         tested[name] = len(token_stream(tokenizer, texts, left)) if left else 0
         left -= tested[name]
-    if config.calib != config.eval:
-        sources = load_sources(config.calib)
-    streams = {
-        name: token_stream(tokenizer, texts)[tested.get(name, 0) :]
-        for name, texts in sources.items()
-    }
+    streams = {}
+    names = source_names(config.calib)
+    for first, name in enumerate(names):
+        if name == SELF:
+            share = len(range(first, config.calib_samples, len(names)))
+            streams[name] = _written(config, model, tokenizer, share)
+        else:
+            texts = sources.get(name) or load_sources(name)[name]
+            streams[name] = token_stream(tokenizer, texts)[tested.get(name, 0) :]
     windows = sample_mix(streams, config.calib_seq_len, config.calib_samples, config.seed)
     check_largest(model, tokenizer, int(windows.max()), config.calib)
     return test, windows
+
+
+def _written(config: PruneConfig, model: nn.Module, tokenizer: Any, windows: int) -> Tensor:
+    """A stream of so many calibration windows that ``model`` writes; the first process has it do
+    so for all."""
+    assert config.calib_seq_len  # decided by `prune`
+    written = torch.empty(0)
+    if distributed.rank() == 0:
+        written = written_windows(
+            model, tokenizer, config.calib_seq_len, max(1, windows), seed=config.seed
+        )
+    return distributed.from_first(written).flatten()
 
 
 def _check_gate(config: PruneConfig, dense: Perplexity, pruned: Perplexity) -> None:

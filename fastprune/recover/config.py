@@ -13,6 +13,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
+from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
 from fastprune.data.records import source_names
 from fastprune.errors import InputError
 
@@ -28,7 +29,7 @@ class FinetuneConfig(CommonConfig):
 
     model: Positional[str] = ""
     """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
-    data: str = ""
+    data: str = TRAINING_TEXT
     """training text or instructions: a path, hf:NAME[:CONFIG[:SPLIT]], a short name; several joined
     by commas"""
     out: Path | None = None
@@ -113,7 +114,7 @@ class FinetuneConfig(CommonConfig):
     too few; the new rows begin near the mean of the others"""
     val_size: float | None = None
     """samples held out for validation: a number, or a share below 1 (default: 0)"""
-    eval: str = "builtin:pydocs"
+    eval: str = EVALUATION_TEXT
     """text whose perplexity is measured before, between the stages and after"""
     eval_seq_len: int | None = None
     """tokens of an evaluation window, at most the model's maximum positions (default: 1024, or that

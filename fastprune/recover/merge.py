@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune.config import CommonConfig, resolve_device
+from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.instruct import has_template
-from fastprune.data.records import BUILTIN
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.generate import stop_at_end_of_turn
@@ -255,8 +255,8 @@ def _sample(model: nn.Module, tokenizer: Any) -> Tensor:
     """Token windows to compare logits on: running text, as far as the model has positions."""
     positions = getattr(model.config, "max_position_embeddings", None) or SAMPLE_LENGTH
     length = min(SAMPLE_LENGTH, positions)
-    windows = text_windows(tokenizer, load_documents(BUILTIN), length, SAMPLE_WINDOWS)
-    check_largest(model, tokenizer, int(windows.max()), BUILTIN)
+    windows = text_windows(tokenizer, load_documents(EVALUATION_TEXT), length, SAMPLE_WINDOWS)
+    check_largest(model, tokenizer, int(windows.max()), EVALUATION_TEXT)
     return windows
 
 

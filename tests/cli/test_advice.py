@@ -63,9 +63,10 @@ def texts(tree: ast.Module):
                 node.lineno,
                 "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values),
             )
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in bare | inside:
-                yield node.lineno, node.value
+        elif id(node) in bare | inside or not isinstance(node, ast.Constant):
+            continue
+        elif isinstance(node.value, str):
+            yield node.lineno, node.value
 
 
 def reached_by(path: str) -> set[str]:

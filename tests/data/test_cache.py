@@ -2,6 +2,7 @@
 
 import copy
 import json
+import lzma
 import os
 import pickle
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 from tiny import TEXT, tiny_tokenizer
 
-from fastprune.data import tokenise
+from fastprune.data import builtin, tokenise
 from fastprune.data.cache import Store, StoreWriter
 from fastprune.data.records import Record
 from fastprune.data.training import training_data
@@ -237,9 +238,9 @@ def test_hub_data_is_fetched_once(tmp_path, tokenizer, monkeypatch):
 
 
 def test_builtin_text_trains(tmp_path, tokenizer, monkeypatch):
-    from pydoc_data import topics
-
-    monkeypatch.setattr(topics, "topics", {"b": "second", "a": TEXT})
+    with lzma.open(tmp_path / "pydocs-1.jsonl.xz", "wt", encoding="utf-8") as file:
+        file.write(f"{json.dumps(TEXT)}\n{json.dumps('second')}\n")
+    monkeypatch.setattr(builtin, "FOLDER", tmp_path)
     data = training_data("builtin:pydocs", tokenizer, seq_len=16, cache=tmp_path)
     assert TEXT.startswith(tokenizer.decode(data.train[0]["input_ids"]))
     assert data.lengths["document"].count == 2

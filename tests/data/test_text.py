@@ -10,7 +10,7 @@ import torch
 from pyarrow import parquet
 from tiny import TEXT, tiny_tokenizer
 
-from fastprune.data.records import BUILTIN, SHORT_NAMES
+from fastprune.data.records import SHORT_NAMES
 from fastprune.data.text import (
     eval_windows,
     load_documents,
@@ -81,8 +81,9 @@ def test_folders_and_lists_keep_their_order(tmp_path):
     assert load_documents(both) == ["second", "first"]
 
 
-def test_builtin_text_is_there_and_long():
-    assert sum(map(len, load_documents(BUILTIN))) > 300_000
+def test_self_is_no_text_to_read():
+    with pytest.raises(InputError, match="prune --calib"):
+        load_documents("self")
 
 
 @pytest.mark.parametrize(
