@@ -10,7 +10,7 @@ from tiny import TEXT, VOCABULARY, tiny_checkpoint, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from fastprune import cli, progress
-from fastprune.prune import pipeline
+from fastprune.prune import pipeline, run, subject
 
 
 @pytest.fixture(scope="module")
@@ -263,17 +263,26 @@ def test_a_gate_that_is_not_met(refused):
     assert "gate" in refused("--ratio", "0.5", "--gate-ppl-ratio", "0.01", status=3)
 
 
-@pytest.mark.parametrize("stage", ["load_model", "plan_in_steps", "apply_plan", "save_checkpoint"])
+@pytest.mark.parametrize(
+    ("module", "stage"),
+    [
+        (pipeline, "load_model"),
+        (run, "plan_in_steps"),
+        (subject, "apply_plan"),
+        (pipeline, "save_checkpoint"),
+        (pipeline, "check_read_back"),
+    ],
+)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_ctrl_c_leaves_nothing(prune, tmp_path, monkeypatch, stage, before):
-    real = getattr(pipeline, stage)
+def test_ctrl_c_leaves_nothing(prune, tmp_path, monkeypatch, module, stage, before):
+    real = getattr(module, stage)
 
     def interrupted(*args, **kwargs):
         if not before:
             real(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, stage, interrupted)
+    monkeypatch.setattr(module, stage, interrupted)
     status, stdout, stderr = prune("--ratio", "0.2")
     assert (status, stdout, stderr) == (130, "", "fastprune: interrupted\n")
     assert list(tmp_path.iterdir()) == []

@@ -20,6 +20,7 @@ from fastprune.prune.importance import score
 from fastprune.prune.planning import layer_size
 from fastprune.prune.search import Curve, choose, predicted
 from fastprune.prune.sizes import LayerSize, Limits, Removal, removed_parameters
+from fastprune.prune.texts import run_windows, with_lengths
 from fastprune.report.summary import divergence_line
 
 SIZE = LayerSize(groups=3, group_cost=300, channels=100, channel_cost=10)
@@ -163,7 +164,9 @@ def test_the_run_says_what_was_foreseen_and_what_came(tmp_path: Path, monkeypatc
     result = pipeline.prune(model, tiny_tokenizer(), PruneConfig(**settings))
     found = result.metrics["divergence"]
     assert 0 < found["predicted"] < math.inf
-    _, windows = pipeline._texts(PruneConfig(**settings), dense, tiny_tokenizer(), calibrate=True)
+    _, windows = run_windows(
+        with_lengths(PruneConfig(**settings), dense), dense, tiny_tokenizer(), calibrate=True
+    )
     assert torch.equal(searched[0], windows[:16])
     with torch.no_grad():
         logs = [m(judging(windows[:16])).logits.double().log_softmax(-1) for m in (dense, model)]

@@ -3,8 +3,8 @@
 import pytest
 from tiny import tiny_model
 
-from fastprune.prune import pipeline
 from fastprune.prune.config import PruneConfig
+from fastprune.prune.texts import run_windows
 
 WORDS = 1000  # of each text
 
@@ -44,7 +44,7 @@ def test_a_window_that_is_tested_never_calibrates(files, calib, tested, windows)
         eval_seq_len=32,
         eval_windows=windows,
     )
-    test, calibration = pipeline._texts(config, tiny_model("llama"), number_words, calibrate=True)
+    test, calibration = run_windows(config, tiny_model("llama"), number_words, calibrate=True)
     assert test.shape == (windows, 32)
     assert not set(test.flatten().tolist()) & set(calibration.flatten().tolist())
     letters = [chr(int(window[0]) // WORDS) for window in calibration]

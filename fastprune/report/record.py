@@ -1,0 +1,60 @@
+"""What a command leaves behind about itself: typed, and written as metrics.json by one writer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastprune.report.run import write_json
+
+FILE = "metrics.json"
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What the records of all commands have in common."""
+
+    model: str
+    """as it was named"""
+    seconds: dict[str, float]
+    """by stage, and their total"""
+    peak_memory_bytes: int
+    versions: dict[str, str]
+    command: str
+    """as one could type it again"""
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; fields that are None were not measured and are left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class PruneRecord(Record):
+    """What `prune` did."""
+
+    params: dict[str, int]
+    """before, after, block_before, block_after"""
+    ratio: dict[str, float | None]
+    """of the block parameters: requested (None for another kind of budget) and achieved"""
+    bytes: dict[str, int]
+    """of the weight files, before and after"""
+    perplexity: list[dict[str, Any]]
+    """text, seq_len, windows, before, after"""
+    layers: list[dict[str, int]]
+    processes: int
+    divergence: dict[str, float | None] | None = None
+    """after a search: predicted and actual, in nats a token"""
+    latency: dict[str, float | int | None] | None = None
+    budget: dict[str, Any] | None = None
+    dtype: str | None = None
+    """of a dry run: that of the weights, then the form of the result, then what a run would cost"""
+    layout: dict[str, str] | None = None
+    costs: dict[str, Any] | None = None
+
+
+def write_record(directory: Path, record: Record) -> None:
+    """Write `record` into the folder `directory`."""
+    write_json(directory / FILE, record.to_dict())
