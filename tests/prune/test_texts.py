@@ -44,7 +44,8 @@ def test_a_window_that_is_tested_never_calibrates(files, calib, tested, windows)
         eval_seq_len=32,
         eval_windows=windows,
     )
-    test, calibration = run_windows(config, tiny_model("llama"), number_words, calibrate=True)
+    model = tiny_model("llama", layers=1, vocab_size=100 * WORDS)
+    test, calibration = run_windows(config, model, number_words, calibrate=True)
     assert test.shape == (windows, 32)
     assert not set(test.flatten().tolist()) & set(calibration.flatten().tolist())
     letters = [chr(int(window[0]) // WORDS) for window in calibration]
