@@ -69,16 +69,23 @@ def check_out(out: Path, overwrite: bool = False, inputs: Iterable[str | Path] =
 def check_place(out: Path) -> None:
     """Raise InputError if no folder can be put in the place of `out`, whatever it holds."""
     named, out = Path(out), place(out)
+    try:
+        there = out.exists()
+        os.stat(out.parent / f"{_prefix(out)}12345678")  # the longest name that will be needed
+    except (FileNotFoundError, NotADirectoryError):  # as it should be
+        pass
+    except OSError as error:
+        raise InputError(f"{named}: cannot be created: {error.strerror}") from error
     if named.is_symlink():
         raise InputError(
             f"{named}: is a symbolic link; name the folder it leads to, {out.resolve()}"
         )
-    if out.exists() and not out.is_dir():
+    if there and not out.is_dir():
         raise InputError(f"{named}: is a file; --out names a folder")
     parent = next(folder for folder in out.parents if os.path.lexists(folder))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{named}: cannot be created, {parent} is not writable")
-    if not out.exists():
+    if not there:
         return
     if _is_mount_point(out):
         raise InputError(
@@ -90,8 +97,8 @@ def check_place(out: Path) -> None:
             f"{named}: holds the current folder, which the run would replace; choose another "
             "--out, or run from elsewhere"
         )
-    if not os.access(out, os.W_OK | os.X_OK) or _is_anothers(out):
-        raise InputError(f"{named}: cannot be replaced, you may not write to it")
+    if not os.access(out, os.R_OK | os.W_OK | os.X_OK) or _is_anothers(out):
+        raise InputError(f"{named}: cannot be replaced, its permissions forbid it")
 
 
 def check_apart(out: Path, inputs: Iterable[str | Path]) -> None:

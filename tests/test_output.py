@@ -314,6 +314,20 @@ class TestCheckOut:
         with pytest.raises(InputError, match="is a mount point"):
             check_out(Path("/proc"), overwrite=True)
 
+    @pytest.mark.parametrize("length", [240, 300])
+    def test_a_name_that_is_too_long_for_a_folder_beside_it(self, tmp_path, length):
+        check_out(tmp_path / ("x" * 230))
+        with pytest.raises(InputError, match="cannot be created: File name too long"):
+            check_out(tmp_path / ("x" * length))
+
+    def test_a_folder_that_cannot_be_reached(self, tmp_path, monkeypatch):
+        def refused(path, *args, **options):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "exists", refused)
+        with pytest.raises(InputError, match="cannot be created: Permission denied"):
+            output.check_place(tmp_path / "out")
+
     def test_the_current_folder(self, tmp_path, monkeypatch):
         (fill(tmp_path / "out") / "deeper").mkdir()
         monkeypatch.chdir(tmp_path / "out" / "deeper")
@@ -326,7 +340,7 @@ class TestCheckOut:
         fill(tmp_path / "out")
         tmp_path.chmod(0o1777)
         monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-        with pytest.raises(InputError, match="you may not write to it"):
+        with pytest.raises(InputError, match="its permissions forbid it"):
             check_out(tmp_path / "out", overwrite=True)
 
     def test_without_permission(self, tmp_path, monkeypatch):
@@ -335,7 +349,7 @@ class TestCheckOut:
         monkeypatch.setattr(
             os, "access", lambda path, mode: Path(path).name != "out" and real(path, mode)
         )
-        with pytest.raises(InputError, match="you may not write to it"):
+        with pytest.raises(InputError, match="its permissions forbid it"):
             check_out(tmp_path / "out", overwrite=True)
 
 
