@@ -169,6 +169,9 @@ def prune(
     test = calibration = None
     if planning is None:
         test, calibration = _texts(config, model, tokenizer, calibrate=plan is None or refit)
+        for name, windows in ((config.eval, test), (config.calib, calibration)):
+            if windows is not None:
+                check_largest(model, tokenizer, int(windows.max()), name)
     device = next(model.parameters()).device if source is None else source.device
     dense = pruned = yardstick = None
     if not config.dry_run:
@@ -309,7 +312,6 @@ def _texts(
     sources = load_sources(config.eval)
     documents = [text for texts in sources.values() for text in texts]
     test = text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
-    check_largest(model, tokenizer, int(test.max()), config.eval)
     if not calibrate:
         return test, None
     tested = {}
@@ -323,9 +325,7 @@ def _texts(
         name: token_stream(tokenizer, texts)[tested.get(name, 0) :]
         for name, texts in sources.items()
     }
-    windows = sample_mix(streams, config.calib_seq_len, config.calib_samples, config.seed)
-    check_largest(model, tokenizer, int(windows.max()), config.calib)
-    return test, windows
+    return test, sample_mix(streams, config.calib_seq_len, config.calib_samples, config.seed)
 
 
 def _sound(measured: Perplexity, what: str) -> Perplexity:
