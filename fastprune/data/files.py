@@ -55,13 +55,17 @@ def is_packed(path: Path) -> bool:
 
 
 def checked_form(path: Path) -> str:
-    """What `path` is read as. Raises InputError where its suffix does not say."""
+    """What `path`, which was named itself, is read as; a file without a suffix as text.
+
+    Raises InputError for a suffix that does not say.
+    """
     if form := form_of(path):
         return form
-    kind = f"files of kind '{path.suffix}'" if path.suffix else "files without a suffix"
+    if not path.suffix:
+        return "text"
     raise InputError(
-        f"{path}: {kind} are not read; give one of {' '.join(FORMS)} (text may be compressed, "
-        f"as in .jsonl{PACKED}), or rename a plain text to .txt"
+        f"{path}: files of kind '{path.suffix}' are not read; give one of {' '.join(FORMS)} (text "
+        f"may be compressed, as in .jsonl{PACKED}), or rename a plain text to .txt"
     )
 
 

@@ -92,19 +92,20 @@ def prompt_text(tokenizer: Any, messages: Sequence[Message], context: str = "") 
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The id of the special token that the chat template puts after an answer.
+    """The id of the token that ends an answer: the special one that the chat template puts there.
 
-    None where it puts none, or refuses the simplest of conversations.
+    Where it puts none the EOS, which is taught in its place; None where there is none either.
     """
     asked, answer = {"role": "user", "content": "Hello."}, "Good morning."
     turns = [asked, {"role": "assistant", "content": answer}]
     try:
         _, found, after = _text(tokenizer, turns).rpartition(answer)
-    except Unusable:
-        return None
+    except Unusable:  # the simplest of conversations
+        return tokenizer.eos_token_id
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found else []
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ids[0] if ids and ids[0] in special | set(tokenizer.all_special_ids) else None
+    ends = bool(ids) and ids[0] in special | set(tokenizer.all_special_ids)
+    return ids[0] if ends else tokenizer.eos_token_id
 
 
 def source_text(example: Example) -> str:

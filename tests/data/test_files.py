@@ -79,12 +79,19 @@ def test_records_on_several_lines_each(tmp_path):
     assert values(tmp_path / "a.json") == [record]
 
 
-@pytest.mark.parametrize("name", ["a.md", "a", "a.jsonl.zip", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.md", "a.gz", "a.jsonl.zip", "a.parquet.gz"])
 def test_unknown_suffixes_are_refused(tmp_path, name):
     (tmp_path / name).write_text(LINES)
     assert form_of(tmp_path / name) is None
     with pytest.raises(InputError, match=r"are not read; give one of .txt .jsonl"):
         source_files(str(tmp_path / name))
+
+
+def test_a_file_without_a_suffix_is_text_where_it_is_named(tmp_path):
+    (tmp_path / "LICENSE").write_text("Take it.")
+    assert "".join(values(tmp_path / "LICENSE")) == "Take it."
+    with pytest.raises(InputError, match="files in this folder"):
+        source_files(str(tmp_path))
 
 
 def test_a_damaged_gzip_file_is_refused(tmp_path):

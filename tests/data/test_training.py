@@ -289,10 +289,9 @@ def test_the_token_that_ends_a_turn(tokenizer):
     turn = tokenizer.convert_tokens_to_ids("<|eot|>")
     tokenizer.chat_template = TEMPLATE.replace("<|end|>", "\\n<|eot|>")
     assert end_of_turn(tokenizer) == turn
-    tokenizer.chat_template = TEMPLATE.replace("<|end|>", "")
-    assert end_of_turn(tokenizer) is None
-    tokenizer.chat_template = "{{ raise_exception('no one may speak') }}"
-    assert end_of_turn(tokenizer) is None
+    for template in (TEMPLATE.replace(END, ""), "{{ raise_exception('no one may speak') }}"):
+        tokenizer.chat_template = template
+        assert end_of_turn(tokenizer) == tokenizer.eos_token_id
 
 
 def test_prompts_are_put_as_in_training(tmp_path, tokenizer):
