@@ -59,12 +59,16 @@ def texts(tree: ast.Module):
     inside = {id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield node.lineno, "".join(
-                v.value if isinstance(v, ast.Constant) else "…" for v in node.values
+            yield (
+                node.lineno,
+                "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values),
             )
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in bare | inside:
-                yield node.lineno, node.value
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in bare | inside
+        ):
+            yield node.lineno, node.value
 
 
 def reached_by(path: str) -> set[str]:
