@@ -274,7 +274,7 @@ def _fit_vocabulary(model: nn.Module, directory: Path, rows: dict[str, int]) -> 
             f"not hold both embeddings and head of it; MODEL has {now}: give the resized model"
         )
     (size,) = wanted
-    log.warning("%s: the vocabulary grows or shrinks from %d to %d tokens", directory, now, size)
+    log.warning("%s: its vocabulary of %d tokens replaces the %d of MODEL", directory, size, now)
     model.resize_token_embeddings(size, mean_resizing=False)
 
 
