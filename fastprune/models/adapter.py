@@ -187,8 +187,8 @@ def _check_files(directory: Path) -> None:
     known = {field.name for field in fields(peft.LoraConfig)}
     if unknown := sorted(key for key, value in settings.items() if value and key not in known):
         log.warning(
-            "%s: settings that peft %s does not know and leaves out (%s): the adapter may have "
-            "been made by a newer peft and mean something else",
+            "%s: settings that peft %s does not know and leaves out (%s): the adapter is of "
+            "another version of peft and may compute something else there",
             file,
             peft.__version__,
             ", ".join(unknown),
@@ -274,7 +274,7 @@ def _fit_vocabulary(model: nn.Module, directory: Path, rows: dict[str, int]) -> 
             f"not hold both embeddings and head of it; MODEL has {now}: give the resized model"
         )
     (size,) = wanted
-    log.warning("%s: the vocabulary grows or shrinks from %d to %d tokens", directory, now, size)
+    log.warning("%s: its vocabulary of %d tokens replaces the %d of MODEL", directory, size, now)
     model.resize_token_embeddings(size, mean_resizing=False)
 
 

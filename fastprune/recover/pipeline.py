@@ -226,13 +226,7 @@ def _finetune(
     adapter = hasattr(model, "peft_config")
     if not adapter:
         convert_weights(model, saved_dtype)
-        if any(r["kept"] for r in record["results"]) and bits(model.parameters()) == given:
-            steps = sum(r["steps"] for r in record["results"])
-            dtype = str(saved_dtype).removeprefix("torch.")
-            raise NumericalError(
-                f"0 of {steps} steps changed the weights by as much as {dtype} can hold. Raise "
-                "--lr, or keep the result in --dtype float32; no checkpoint was written"
-            )
+        _check_changed(model, given, record["results"])
     metrics = {
         "model": config.model or type(model).__name__,
         "data": {"spec": config.data, **next(iter(course.data.values())).to_dict()}
@@ -364,6 +358,21 @@ def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.
     windows = text_windows(tokenizer, documents, seq_len, config.eval_windows)
     check_largest(model, tokenizer, int(windows.max()), config.eval)
     return windows
+
+
+def _check_changed(model: nn.Module, given: list[int], results: list[dict[str, Any]]) -> None:
+    """NumericalError when stages were kept and yet ``model`` has the `bits` that were ``given``.
+
+    The stages have changed the weights, but not by so much that it shows once they are rounded.
+    """
+    if not any(r["kept"] for r in results) or bits(model.parameters()) != given:
+        return
+    steps = sum(r["steps"] for r in results)
+    dtype = str(model.dtype).removeprefix("torch.")
+    raise NumericalError(
+        f"0 of {steps} steps changed the weights by as much as {dtype} can hold. Raise --lr, or "
+        "keep the result in --dtype float32; no checkpoint was written"
+    )
 
 
 def _check_gate(config: FinetuneConfig, before: float | None, after: float | None) -> None:
