@@ -437,48 +437,9 @@ def test_parameters_are_checked(module):
     with pytest.raises(ValueError, match="float64"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3).double())]})
     assert len(optimizer.param_groups) == 1
-    block = torch.ones(12)
-    views = {
-        "lazily negated": torch._neg_view(block),
-        "one block of memory": block[::2],
-        r"strides \(0, 9, 1\)": block.as_strided((2, 2, 3), (0, 9, 1)),
-    }
-    for message, view in views.items():
-        with pytest.raises(ValueError, match=f"parameter of group 0 .*{message}"):
-            AdamW([torch.nn.Parameter(view)])
-    both = [torch.nn.Parameter(view) for view in (block, block[6:])]
-    for p in both:
-        p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match="parameter 1 and group 0, parameter 0 share memory"):
-        AdamW(both).step()
-
-
-def test_parameters_may_not_become_views(module):
-    for view in (torch.ones(10)[::2], torch.ones(12).as_strided((2, 2, 3), (0, 9, 1))):
-        p = torch.nn.Parameter(torch.ones(view.shape))
-        optimizer = AdamW([p])
-        p.data = view
-        p.grad = torch.ones(view.shape)
-        with pytest.raises(ValueError, match="parameter 0 of shape"):
-            optimizer.step()
-
-
-def test_gradients_may_be_lazy_views(device):
-    """A negated gradient, one expanded from a scalar, and one of another layout."""
-    gradients = [torch._neg_view(torch.randn(6, 5, device=device))]
-    gradients += [torch.ones((), device=device).expand(6, 5), torch.randn(5, 6, device=device).t()]
-    for gradient in gradients:
-        lazy, plain = (torch.nn.Parameter(torch.ones(6, 5, device=device)) for _ in range(2))
-        lazy.grad, plain.grad = gradient, gradient.clone().resolve_neg().contiguous()
-        for p in (lazy, plain):
-            AdamW([p], lr=LR).step()
-        assert torch.equal(lazy, plain)
 
 
 # ---------------------------------------------------------------------------- the op
-
-
-BLOCK, STATE = torch.ones(30, dtype=torch.bfloat16), torch.zeros(30)
 
 
 def op_arguments(device, dtype=torch.bfloat16):
@@ -510,17 +471,6 @@ def test_op_is_the_optimizer(device):
         assert torch.equal(a.detach(), b)
 
 
-def test_gradients_of_the_op_may_be_negated(device):
-    plain, lazy = op_arguments(device), op_arguments(device)
-    lazy["params"] = [p.clone() for p in plain["params"]]
-    plain["grads"] = [-g for g in lazy["grads"]]
-    lazy["grads"] = [torch._neg_view(g) for g in lazy["grads"]]
-    lazy["masters"] = [p.float() for p in lazy["params"]]
-    for arguments in (plain, lazy):
-        ops.adamw(**arguments, lr=LR, master="fp32")
-    assert all(map(torch.equal, plain["params"], lazy["params"]))
-
-
 def test_opcheck(device):
     numbers = (LR, 0.9, 0.999, 1e-8, 0.01, 1.0, "fp32", 0)
     torch.library.opcheck(
@@ -538,11 +488,6 @@ def test_opcheck(device):
         ("stats", torch.zeros(2, dtype=torch.float64), "stats has shape"),
         ("control", torch.zeros(3, device="meta", dtype=torch.float64), "control has no memory"),
         ("masters", [], "parameter 0 needs a master"),
-        ("params", [BLOCK[:4], torch._neg_view(BLOCK).view(6, 5)], r"params\[1\] is a lazily neg"),
-        ("params", [BLOCK[:4], BLOCK[:5].expand(6, 5)], r"params\[1\] must fill one block"),
-        ("params", [BLOCK[:4], BLOCK.view(6, 5)], r"params\[1\] and params\[0\] share memory"),
-        ("exp_avgs", [STATE[:4], STATE.view(6, 5)], r"exp_avgs\[1\] and exp_avgs\[0\] share"),
-        ("total", torch.zeros(1, dtype=torch.float64).expand(2), "total must fill one block"),
     ],
 )
 def test_errors_name_the_culprit(module, name, value, message):

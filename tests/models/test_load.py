@@ -16,6 +16,7 @@ from fastprune.models import foreign, load
 from fastprune.models.families import Geometry, geometries
 from fastprune.models.load import load_config, load_model, load_tokenizer
 from fastprune.models.modeling import conform
+from fastprune.models.streamed import StreamedModel
 
 
 @pytest.fixture
@@ -112,6 +113,33 @@ def rename_type(folder):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "not_a_model"}))
 
 
+def configure(**settings):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+
+    return edit
+
+
+def point(name):
+    return write(name, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def add_bias(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(128)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def wrap_twice(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["module.model.norm.weight"] = torch.ones(64)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -129,6 +157,19 @@ def rename_type(folder):
         (break_index, "broken index"),
         (remove("tokenizer.json"), "no tokenizer"),
         (write("tokenizer.json", "{"), "broken tokenizer"),
+        (point("model.safetensors"), r"model\.safetensors: a Git LFS pointer, .*git lfs pull"),
+        (point("tokenizer.json"), r"tokenizer\.json: a Git LFS pointer"),
+        (point("config.json"), r"config\.json: a Git LFS pointer"),
+        (configure(quantization_config=GPTQ), "quantised with gptq; give the unquantised model"),
+        (configure(num_attention_heads=7), r"hidden size \(64\) is not a multiple of .* \(7\)"),
+        (configure(num_hidden_layers=3), r"9 weights of its layers are not used, .*layers\.3\."),
+        (
+            configure(vocab_size=299),
+            r"tokens\.weight has the shape \(300, 64\), .*\(299, 64\)",
+        ),
+        (configure(hidden_size=32), r"has the shape .*, the config says"),
+        (add_bias, r"1 weights of its layers are not used, first .*\.q_proj\.bias: the config"),
+        (wrap_twice, "both with and without the prefix"),
     ],
 )
 def test_broken_folders_are_refused(folder, damage, message):
@@ -173,6 +214,64 @@ def test_unused_weights_are_mentioned(folder, caplog):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     load_model(folder)
     assert "1 weights are not used, first value_head.weight" in caplog.text
+
+
+def wrap(weights, prefix):
+    return {prefix + name: value.clone() for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.module.module."])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "pt"])
+def test_prefixes_of_wrappers_are_no_part_of_a_name(folder, kind, prefix):
+    expected = logits(load_model(folder)[0])
+    weights = wrap(load_file(folder / "model.safetensors"), prefix)
+    names = [name.replace(".layers.0.", ".layers.0._orig_mod.") for name in weights]
+    weights = dict(zip(names, weights.values(), strict=True))  # a layer compiled by itself
+    source = folder
+    if kind == "safetensors":
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (folder / "model.safetensors").unlink()
+        file = folder / {"bin": "pytorch_model.bin", "pt": "weights.pt"}[kind]
+        torch.save(weights, file)
+        source = folder if kind == "bin" else file
+    loaded, _ = load_model(source)
+    assert torch.equal(logits(loaded), expected)
+    assert load_model(source, dtype="bf16")[0].dtype == torch.bfloat16
+    if kind == "safetensors":
+        streamed = StreamedModel(source)
+        assert torch.equal(streamed.read("model.norm.weight"), loaded.model.norm.weight)
+
+
+def cut_layers(folder):
+    """Other sizes in the files than in the config, as other pruners leave them."""
+    model = load_model(folder)[0]
+    plan = [Geometry(8, 4, 96, 16), Geometry(4, 2, 50, 16), *[Geometry(8, 4, 96, 16)] * 2]
+    tensors = dict(load_file(folder / "model.safetensors"))
+    rows = {"q_proj": 64, "k_proj": 32, "v_proj": 32, "gate_proj": 50, "up_proj": 50}
+    columns = {"o_proj": 64, "down_proj": 50}
+    for name, tensor in tensors.items():
+        short = name.split(".")[-2]
+        if name.startswith("model.layers.1.") and short in rows:
+            tensors[name] = tensor[: rows[short]].clone()
+        elif name.startswith("model.layers.1.") and short in columns:
+            tensors[name] = tensor[:, : columns[short]].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return model, plan
+
+
+def test_sizes_that_the_config_does_not_say_are_read_off_the_weights(folder, caplog):
+    dense, plan = cut_layers(folder)
+    loaded, _ = load_model(folder)
+    assert geometries(loaded) == plan
+    assert "sizes are read off the weights" in caplog.text
+    assert not torch.equal(logits(loaded), logits(dense))
+    caplog.clear()
+    streamed = StreamedModel(folder)
+    assert geometries(streamed.model) == plan
+    assert "sizes are read off the weights" in caplog.text
+    for name, weight in loaded.named_parameters():
+        assert torch.equal(streamed.read(name), weight)
 
 
 def test_demo_model_says_what_to_install(monkeypatch):
