@@ -84,7 +84,7 @@ def _sample(model: nn.Module, start: int, seq_len: int, n: int, seed: int) -> Te
     keyword = cache_keyword(model)
     training = model.training
     model.eval()
-    batches = []
+    batches: list[Tensor] = []
     try:
         with fast_forward(parameter.device, parameter.dtype):
             for last in torch.full((n, 1), start, device=parameter.device).split(BATCH_WINDOWS):

@@ -319,7 +319,7 @@ def _texts(
 def _written(config: PruneConfig, model: nn.Module, tokenizer: Any, windows: int) -> Tensor:
     """A stream of so many calibration windows that ``model`` writes; the first process has it do
     so for all."""
-    written = None
+    written = torch.empty(0, dtype=torch.int64)
     if distributed.rank() == 0:
         written = written_windows(
             model, tokenizer, config.calib_seq_len, max(1, windows), seed=config.seed

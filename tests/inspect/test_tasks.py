@@ -10,6 +10,7 @@ from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from fastprune import cli
 from fastprune.errors import InputError
+from fastprune.inspect import tasks
 from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
 from fastprune.models.families import geometries
 from fastprune.prune.plan import LayerPlan, Plan, keep_all
@@ -129,7 +130,6 @@ def test_the_command_prints_and_writes_tasks(data, tmp_path, capsys):
     ("options", "words"),
     [
         ({"tasks": ("gone.yaml",)}, "gone.yaml: no such task file"),
-        ({"tasks": ("no_such_task_at_all",)}, "no task of this name"),
         ({"tasks": ("piqa",), "tasks_data": "DATA"}, "piqa.jsonl is not there"),
         ({"tasks": ("lambada",), "tasks_data": "DATA"}, "the fields context, continuation"),
         ({"tasks": ("piqa",), "tasks_data": "nowhere"}, "no such folder"),
@@ -145,6 +145,19 @@ def test_refusals(model, data, tmp_path, options, words):
     with pytest.raises(InputError, match=words) as error:
         evaluate_tasks(model, tiny_tokenizer(), TaskOptions(**options))
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_name_is_looked_up_among_all_tasks(model, monkeypatch):
+    asked = []
+
+    def index(*, whole):  # the true one of all tasks takes long to make
+        asked.append(whole)
+        return harness.tasks.TaskManager(include_defaults=False)
+
+    monkeypatch.setattr(tasks, "_index", index)
+    with pytest.raises(InputError, match="no task of this name"):
+        evaluate_tasks(model, tiny_tokenizer(), TaskOptions(tasks=("no_such_task",)))
+    assert asked == [False, True]
 
 
 def test_a_missing_harness_names_the_extra(monkeypatch, capsys):
