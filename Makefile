@@ -7,8 +7,8 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= dev
 
 # The demo's text: any TEXT that `fastprune prune --help` names, for example a .txt file.
-CALIB ?= builtin:pydocs
-EVAL ?= builtin:pydocs
+CALIB ?= builtin:c4
+EVAL ?= builtin:wikitext2
 OUT ?= runs/demo
 PROMPT ?= The capital of France is
 

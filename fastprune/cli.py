@@ -54,7 +54,7 @@ COMMANDS = {
         "fastprune.report.tables:show_prune",
     ),
     "eval": Command(
-        "perplexity, speed and memory of a model on a text",
+        "perplexity, tasks, speed and memory of a model",
         "fastprune.inspect.perplexity:EvalConfig",
         "fastprune.inspect.perplexity:run_eval",
         "fastprune.report.tables:show_eval",

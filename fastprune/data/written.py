@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastprune.data.instruct import DOCUMENT_ENDS
 from fastprune.errors import InputError, NumericalError
 from fastprune.models.adapter import Fingerprint
 from fastprune.models.attention import cache_keyword
@@ -25,7 +26,7 @@ from fastprune.progress import track
 
 LAYOUT = 1  # raise when the way windows are written changes, so that older ones are left alone
 BATCH_WINDOWS = 64
-SEPARATOR = "<|endoftext|>"
+SEPARATOR = DOCUMENT_ENDS[0]
 """What many families put between the documents of their pretraining; others have a BOS token."""
 VARYING = ("_name_or_path", "transformers_version")
 """Fields of a config that say nothing about what the model computes."""

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import eval_windows, load_documents, token_stream
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
+from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
 from fastprune.models.load import load_model
@@ -67,9 +68,17 @@ class Perplexity:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Evaluation(Perplexity):
+    """What `eval` measured: a perplexity, and tasks where any were asked for."""
+
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """by name, as `evaluate_tasks` gives them"""
+
+
 @dataclass(kw_only=True)
-class EvalConfig(CommonConfig):
-    """Measure perplexity, speed and memory of a model."""
+class EvalConfig(TaskOptions, CommonConfig):
+    """Measure perplexity, tasks, speed and memory of a model."""
 
     model: Positional[str]
     """Hugging Face directory, hub id, .gguf file, .pt of a GPT-2, or smollm2-135m"""
@@ -81,7 +90,7 @@ class EvalConfig(CommonConfig):
     windows: int = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
     batch_size: int | None = None
-    """windows per forward pass (default: about 2048 tokens)"""
+    """windows, or requests of a task, per forward pass (default: about 2048 tokens, 8 requests)"""
     adapter: Path | None = None
     """folder with a LoRA adapter, evaluated on the model without being merged"""
     allow_pickle: bool = False
@@ -90,8 +99,12 @@ class EvalConfig(CommonConfig):
     """run the Python code in the model's folder, where transformers has none for its type"""
 
 
-def run_eval(config: EvalConfig) -> Perplexity:
-    """Load the model and the text that `config` names and measure. Raises InputError."""
+def run_eval(config: EvalConfig) -> Evaluation:
+    """Load the model, the text and the tasks that `config` names and measure.
+
+    Raises InputError, and NumericalError when the loss is not a number.
+    """
+    config.check_tasks()
     if config.batch_size is not None and config.batch_size < 1:
         raise InputError(f"the batch size must be at least 1, got {config.batch_size}")
     documents = load_documents(config.text)
@@ -107,7 +120,13 @@ def run_eval(config: EvalConfig) -> Perplexity:
     windows = text_windows(tokenizer, documents, seq_len, config.windows)
     check_largest(model, tokenizer, int(windows.max()), config.text)
     result = evaluate(model, windows, batch_size=config.batch_size)
-    return sound(result, model, f"the loss of {config.model}")
+    sound(result, model, f"the loss of {config.model}")
+    tasks = {}
+    if config.tasks:
+        tasks = evaluate_tasks(
+            model, tokenizer, config, seed=config.seed, batch_size=config.batch_size
+        )
+    return Evaluation(**asdict(result), tasks=tasks)
 
 
 def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:
@@ -215,10 +234,10 @@ def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     Works through a PEFT wrapper. Raises InputError for models whose logits need more than that.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for field in SCALED_LOGITS:
-        if getattr(inner.config, field, None) is not None:
+    for name in SCALED_LOGITS:
+        if getattr(inner.config, name, None) is not None:
             raise InputError(
-                f"models of type '{inner.config.model_type}' scale their logits ({field}), "
+                f"models of type '{inner.config.model_type}' scale their logits ({name}), "
                 "which this measurement does not support"
             )
     return inner.base_model, inner.get_output_embeddings()

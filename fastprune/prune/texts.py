@@ -64,7 +64,7 @@ def _written(config: PruneConfig, model: nn.Module, tokenizer: Any, windows: int
     """A stream of so many calibration windows that ``model`` writes; the first process has it do
     so for all."""
     assert config.calib_seq_len  # decided by `prune`
-    written = torch.empty(0)
+    written = torch.empty(0, dtype=torch.int64)
     if distributed.rank() == 0:
         written = written_windows(
             model, tokenizer, config.calib_seq_len, max(1, windows), seed=config.seed

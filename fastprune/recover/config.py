@@ -30,8 +30,8 @@ class FinetuneConfig(CommonConfig):
     model: Positional[str] = ""
     """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
     data: str = TRAINING_TEXT
-    """training text or instructions: a path, hf:NAME[:CONFIG[:SPLIT]], a short name; several joined
-    by commas"""
+    """training text or instructions: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or a text in
+    the package; several joined by commas"""
     out: Path | None = None
     """directory of the finetuned checkpoint (of the adapter with --method lora)"""
     overwrite: bool = False

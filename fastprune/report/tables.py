@@ -64,14 +64,29 @@ def _layers(layers: list[dict[str, Any]]) -> Table:
 
 
 def show_eval(result: dict[str, Any]) -> None:
-    """Perplexity with the window it was measured at, speed and memory."""
+    """Perplexity with the window it was measured at, speed and memory; the tasks below."""
     table = _table("", "")
     table.add_row("perplexity", format.perplexity(result["perplexity"]))
     table.add_row("windows", f"{result['windows']} × {result['seq_len']} tokens")
     table.add_row("speed", f"{result['tokens_per_second']:,.0f} tokens/s")
     table.add_row("time", format.duration(result["seconds"]))
     table.add_row("peak memory", format.size(result["peak_memory_bytes"]))
-    Console().print(table)
+    out = Console()
+    out.print(table)
+    if result["tasks"]:
+        out.print(_tasks(result["tasks"]))
+
+
+def _tasks(results: dict[str, dict[str, Any]]) -> Table:
+    """One row a metric of every task, with its standard error."""
+    table = _table("task", "metric", "value", "± stderr", "items", "examples before each")
+    for name, result in results.items():
+        counts = (result["items"], result["fewshot"])
+        rest = ["—" if count is None else str(count) for count in counts]
+        for metric, found in result["metrics"].items():
+            error = "—" if found["stderr"] is None else f"{found['stderr']:.4f}"
+            table.add_row(Text(name), Text(metric), f"{found['value']:.4f}", error, *rest)
+    return table
 
 
 def show_merge(result: dict[str, Any]) -> None:

@@ -9,6 +9,9 @@ import pytest
 from fastprune.data.builtin import BUILTIN, FOLDER
 from fastprune.data.records import read_source
 from fastprune.data.text import load_documents
+from fastprune.inspect.perplexity import EvalConfig
+from fastprune.prune.config import PruneConfig
+from fastprune.recover.config import FinetuneConfig
 
 TOOL = Path(__file__).parents[2] / "tools" / "builtin_texts.py"
 
@@ -52,6 +55,12 @@ def test_files_stay_small_and_say_where_they_come_from():
     assert sum(sizes) < 2.5e6
     about = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in about for name in BUILTIN)
+
+
+def test_commands_use_them_where_no_text_is_named():
+    assert PruneConfig().calib == FinetuneConfig().data == "builtin:c4"
+    assert PruneConfig().eval == FinetuneConfig().eval == "builtin:wikitext2"
+    assert EvalConfig(model="").text == "builtin:wikitext2"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Which parts of the texts calibrate and which are tested."""
 
 import pytest
-from tiny import tiny_model
+from tiny import TEXT, tiny_model, tiny_tokenizer
 
+from fastprune.data.written import written_windows
+from fastprune.errors import InputError
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.texts import run_windows
 
@@ -50,3 +52,31 @@ def test_a_window_that_is_tested_never_calibrates(files, calib, tested, windows)
     assert not set(test.flatten().tolist()) & set(calibration.flatten().tolist())
     letters = [chr(int(window[0]) // WORDS) for window in calibration]
     assert letters == list(calib) * (8 // len(calib)), "equal shares, in turn"
+
+
+@pytest.mark.parametrize(("calib", "share"), [("self", 8), ("self,{text}", 4)])
+def test_the_model_writes_its_share_of_the_windows(tmp_path, monkeypatch, calib, share):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
+    config = PruneConfig(
+        ratio=0.2,
+        calib=calib.format(text=text),
+        calib_seq_len=16,
+        calib_samples=8,
+        eval=str(text),
+        eval_seq_len=16,
+        eval_windows=4,
+        seed=3,
+    )
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    _, calibration = run_windows(config, model, tokenizer, calibrate=True)
+    assert calibration.shape == (8, 16)
+    written = written_windows(model, tokenizer, 16, share, seed=3)
+    own = calibration[:: 8 // share]
+    assert sorted(map(tuple, own.tolist())) == sorted(map(tuple, written.tolist()))
+
+
+def test_a_streamed_model_writes_nothing():
+    with pytest.raises(InputError, match="--calib self"):
+        PruneConfig(ratio=0.2, calib="self", stream=True).check()
