@@ -58,7 +58,7 @@ def test_settings_out_of_range_are_refused(settings):
 def test_a_broken_model_says_nothing(temperature):
     model = tiny_model("llama")
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
-    with pytest.raises(NumericalError, match="NaN or Inf: the weights hold 64 NaN in model.norm"):
+    with pytest.raises(NumericalError, match="NaN or Inf: the weights hold 64 NaN in"):
         generate(model, tiny_tokenizer(), PROMPT, 4, temperature=temperature)
 
 
