@@ -168,7 +168,9 @@ def test_activations_that_overflow(tmp_path):
     result = diagnose(saved(tmp_path / "model", inflate))
     assert all(tensor.finite for tensor in result.tensors)
     assert result.verdict == "unhealthy"
-    assert "is not finite from model.layers.2.mlp." in words(result, "broken")[0]
+    (told,) = words(result, "broken")
+    assert told.startswith("it overflows in float16; use --dtype bfloat16 or float32 (in model.lay")
+    assert "model.layers.2.mlp." in told
 
 
 def test_constant_output(tmp_path):

@@ -64,11 +64,17 @@ def test_settings_out_of_range_are_refused(settings):
         generate(tiny_model("llama"), tiny_tokenizer(), PROMPT, **settings)
 
 
-def test_sampling_from_a_broken_model_is_a_numerical_error():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_broken_model_says_nothing(temperature):
     model = tiny_model("llama")
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
-    with pytest.raises(NumericalError, match="not finite"):
-        generate(model, tiny_tokenizer(), PROMPT, 4, temperature=1.0)
+    with pytest.raises(NumericalError, match="NaN or Inf: the weights hold 64 NaN in"):
+        generate(model, tiny_tokenizer(), PROMPT, 4, temperature=temperature)
+
+
+def test_a_temperature_too_low_for_the_logits_is_told():
+    with pytest.raises(NumericalError, match="divided by the temperature 1e-40: raise it"):
+        generate(tiny_model("llama"), tiny_tokenizer(), PROMPT, 4, temperature=1e-40)
 
 
 def test_run_generate_prints_the_continuation(tmp_path, capfd):
