@@ -86,7 +86,7 @@ def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> st
     they are near, or where it is one of milliseconds."""
     if budget.table is not None or abs(removed - budget.need) <= NEAR * block:
         return None
-    if config.align > 1:
+    if config.align is not None and config.align > 1:
         why = f"--align {config.align} keeps channels in multiples of {config.align} in every layer"
         why += "; a smaller --align comes nearer"
     elif config.layout == "uniform":

@@ -15,6 +15,9 @@ from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
 from fastprune.data.records import SELF, source_names
 from fastprune.errors import InputError
 
+ALL = "all"
+"""As `--layers`: every layer."""
+
 
 @dataclass(kw_only=True)
 class PruneConfig(CommonConfig):
@@ -38,8 +41,12 @@ class PruneConfig(CommonConfig):
     """tokens before the one whose decoding is timed for --target-latency"""
     iterations: int = 1
     """reach the budget in this many equal steps, scoring anew after each"""
-    structures: tuple[Literal["attention", "mlp", "sublayer"], ...] = ("attention", "mlp")
-    """what may be removed: KV groups, channels, whole attentions and MLPs"""
+    effort: Literal["fast", "balanced", "thorough"] = "balanced"
+    """time against quality: chooses what is not said of structures, allocation, layers, limits,
+    calibration and alignment, by the ratio and the model"""
+    structures: tuple[Literal["attention", "mlp", "sublayer"], ...] = ()
+    """what may be removed: KV groups, channels, whole attentions and MLPs (default: by --effort,
+    channels as long as they suffice)"""
     importance: Literal[
         "taylor-first",
         "taylor-second",
@@ -53,36 +60,39 @@ class PruneConfig(CommonConfig):
         "random",
     ] = "activation-maw"
     """criterion that ranks the units of a layer"""
-    allocation: Literal["uniform", "inverse", "proportional", "global", "search"] = "uniform"
-    """how the ratio is spread over the layers"""
-    exchange_rounds: int = 2
+    allocation: Literal["auto", "uniform", "inverse", "proportional", "global", "search"] = "auto"
+    """how the ratio is spread over the layers (auto: by --effort)"""
+    exchange_rounds: int | None = None
     """rounds after the search in which layers trade units while the whole model's divergence
-    falls; 0 for none"""
+    falls; 0 for none (default: by --effort)"""
     layer_importance: str = "removal"
     """sensitivity for inverse and proportional: removal, activation (how much a layer changes its
     input), or a layer_importance.json"""
-    alpha: float = 1.0
+    alpha: float | None = None
     """exponent of the sensitivity; for global, how much of the difference between layers counts:
-    from 0 (none: all layers alike) to 1 (all of it)"""
+    from 0 (none: all layers alike) to 1 (all of it) (default: 1, or by --effort)"""
     min_layer_ratio: float = 0.0
     """least share of a layer's KV groups and channels, by parameters, to remove"""
-    max_layer_ratio: float = 0.9
-    """largest share of a layer's KV groups and channels, by parameters, to remove unit by unit"""
+    max_layer_ratio: float | None = None
+    """largest share of a layer's KV groups and channels, by parameters, to remove unit by unit
+    (default: by --effort, at most 0.9)"""
     layers: str | None = None
-    """only layers A to B-1, written A:B; the others stay whole"""
-    compensate: Literal["none", "least-squares"] = "none"
+    """only layers A to B-1, written A:B; the others stay whole; all for every layer (default: by
+    --effort)"""
+    compensate: Literal["none", "least-squares"] = "least-squares"
     """refit what is kept to the outputs of what is removed"""
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """uniform: every layer the same size, so that any engine loads the result"""
-    align: int = 1
-    """keep channels in multiples of this number"""
+    align: int | None = None
+    """keep channels in multiples of this number (default: 32 where the model's own widths are
+    multiples of it and large, else 1)"""
     calib: str = TRAINING_TEXT
     """calibration text, or self for text that the model writes before it is pruned; several, joined
     by commas, give an equal share of the windows each"""
-    calib_samples: int = 128
-    """calibration windows"""
+    calib_samples: int | None = None
+    """calibration windows (default: by --effort, 128 or 512)"""
     calib_seq_len: int | None = None
-    """tokens of a calibration window, at most the model's maximum positions (default: 128, or that
+    """tokens of a calibration window, at most the model's maximum positions (default: 256, or that
     maximum)"""
     sensitivity_samples: int = 16
     """calibration windows used for layer sensitivity"""
@@ -127,15 +137,13 @@ class PruneConfig(CommonConfig):
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise InputError(f"--ratio must lie between 0 and 1, not {self.ratio}")
         low, high = (0, 1) if self.allocation == "global" else (-10, 10)
-        if not low <= self.alpha <= high:
+        if self.alpha is not None and not low <= self.alpha <= high:
             raise InputError(
                 f"--alpha must lie between {low} and {high} with --allocation {self.allocation}, "
                 f"not {self.alpha}"
             )
         if self.target_latency is not None and not 0 < self.target_latency < math.inf:
             raise InputError(f"--target-latency must be positive, not {self.target_latency}")
-        if not self.structures:
-            raise InputError("--structures names nothing; use attention, mlp, sublayer, or several")
         for name, least in (
             ("exchange_rounds", 0),
             ("iterations", 1),
@@ -162,7 +170,9 @@ class PruneConfig(CommonConfig):
                 "--layout uniform makes every layer the same size, so no sublayer can go alone; "
                 "use --layout per-layer with --structures sublayer"
             )
-        if self.layout == "uniform" and (self.layers or self.allocation != "uniform"):
+        if self.layout == "uniform" and (
+            self.layers not in (None, ALL) or self.allocation not in ("auto", "uniform")
+        ):
             raise InputError(
                 "--layout uniform makes every layer the same size: "
                 "use it with --allocation uniform and without --layers"
@@ -208,9 +218,9 @@ class PruneConfig(CommonConfig):
 
     def selected_layers(self, count: int) -> range:
         """The layers that ``--layers A:B`` selects of ``count``; negative ends count backward."""
-        if self.layers is None:
+        if self.layers in (None, ALL):
             return range(count)
-        match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.layers)
+        match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.layers or "")
         if not match:
             raise InputError(f"--layers must be written A:B, for example 3:27, not '{self.layers}'")
         bounds = [int(text) if text else None for text in match.groups()]

@@ -62,7 +62,8 @@ class Costs:
     ) -> None:
         self.model, self.kept, self.config = model, kept, config
         self.ranks, self.stream = ranks, stream
-        assert config.calib_seq_len and config.eval_seq_len  # decided by `prune`
+        assert config.calib_seq_len and config.eval_seq_len and config.calib_samples  # decided
+        self.rounds = config.exchange_rounds or 0
         self.n, self.s = config.calib_samples, config.calib_seq_len
         self.tested = config.eval_seq_len
         self.searched = min(config.search_samples, self.n)
@@ -85,7 +86,7 @@ class Costs:
         if not self.stream:
             search = self.config.allocation == "search"
             found.append(replace(_times(self.search(), steps), runs=search))
-            rounds = search and self.config.exchange_rounds > 0
+            rounds = search and self.rounds > 0
             found.append(replace(_times(self.exchange(), steps), runs=rounds))
         last, before = self.compensate(), self.compensate(random=False)
         found += [
@@ -150,7 +151,7 @@ class Costs:
 
         A trial is counted as a compensation of the result, on all windows of the search.
         """
-        rounds, m = self.config.exchange_rounds, self.model
+        rounds, m = self.rounds, self.model
         if not rounds or not any(map(self._thinned, m.layers)):
             return Stage("exchange", Cost(), m.bytes, 0)
         judged = max(1, self.searched // KL_SHARE) * self.s

@@ -61,13 +61,14 @@ def sizes_only(config: PruneConfig) -> tuple[nn.Module, PruneConfig]:
     model = skeleton(model_config, dtype)
     allocation = config.allocation
     by_file = allocation in ("inverse", "proportional") and Path(config.layer_importance).is_file()
-    if config.plan is None and allocation != "uniform" and not by_file:
+    if config.plan is None and allocation not in ("auto", "uniform") and not by_file:
         log.warning(
             "%s has no weights, so --allocation %s cannot measure: sizes are those of uniform "
             "(also possible: --layer-importance FILE, --plan FILE)",
             config.model,
             allocation,
         )
+    if not by_file:
         allocation = "uniform"
     return model, replace(config, allocation=allocation, importance="random", iterations=1)
 

@@ -134,7 +134,7 @@ def prune(
     run.prepare(texts=planning is None)
     if not config.dry_run:
         run.measure_dense()
-    run.make_plan(planning or config)
+    run.make_plan(planning)
     if not config.dry_run:
         run.cut()
         run.measure_pruned()

@@ -246,7 +246,7 @@ def _search(
         removals,
         Problem(costs, limits, target, saved),
         partial(plan_of, model, scores),
-        rounds=config.exchange_rounds,
+        rounds=config.exchange_rounds or 0,
         refits=refits,
         cache=levels,
     )

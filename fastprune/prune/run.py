@@ -18,6 +18,7 @@ from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import judging
 from fastprune.prune.divergence import Yardstick
 from fastprune.prune.dryrun import facts
+from fastprune.prune.effort import decided
 from fastprune.prune.iterate import plan_in_steps
 from fastprune.prune.latency import CostTable
 from fastprune.prune.plan import Plan
@@ -83,11 +84,21 @@ class PruneRun:
                 measured = latency.measure(self.model, context) if alone else None
                 self.table = distributed.from_first(measured)
         self.budget = budget_of(self.config, self.model, self.table)
+        self.config = decided(self.config, self.model, self._share())
         if texts:
             calibrate = self.given is None or self.refits
             self.test, self.calibration = run_windows(
                 self.config, self.model, self.tokenizer, calibrate=calibrate
             )
+
+    def _share(self) -> float:
+        """Part of the block parameters that the budget takes; about, where it is one of time."""
+        if self.budget is None:
+            assert self.given is not None
+            return parameters_removed(self.model, self.given) / self.block
+        if self.budget.table is not None:
+            return self.budget.need / self.budget.table.dense
+        return self.budget.need / self.block
 
     def measure_dense(self) -> None:
         """Perplexity of the model as it came. Raises NumericalError when it is not a number."""
@@ -95,8 +106,11 @@ class PruneRun:
         with self.clock("evaluate"):
             self.dense = self.subject.perplexity(self.test)
 
-    def make_plan(self, config: PruneConfig) -> None:
-        """Take the plan that was given, or make one by ``config``."""
+    def make_plan(self, planning: PruneConfig | None = None) -> None:
+        """Take the plan that was given, or make one: by ``planning`` where that is given."""
+        config = self.config
+        if planning is not None:
+            config = decided(with_lengths(planning, self.model), self.model, self._share())
         if self.given is not None:
             self.made = Planned(self.given)
         else:

@@ -42,6 +42,7 @@ class Thinning:
     def __call__(self, sizes: Sequence[LayerSize], target: float) -> list[Removal]:
         """Removals of ``target`` parameters from ``sizes``; BudgetError when out of reach."""
         config, limits = self.config, limits_of(self.config)
+        assert config.alpha is not None
         chosen = [sizes[i] for i in self.selected]
         groups, channels = self.scores.attention, self.scores.mlp
         target = round(target)
@@ -72,6 +73,7 @@ class Thinning:
 
 def limits_of(config: PruneConfig) -> Limits:
     """What ``config`` allows a layer to lose."""
+    assert config.max_layer_ratio is not None and config.align is not None  # decided by `effort`
     return Limits(config.min_layer_ratio, config.max_layer_ratio, config.align)
 
 

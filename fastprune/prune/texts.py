@@ -16,7 +16,7 @@ from fastprune.inspect.perplexity import SEQ_LEN, text_windows, window_length
 from fastprune.models.vocabulary import check_largest
 from fastprune.prune.config import PruneConfig
 
-CALIB_SEQ_LEN = 128
+CALIB_SEQ_LEN = 256
 """Tokens of a calibration window where nothing is said and the model has as many positions."""
 
 
@@ -34,7 +34,7 @@ def run_windows(
     config: PruneConfig, model: nn.Module, tokenizer: Any, *, calibrate: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Evaluation windows from the text's start, calibration windows from what is not tested."""
-    assert config.calib_seq_len and config.eval_seq_len  # decided by `prune`
+    assert config.calib_seq_len and config.eval_seq_len and config.calib_samples  # decided
     sources = load_sources(config.eval)
     documents = [text for texts in sources.values() for text in texts]
     test = text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
