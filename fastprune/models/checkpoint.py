@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -209,9 +210,21 @@ def has_stock_form(model: nn.Module, size: Geometry) -> bool:
 
 def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     """The config of a model like that of `settings`, of a supported family, whose layers have the
-    sizes of the tensors `state`. Only their shapes are looked at."""
+    sizes of the tensors `state`. Only their shapes are looked at.
+
+    Raises InputError when one layer has other query heads to a KV head than the rest: which of them
+    share a KV head cannot be told then.
+    """
     config_class, _ = modeling.FAMILIES[settings["model_type"].removeprefix(PRUNED_PREFIX)]
     sizes = _sizes_of(settings, state)
+    attentions = {i: s for i, s in enumerate(sizes) if s.query_heads or s.kv_heads}
+    usual = mode([s.query_heads / max(1, s.kv_heads) for s in attentions.values()] or [1])
+    for index, size in attentions.items():
+        if size.query_heads != usual * size.kv_heads:
+            raise InputError(
+                f"layer {index} has {size.query_heads} query and {size.kv_heads} KV heads, other "
+                f"layers {usual:g} query heads to a KV head; it was cut or copied wrongly"
+            )
     bare = {k: v for k, v in settings.items() if k not in ("model_type", "per_layer_config")}
     return modeling.per_layer_config(
         config_class(**bare | {"num_hidden_layers": len(sizes)}), sizes

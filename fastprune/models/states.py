@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
-from fastprune.models.checkpoint import LAYER_KEY, rebuild
+from fastprune.models.checkpoint import LAYER_KEY, rebuild, sized_config
 from fastprune.models.checks import (
     check_complete,
     check_pointer,
@@ -217,6 +217,16 @@ def resized(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.Module:
         raise InputError(f"{path}: {error}") from error
     log.warning(RESIZED, path)
     return model
+
+
+def resized_config(path: Path, config: Any, shapes: Mapping[str, Any]) -> Any:
+    """The config of the model that `resized` gives; `shapes` are tensors or the like of them."""
+    try:
+        result = sized_config(config.to_dict(), shapes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    log.warning(RESIZED, path)
+    return result
 
 
 def _cause(error: BaseException) -> str:

@@ -7,7 +7,6 @@ gives one of its modules values for the time of a block.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,20 +18,19 @@ from torch import Tensor, nn
 from fastprune.config import resolve_device, resolve_dtype
 from fastprune.models.attention import use_attention
 from fastprune.models.blocks import Blocks
-from fastprune.models.checkpoint import EMBEDDING, HEAD, sized_config
+from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
 from fastprune.models.families import decoder_layers, family_of_config
 from fastprune.models.load import load_config, load_tokenizer, resolve_source
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
-from fastprune.models.states import RESIZED, misfits
+from fastprune.models.states import misfits, resized_config
 from fastprune.progress import track
 
 NORM = "model.norm"
 PIECE = 64 * 2**20
 """Bytes of two tensors that are compared at a time."""
-log = logging.getLogger("fastprune")
 
 
 class StreamedModel:
@@ -103,8 +101,8 @@ class StreamedModel:
         model = skeleton(config, self.dtype)
         found = self._compared(model)
         if misfits(config, found):
-            log.warning(RESIZED, self.shards.folder)
-            model = skeleton(sized_config(config.to_dict(), self.shards.entries), self.dtype)
+            config = resized_config(self.shards.folder, config, self.shards.entries)
+            model = skeleton(config, self.dtype)
             found = self._compared(model)
         check_complete(found, self.shards.folder)
         return model

@@ -97,6 +97,14 @@ def cut_tensor(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def cut_queries(folder):
+    tensors = load_file(folder / "model.safetensors")
+    for name, dim in {"q_proj": 0, "o_proj": 1}.items():
+        key = f"model.layers.1.self_attn.{name}.weight"
+        tensors[key] = tensors[key].narrow(dim, 0, 64).clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def lose_shard(folder):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
@@ -153,6 +161,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
         (scramble, "model.safetensors: truncated or corrupt"),
         (drop_tensor, r"1 weights are missing, first model\.layers\.1\.mlp\.up_proj"),
         (cut_tensor, r"up_proj\.weight has the shape \(95, 64\), the config says \(96, 64\)"),
+        (cut_queries, r"layer 1 has 4 query and 4 KV heads, other layers 2 query heads to a KV"),
         (lose_shard, "model-00001-of-00002.safetensors is missing"),
         (break_index, "broken index"),
         (remove("tokenizer.json"), "no tokenizer"),
