@@ -37,8 +37,8 @@ class FinetuneConfig(CommonConfig):
     overwrite: bool = False
     """replace what an earlier run left in --out; a run that was interrupted there is continued"""
     recipe: str = "plain"
-    """plain, ultra-low, staged, frozen, segmented, layer-lr, lora, instruct, sft-onecycle, distill,
-    auto, or a recipe file; flags given beside it apply to all its stages"""
+    """plain, recover, ultra-low, staged, frozen, segmented, layer-lr, lora, instruct, sft-onecycle,
+    distill, auto, or a recipe file; flags given beside it apply to all its stages"""
 
     method: Method | None = None
     """full trains the weights themselves (default), lora small matrices beside them"""
@@ -69,6 +69,9 @@ class FinetuneConfig(CommonConfig):
     """passes over the data (default: 1)"""
     max_steps: int | None = None
     """stop after so many optimizer steps, whatever --epochs says"""
+    minutes: float | None = None
+    """train a stage for about so long: as many steps as there is time for, decided before the first
+    one, so that a continued run ends alike"""
     samples: int | None = None
     """use at most so many training samples (windows of text, or records)"""
     seq_len: int | None = None

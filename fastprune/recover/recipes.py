@@ -14,6 +14,7 @@ The built-in recipes are the YAML files in `recipes/`; a user's own has the same
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,7 @@ class Stage:
     max_grad_norm: float = 1.0
     epochs: float = 1.0
     max_steps: int | None = None
+    minutes: float | None = None
     samples: int | None = None
     seq_len: int = 512
     batch_size: int = 4
@@ -81,8 +83,9 @@ class Stage:
                 raise InputError(
                     f"--{name.replace('_', '-')} must be at least {least}, not {value}"
                 )
-        for name in ("lr", "epochs", "distill_temperature", "layer_lr_decay"):
-            if not getattr(self, name) > 0:
+        for name in ("lr", "epochs", "minutes", "distill_temperature", "layer_lr_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be positive, not {getattr(self, name)}")
         for name in ("warmup_ratio", "lora_dropout", "distill_weight"):
@@ -93,6 +96,8 @@ class Stage:
             raise InputError("--layer-lrs must be positive")
         if self.layer_lrs and (self.layer_lr_decay != 1 or self.find_lr):
             raise InputError("--layer-lrs gives every rate: leave out --layer-lr-decay, --find-lr")
+        if self.minutes is not None and self.max_steps is not None:
+            raise InputError("--minutes and --max-steps both say when to stop: give one of them")
         if self.early_stop is not None and self.eval_steps is None:
             raise InputError("--early-stop counts evaluations: give --eval-steps too")
         if self.bleu_samples and not (self.val_size and self.eval_steps):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,6 +36,7 @@ from fastprune.recover.guard import bits
 from fastprune.recover.lora import attach
 from fastprune.recover.monitor import Monitor
 from fastprune.recover.objective import Objective, autocast_dtype
+from fastprune.recover.pace import seconds_per_step, stage_within
 from fastprune.recover.range_test import range_test
 from fastprune.recover.recipes import Stage
 from fastprune.recover.trainer import FinetuneTrainer, GradientHook
@@ -47,10 +47,6 @@ log = logging.getLogger("fastprune")
 
 Sampler = Callable[[nn.Module, int | None], None]
 """(model, optimizer step, None at the end) -> None: continues the prompts."""
-
-WORTH_REPEATING = 30.0
-"""Seconds. A first pass is slow, since its memory is new; a shorter one than this is done again to
-foresee how long training takes."""
 
 
 @dataclass
@@ -147,6 +143,9 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     found = None
     if stage.find_lr:
         stage, found = _find_rate(objective, stage, data, collate, course, number)
+    batch = _first_batch(data, collate, stage, course.device)
+    if stage.minutes is not None:
+        stage = stage_within(objective, stage, batch, number, course)
     checkpoint = course.folder.checkpoint
     course.folder.checkpoint = None  # the stages that follow begin at their beginning
     arguments = training_arguments(stage, course.config, folder, course.device, len(data.train))
@@ -166,7 +165,8 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     )
     steps = total_steps(stage, len(data.train))
     if checkpoint is None:
-        _announce(trainer, stage, steps, len(data.train), learning)
+        seconds = seconds_per_step(objective, stage, batch) * steps if world_size() == 1 else None
+        _announce(trainer, stage, steps, learning, seconds)
     if is_first_process():
         course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
     before = bits(p for p in trained.parameters() if p.requires_grad)
@@ -295,10 +295,19 @@ def _find_rate(
     return replace(stage, lr=found["chosen"]), found
 
 
+def _first_batch(
+    data: TrainingData, collate: Collator, stage: Stage, device: torch.device
+) -> dict[str, Any]:
+    """A batch of the stage's size, to time a step with."""
+    chosen = [data.train[i % len(data.train)] for i in range(stage.batch_size)]
+    return {k: v.to(device) for k, v in collate(chosen).items() if isinstance(v, Tensor)}
+
+
 def _announce(
-    trainer: FinetuneTrainer, stage: Stage, steps: int, samples: int, learning: int
+    trainer: FinetuneTrainer, stage: Stage, steps: int, learning: int, seconds: float | None
 ) -> None:
-    """Say before the start what is to be done, and about how long it will take."""
+    """Say before the start what is to be done, and about how long it will take in `seconds`."""
+    samples = len(trainer.train_dataset)
     warmup = warmup_steps(stage, steps)
     rate = ", ".join(f"{lr:.3g}" for lr in stage.layer_lrs) or f"{stage.lr:.3g}"
     progress_log.info(
@@ -313,33 +322,8 @@ def _announce(
         100 * warmup / steps,
         rate,
         f"{learning:,}",
-        "" if world_size() > 1 else f"; about {duration(_seconds_per_step(trainer) * steps)}",
+        "" if seconds is None else f"; about {duration(seconds)}",
     )
-
-
-def _seconds_per_step(trainer: FinetuneTrainer) -> float:
-    """Time of a step, by a forward and backward pass whose gradients are thrown away."""
-    device = trainer.args.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        batch = next(iter(trainer.get_train_dataloader()))
-        batch.pop("items"), batch.pop("tokens")
-        trainer.model.train()
-
-        def timed() -> float:
-            start = time.perf_counter()
-            float(_backward(trainer.objective(batch)))
-            return time.perf_counter() - start
-
-        seconds = timed()
-        if seconds < WORTH_REPEATING:
-            seconds = timed()
-    trainer.model.zero_grad(set_to_none=True)
-    return seconds * trainer.args.gradient_accumulation_steps
-
-
-def _backward(loss: Tensor) -> Tensor:
-    loss.backward()
-    return loss.detach()
 
 
 def _line_writer(folder: RunFolder, number: int) -> Callable[[dict[str, Any]], None]:
