@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from fastprune.config import resolve_device
+from fastprune.inspect.speed import Decoding
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
-from fastprune.prune.latency import Decoding, decoder_stack
+from fastprune.prune.latency import decoder_stack
 
 
 @dataclass(frozen=True)

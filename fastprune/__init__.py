@@ -14,6 +14,8 @@ from fastprune.models.lazy import register_on_first_use
 
 if TYPE_CHECKING:
     from fastprune import prune
+    from fastprune.compression.config import CompressConfig
+    from fastprune.compression.pipeline import compress
     from fastprune.errors import FastpruneError, GateError, InputError, NumericalError
     from fastprune.kernels.ops import taylor as taylor_scores
     from fastprune.kernels.optim import AdamW
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from fastprune.recover.pipeline import FinetuneResult, finetune
 
 _PUBLIC = {
+    "CompressConfig": "fastprune.compression.config:CompressConfig",
+    "compress": "fastprune.compression.pipeline:compress",
     "AdamW": "fastprune.kernels.optim:AdamW",
     "FinetuneConfig": "fastprune.recover.config:FinetuneConfig",
     "FinetuneResult": "fastprune.recover.pipeline:FinetuneResult",
@@ -38,6 +42,7 @@ _PUBLIC = {
 
 __all__ = [
     "AdamW",
+    "CompressConfig",
     "FastpruneError",
     "FinetuneConfig",
     "FinetuneResult",
@@ -46,6 +51,7 @@ __all__ = [
     "NumericalError",
     "PruneConfig",
     "PruneResult",
+    "compress",
     "finetune",
     "prune",
     "taylor_scores",

@@ -47,6 +47,12 @@ class Command:
 
 
 COMMANDS = {
+    "compress": Command(
+        "the whole way: prune, recover, measure, write a small model that works",
+        "fastprune.compression.config:CompressConfig",
+        "fastprune.compression.pipeline:run_compress",
+        "fastprune.report.compress:show_compress",
+    ),
     "prune": Command(
         "remove KV groups and MLP channels, measure the result, write a checkpoint",
         "fastprune.prune.config:PruneConfig",

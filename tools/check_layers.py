@@ -17,6 +17,7 @@ LINES = 500
 # Top to bottom. A file may import from its own level and from those below it.
 LEVELS = (
     ("cli", "__main__"),
+    ("compression",),
     ("prune", "recover"),
     ("inspect", "report"),
     ("models", "data"),

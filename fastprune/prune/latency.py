@@ -12,16 +12,14 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastprune.models.attention import cache_keyword
+from fastprune.inspect.speed import WARM_UP, Decoding
 from fastprune.models.families import Geometry, decoder_layers, geometries
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.streamed import skeleton
@@ -30,8 +28,8 @@ from fastprune.prune.sizes import Removal
 
 COLD_BYTES = 256 * 2**20
 """Weights of a stack, where the model has as many: more than the caches of a CPU hold."""
-WARM_UP, ROUNDS = 2, 15
-"""Steps before the clock counts, and steps that it counts."""
+ROUNDS = 15
+"""Steps that the clock counts."""
 GROUP_LEVELS, CHANNEL_LEVELS = 8, 8
 """Widths at which a sublayer is measured, none and all of it aside."""
 
@@ -68,39 +66,6 @@ class CostTable:
             self.sublayers(a.kv_heads, a.channels) - self.sublayers(b.kv_heads, b.channels)
             for a, b in zip(self.sizes, sizes, strict=True)
         )
-
-
-class Decoding:
-    """A model that decodes token by token behind ``context`` tokens, at batch 1.
-
-    ``module`` is a causal language model or its decoder.
-    """
-
-    def __init__(self, module: nn.Module, context: int) -> None:
-        self.module = module
-        self.device = next(module.parameters()).device
-        self.keyword = cache_keyword(module)
-        self.cache = self._run(context, None)
-        for _ in range(WARM_UP):
-            self.step()
-
-    def step(self) -> float:
-        """Decode one token; milliseconds."""
-        self._wait()
-        start = time.perf_counter()
-        self.cache = self._run(1, self.cache)
-        self._wait()
-        return 1000 * (time.perf_counter() - start)
-
-    @torch.no_grad()
-    def _run(self, tokens: int, cache: Any) -> Any:
-        ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
-        output = self.module(input_ids=ids, use_cache=True, **{self.keyword: cache})
-        return output[self.keyword]
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def measure(model: nn.Module, context: int) -> CostTable:

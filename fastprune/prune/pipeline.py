@@ -89,16 +89,26 @@ def run_prune(config: PruneConfig) -> PruneResult:
             )
             result.out = config.out
             if distributed.rank() == 0:
-                with clock("save"):
-                    weights = source is None and not config.dry_run
-                    _save(directory, result, weights=weights)
-                    if weights and config.read_back:
-                        check_read_back(result.model, directory)
-                if not config.dry_run:
-                    _weigh(directory, result.record)
-                result.record.seconds = clock.totals(STAGES)
-                _record(directory / RECORDS, result, run_log)
+                write_result(directory, result, config, clock, run_log)
     return result
+
+
+def write_result(
+    directory: Path, result: PruneResult, config: PruneConfig, clock: Clock, run_log: RunLog
+) -> None:
+    """Fill ``directory`` with the checkpoint, read it back, and put the records beside it.
+
+    A streamed result is there already. Raises ReadBackError.
+    """
+    with clock("save"):
+        weights = not config.stream and not config.dry_run
+        _save(directory, result, weights=weights)
+        if weights and config.read_back:
+            check_read_back(result.model, directory)
+    if not config.dry_run:
+        _weigh(directory, result.record)
+    result.record.seconds = clock.totals(STAGES)
+    _record(directory / RECORDS, result, run_log)
 
 
 @contextmanager

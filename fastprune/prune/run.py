@@ -101,8 +101,11 @@ class PruneRun:
         return self.budget.need / self.block
 
     def measure_dense(self) -> None:
-        """Perplexity of the model as it came. Raises NumericalError when it is not a number."""
+        """Perplexity of the model as it came, unless it is known. Raises NumericalError when it is
+        not a number."""
         assert self.test is not None
+        if self.dense is not None:
+            return
         with self.clock("evaluate"):
             self.dense = self.subject.perplexity(self.test)
 
@@ -135,10 +138,14 @@ class PruneRun:
         self.subject.cut(self.plan, self.calibration if self.refits else None, self.clock)
 
     def measure_pruned(self) -> None:
-        """Perplexity and divergence of the result. Raises GateError as the config says."""
+        """Perplexity, unless it is known, and divergence of the result.
+
+        Raises GateError as the config says.
+        """
         assert self.test is not None and self.dense is not None
-        with self.clock("evaluate"):
-            self.pruned = self.subject.perplexity_after(self.test)
+        if self.pruned is None:
+            with self.clock("evaluate"):
+                self.pruned = self.subject.perplexity_after(self.test)
         _check_gate(self.config, self.dense, self.pruned)
         if self.yardstick is not None:
             with self.clock("evaluate"):

@@ -53,7 +53,7 @@ def render_prune_report(metrics: dict[str, Any], plan: dict[str, Any]) -> str:
         m={"peak_memory_bytes": None, "latency": None, **metrics},
         lines=[*filter(None, [budget_line(metrics), divergence_line(metrics)])],
         dry=not metrics["perplexity"] or metrics["perplexity"][0].get("after") is None,
-        f=_figure(before, kept),
+        f=layer_figure(before, kept),
         layers=[
             {**layer, "before": size, "groups": chosen["kv_groups"]}
             for layer, size, chosen in zip(metrics["layers"], before, kept, strict=True)
@@ -78,7 +78,7 @@ def _pair(before: int, after: int) -> dict[str, int]:
     return {"before": before, "after": after}
 
 
-def _figure(before: list[dict[str, Any]], kept: list[dict[str, Any]]) -> dict[str, Any]:
+def layer_figure(before: list[dict[str, Any]], kept: list[dict[str, Any]]) -> dict[str, Any]:
     """Coordinates of the two panels: a grid of KV groups above, bars of channels below."""
     rows = max((size["kv_heads"] for size in before), default=0)
     cell = CELL if rows <= 8 else max(3, 8 * CELL / rows)

@@ -55,6 +55,28 @@ class PruneRecord(Record):
     costs: dict[str, Any] | None = None
 
 
+@dataclass(kw_only=True)
+class CompressRecord(Record):
+    """What `compress` did: the figures of three models, and what its parts recorded."""
+
+    kept: str
+    """which of them lies in DIR: recovered, or pruned where the recovery made it worse"""
+    dense: dict[str, Any]
+    """params, block, perplexity, tasks, peak_memory_bytes, answers"""
+    pruned: dict[str, Any]
+    recovered: dict[str, Any]
+    """and bytes, speed"""
+    prune: dict[str, Any]
+    """the record of the pruning"""
+    finetune: dict[str, Any]
+    """the record of the recovery"""
+
+    @property
+    def small(self) -> dict[str, Any]:
+        """The figures of the model that lies in DIR."""
+        return self.recovered if self.kept == "recovered" else self.pruned
+
+
 def write_record(directory: Path, record: Record) -> None:
     """Write `record` into the folder `directory`."""
     write_json(directory / FILE, record.to_dict())

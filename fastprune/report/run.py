@@ -46,10 +46,11 @@ class Clock:
 
 
 class RunLog:
-    """Collects everything the ``fastprune`` logger says while the body runs."""
+    """Collects everything the ``fastprune`` logger says while the body runs, after ``earlier``."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: str = "") -> None:
         self._text = StringIO()
+        self._text.write(earlier)
         self._handler = logging.StreamHandler(self._text)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
+from fastprune.inspect.speed import Decoding
 from fastprune.models.families import Geometry, geometries
 from fastprune.prune import latency
-from fastprune.prune.latency import Decoding, decoder_stack, measure, measure_again
+from fastprune.prune.latency import decoder_stack, measure, measure_again
 from fastprune.prune.plan import LayerPlan, Plan, keep_all
 from fastprune.prune.surgery import apply_plan
 

@@ -1,0 +1,1 @@
+"""The whole way in one command: dense figures, prune, recover, merge, figures, checkpoint."""

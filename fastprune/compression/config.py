@@ -1,0 +1,96 @@
+"""The settings of the `compress` command: those of `prune` and `finetune`, and the time it has."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from fastprune.data.builtin import EVALUATION_TEXT, PYDOCS
+from fastprune.data.records import source_names
+from fastprune.errors import InputError
+from fastprune.inspect.tasks import TaskOptions
+from fastprune.prune.config import PruneConfig
+from fastprune.recover.config import FinetuneConfig
+
+Effort = Literal["auto", "fast", "balanced", "thorough"]
+
+
+@dataclass(kw_only=True)
+class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
+    """Make a model smaller and bring it back: prune, recover, merge, measure, in one command.
+
+    Killed or interrupted at any moment, the same command goes on where it was.
+    """
+
+    model: Positional[str] = ""
+    """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
+    out: Path | None = None
+    """directory of the small model"""
+    ratio: float | None = None
+    """fraction of the block parameters to remove"""
+    minutes: float | None = None
+    """time for the whole command, loading and measuring included (default: by --effort)"""
+    effort: Effort = "auto"  # type: ignore[assignment]
+    """how much time pruning may take (auto: by --minutes, balanced without)"""
+    overwrite: bool = False
+    """replace what an earlier run left in --out; a run that was interrupted there is continued"""
+    recipe: str = "recover"
+    """how the pruned model is recovered: recover, another recipe of finetune, or a recipe file"""
+    eval: str = EVALUATION_TEXT
+    """text whose perplexity is measured of the dense, the pruned and the recovered model"""
+    eval_also: str = PYDOCS
+    """a second text, of another kind, measured in half as many windows; none leaves it out"""
+    speed: bool = True
+    """measure how fast the dense and the small model read and write"""
+
+    def check(self) -> None:
+        """InputError when a value is out of range or two contradict each other."""
+        if not self.model:
+            raise InputError(
+                "no MODEL given: name a directory, a hub id, a .gguf file or smollm2-135m"
+            )
+        if self.out is None:
+            raise InputError("--out DIR is needed")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InputError(f"--minutes must be positive, not {self.minutes}")
+        for flag, unusable in (
+            ("--dry-run", self.dry_run),
+            ("--stream", self.stream),
+            ("--shard", self.shard),
+            ("--resume PATH", self.resume not in ("auto", "never")),
+            ("--eval-windows 0", self.eval_windows == 0),
+        ):
+            if unusable:
+                raise InputError(f"compress does not take {flag}; use prune and finetune by hand")
+        self.prune_config().check()
+        self.finetune_config().check()
+        self.check_tasks()
+
+    def prune_config(self, **changes: Any) -> PruneConfig:
+        """What `prune` would be called with, and `changes`."""
+        own = {"effort": "balanced" if self.effort == "auto" else self.effort}
+        return PruneConfig(**_fields(self, PruneConfig) | own | changes)
+
+    def finetune_config(self, **changes: Any) -> FinetuneConfig:
+        """What `finetune` would be called with, and `changes`."""
+        return FinetuneConfig(**_fields(self, FinetuneConfig) | {"minutes": None} | changes)
+
+    def texts(self) -> list[tuple[str, int]]:
+        """What is measured: names of texts, and how many windows of each."""
+        found = [(self.eval, self.eval_windows)]
+        if self.eval_also != "none":
+            found.append((self.eval_also, max(1, self.eval_windows // 2)))
+        return found
+
+    def inputs(self) -> list[str | Path]:
+        """What the command reads, as it was named; --out must lie apart from it."""
+        also = source_names(self.eval_also) if self.eval_also != "none" else []
+        return [*self.prune_config().inputs(), *self.finetune_config().inputs(), *also]
+
+
+def _fields(config: Any, kind: type) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(kind)}

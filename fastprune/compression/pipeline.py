@@ -1,0 +1,346 @@
+"""The `compress` command: dense figures → prune → recover → merge → figures → checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastprune.compression import schedule
+from fastprune.compression.config import CompressConfig
+from fastprune.compression.measure import answers, figures, probe, speeds, weight_bytes
+from fastprune.compression.schedule import Pace
+from fastprune.compression.steps import Steps, is_complete
+from fastprune.config import resolve_device
+from fastprune.errors import GateError, InputError
+from fastprune.inspect.perplexity import Perplexity
+from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.families import family_of
+from fastprune.models.load import load_model
+from fastprune.output import RECORDS, replacing, staged
+from fastprune.progress import log as progress_log
+from fastprune.prune.pipeline import PruneResult, write_result
+from fastprune.prune.run import PruneRun
+from fastprune.prune.subject import Subject
+from fastprune.recover.merge import MergeConfig, run_merge
+from fastprune.recover.pipeline import run_finetune
+from fastprune.recover.recipes import load_recipe
+from fastprune.report.compress import write_compress_report
+from fastprune.report.record import CompressRecord, write_record
+from fastprune.report.run import Clock, RunLog, command_line, settings, versions
+
+PRUNED, ADAPTER, MERGED = "pruned", "recovered", "merged"
+KEPT_RECORDS = ("plan.json", "layer_importance.json")
+NOT_ASKED = {
+    "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "minutes", "tasks",
+    "tasks_data", "task_limit", "task_fewshot", "speed", "gate_ppl_ratio", "log_to", "read_back",
+}  # fmt: skip
+"""Settings that change nothing of what a step makes, or that have a step of their own."""
+
+
+@dataclass
+class CompressResult:
+    """What `compress` made."""
+
+    record: CompressRecord
+    out: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """What metrics.json holds, and where the result lies."""
+        return {**self.record.to_dict(), "out": str(self.out)}
+
+
+def run_compress(config: CompressConfig) -> CompressResult:
+    """The whole way: the `compress` command.
+
+    Raises InputError, GateError, NumericalError, and KeyboardInterrupt after an interrupt with the
+    state saved. `config.out` is complete, or the run can be continued.
+    """
+    config.check()
+    steps = Steps.open(config)
+    run = CompressRun(config, steps)
+    with _log(steps) as run_log:
+        dense = run.measure_dense()
+        pruned = run.prune(dense)
+        recovered = run.recover(dense)
+        small = run.measure_small(dense, recovered)
+        record = run.record(dense, pruned, recovered, small)
+        run.finish(record, run_log)
+    return CompressResult(record, Path(run.steps.out))
+
+
+def compress(
+    model: nn.Module, tokenizer: Any, config: CompressConfig
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Compress a model in memory: the small model, its tokenizer, and what metrics.json holds.
+
+    `model` stays as it is. With `config.out` the result lies there too, and the run can be
+    continued; without, nothing is left on the disk. Raises as `run_compress`.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastprune-") as name:
+        dense = Path(name) / "dense"
+        dense.mkdir()
+        save_checkpoint(model, tokenizer, dense)
+        out = config.out or Path(name) / "small"
+        found = run_compress(replace(config, model=str(dense), out=out))
+        small, own = load_model(out, device=str(resolve_device(config.device)))
+        return small, own, found.to_dict()
+
+
+class CompressRun:
+    """The steps in their order; each is done once, however often the command is started."""
+
+    def __init__(self, config: CompressConfig, steps: Steps) -> None:
+        self.config, self.steps = config, steps
+        self.before = steps.spent()
+        self.start = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds since the command was first started, without what was lost by a kill."""
+        return self.before + time.monotonic() - self.start
+
+    def measure_dense(self) -> dict[str, Any]:
+        """The figures of the dense model, its answers, and how long they take."""
+        config = self.config
+
+        def work() -> dict[str, Any]:
+            start = time.monotonic()
+            model, tokenizer = self._load(config.model)
+            family_of(model)
+            unit = probe(model)
+            schedule.check_minutes(config.minutes, Pace(unit, 2 * unit))
+            self.steps.begin()
+            found = figures(model, tokenizer, config)
+            found["answers"] = answers(model, tokenizer)
+            text = found["perplexity"][0]
+            unit = schedule.UNIT_TOKENS / text["tokens_per_second"]
+            return {**found, "unit": unit, "measuring": time.monotonic() - start}
+
+        return self.steps.do("dense", self._asked(tasks=list(config.tasks)), work)
+
+    def prune(self, dense: dict[str, Any]) -> dict[str, Any]:
+        """Prune; the figures of the result, and what `prune` recorded."""
+        effort = self.config.effort
+        if effort == "auto":
+            effort = schedule.effort_for(self.config.minutes, _pace(dense))
+        folder = self.steps.folder(PRUNED)
+
+        def work() -> dict[str, Any]:
+            progress_log.info("pruning, effort %s", effort)
+            if folder.exists():
+                shutil.rmtree(folder)  # of an attempt that was killed after it had written
+            known = Perplexity(**_without_text(dense["perplexity"][0]))
+            config = self.config.prune_config(effort=effort, out=folder, gate_ppl_ratio=None)
+            return self._prune(config, known)
+
+        return self.steps.do(PRUNED, {"effort": effort}, work)
+
+    def recover(self, dense: dict[str, Any]) -> dict[str, Any]:
+        """Finetune, and merge what is an adapter; what both recorded."""
+        steps, config = self.steps, self.config
+        pruned, adapter, merged = map(steps.folder, (PRUNED, ADAPTER, MERGED))
+
+        def train() -> dict[str, Any]:
+            if not is_complete(adapter):
+                changes = steps.decide(ADAPTER, lambda: self._length(dense))
+                run_finetune(
+                    config.finetune_config(
+                        model=str(pruned),
+                        out=adapter,
+                        eval_windows=0,
+                        gate_ppl_ratio=None,
+                        overwrite=False,
+                        **changes,
+                    )
+                )
+            return _metrics(adapter)
+
+        def merge() -> dict[str, Any]:
+            if not (adapter / "adapter_config.json").is_file():
+                return {}
+            if merged.exists():
+                shutil.rmtree(merged)
+            run_merge(
+                MergeConfig(model=str(pruned), adapter=adapter, out=merged, device=config.device)
+            )
+            return _metrics(merged)
+
+        found = steps.do(ADAPTER, {"minutes": config.minutes}, train)
+        steps.do(MERGED, {}, merge)
+        return found
+
+    def measure_small(self, dense: dict[str, Any], recovered: dict[str, Any]) -> dict[str, Any]:
+        """The figures of the recovered model, its answers, and the speed of both."""
+        config = self.config
+
+        def work() -> dict[str, Any]:
+            model, tokenizer = self._load(self._recovered())
+            found = figures(model, tokenizer, config)
+            found["answers"] = answers(model, tokenizer)
+            found["bytes"] = weight_bytes(self._recovered())
+            if config.speed:
+                found["speed"] = speeds(self._load(config.model)[0], model)
+            return found
+
+        asked = {"tasks": list(config.tasks), "speed": config.speed}
+        return self.steps.do("small", asked, work)
+
+    def record(
+        self,
+        dense: dict[str, Any],
+        pruned: dict[str, Any],
+        recovered: dict[str, Any],
+        small: dict[str, Any],
+    ) -> CompressRecord:
+        """Everything in one record. Raises GateError when the result is above the gate."""
+        config = self.config
+        before, after = (f["perplexity"][0]["perplexity"] for f in (dense, small))
+        gate = config.gate_ppl_ratio
+        if gate is not None and not after <= gate * before:
+            raise GateError(
+                f"perplexity went from {before:.2f} to {after:.2f}, a factor of "
+                f"{after / before:.2f}; the gate is {gate:g}; no checkpoint was written"
+            )
+        better = after <= pruned["figures"]["perplexity"][0]["perplexity"]
+        return CompressRecord(
+            model=config.model,
+            kept="recovered" if better else "pruned",
+            dense=dense,
+            pruned=pruned["figures"],
+            recovered=small,
+            prune=pruned["metrics"],
+            finetune=recovered,
+            seconds={**_seconds(self.steps), "total": self.elapsed()},
+            peak_memory_bytes=max(f["peak_memory_bytes"] for f in (pruned["metrics"], recovered)),
+            versions=versions(),
+            command=command_line(),
+            settings=settings(config),
+        )
+
+    def finish(self, record: CompressRecord, run_log: RunLog) -> None:
+        """Put the checkpoint and the records in the place of --out, in one step."""
+        source = self._recovered() if record.kept == "recovered" else self.steps.folder(PRUNED)
+        plan = self.steps.folder(PRUNED) / RECORDS
+        with replacing(self.steps.out) as fresh:
+            skip = shutil.ignore_patterns(RECORDS)
+            shutil.copytree(source, fresh, ignore=skip, copy_function=_link, dirs_exist_ok=True)
+            records = fresh / RECORDS
+            records.mkdir()
+            for name in KEPT_RECORDS:
+                if (plan / name).is_file():
+                    _link(plan / name, records / name)
+            lines = self.steps.folder(ADAPTER) / RECORDS / "train_log.jsonl"
+            if lines.is_file():
+                _link(lines, records / lines.name)
+            write_record(records, record)
+            write_compress_report(records / "report.html", records, record)
+            run_log.save(records / "run.log")
+
+    # ------------------------------------------------------------------------------- parts
+
+    def _asked(self, **more: Any) -> dict[str, Any]:
+        own = settings(self.config)
+        return {name: value for name, value in own.items() if name not in NOT_ASKED} | more
+
+    def _load(self, source: str | Path) -> tuple[nn.Module, Any]:
+        return load_model(
+            source,
+            dtype=self.config.dtype,
+            device=str(resolve_device(self.config.device)),
+            allow_pickle=self.config.allow_pickle,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def _recovered(self) -> Path:
+        merged = self.steps.folder(MERGED)
+        return merged if is_complete(merged) else self.steps.folder(ADAPTER)
+
+    def _prune(self, config: Any, dense: Perplexity) -> dict[str, Any]:
+        """Score, cut and write; the figures of the result, and what prune recorded."""
+        clock = Clock()
+        with RunLog() as run_log:
+            with clock("load"):
+                model, tokenizer = self._load(config.model)
+            run = PruneRun(Subject(model), tokenizer, config, clock)
+            run.prepare(texts=True)
+            run.dense = dense
+            run.make_plan()
+            run.cut()
+            with clock("evaluate"):
+                found = figures(model, tokenizer, self.config)
+            run.pruned = Perplexity(**_without_text(found["perplexity"][0]))
+            run.measure_pruned()
+            found["answers"] = answers(model, tokenizer)
+            result = PruneResult(
+                model, tokenizer, run.plan, run.record(), run.made.layer_importance
+            )
+            with staged(config.out) as directory:
+                write_result(directory, result, run.config, clock, run_log)
+        found["bytes"] = result.record.bytes["after"]
+        return {"figures": found, "metrics": result.metrics}
+
+    def _length(self, dense: dict[str, Any]) -> dict[str, Any]:
+        """How long the recovery takes: minutes, steps, or what the recipe says."""
+        config = self.config
+        if config.max_steps is not None or config.epochs is not None:
+            return {}
+        if config.minutes is None:
+            if config.recipe != "recover":
+                return {}
+            effort: Any = "balanced" if config.effort == "auto" else config.effort
+            (stage,) = load_recipe(config.finetune_config()).stages
+            tokens = stage.seq_len * stage.batch_size * stage.grad_accum
+            return {"max_steps": max(1, schedule.TOKENS[effort] // tokens)}
+        after = schedule.afterwards(_pace(dense))
+        left = schedule.recovery_minutes(config.minutes, self.elapsed(), after)
+        if left <= 0:
+            raise InputError(
+                f"--minutes {config.minutes:g} are spent before the recovery could begin; give "
+                f"{config.minutes - left + 1:.0f} and the same command goes on"
+            )
+        return {"minutes": left / len(load_recipe(config.finetune_config()).stages)}
+
+
+def _pace(dense: dict[str, Any]) -> Pace:
+    return Pace(dense["unit"], dense["measuring"])
+
+
+def _without_text(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name != "text"}
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RECORDS / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _seconds(steps: Steps) -> dict[str, float]:
+    return {name: step.get("seconds", 0.0) for name, step in steps.record["steps"].items()}
+
+
+def _link(source: Any, target: Any) -> None:
+    """The file `source` under a second name; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def _log(steps: Steps) -> Iterator[RunLog]:
+    """The run's log, which goes on with what earlier attempts have said."""
+    file = steps.state / "run.log"
+    with RunLog(file.read_text(encoding="utf-8") if file.is_file() else "") as run_log:
+        try:
+            yield run_log
+        finally:
+            if file.parent.is_dir():
+                run_log.save(file)
