@@ -21,6 +21,7 @@ from fastprune.compression.measure import answers, figures, probe, speeds, weigh
 from fastprune.compression.schedule import Pace
 from fastprune.compression.steps import Steps, is_complete
 from fastprune.config import resolve_device
+from fastprune.data.records import source_files, source_names
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.models.checkpoint import save_checkpoint
@@ -41,10 +42,10 @@ from fastprune.report.run import Clock, RunLog, command_line, settings, versions
 PRUNED, ADAPTER, MERGED = "pruned", "recovered", "merged"
 KEPT_RECORDS = ("plan.json", "layer_importance.json")
 NOT_ASKED = {
-    "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "minutes", "tasks",
-    "tasks_data", "task_limit", "task_fewshot", "speed", "gate_ppl_ratio", "log_to", "read_back",
+    "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "minutes",
+    "gate_ppl_ratio", "log_to", "log_steps", "read_back", "save_steps", "keep_last",
 }  # fmt: skip
-"""Settings that change nothing of what a step makes, or that have a step of their own."""
+"""Settings that change nothing of what a step makes."""
 
 
 @dataclass
@@ -66,6 +67,9 @@ def run_compress(config: CompressConfig) -> CompressResult:
     state saved. `config.out` is complete, or the run can be continued.
     """
     config.check()
+    load_recipe(config.finetune_config())
+    for name in {*source_names(config.data), *source_names(config.eval)}:
+        source_files(name)  # what is missing is told now
     steps = Steps.open(config)
     run = CompressRun(config, steps)
     with _log(steps) as run_log:
@@ -116,16 +120,19 @@ class CompressRun:
             start = time.monotonic()
             model, tokenizer = self._load(config.model)
             family_of(model)
-            unit = probe(model)
-            schedule.check_minutes(config.minutes, Pace(unit, 2 * unit))
+            guessed = probe(model)
+            schedule.check_minutes(config.minutes, Pace(guessed, guessed), sure=False)
             self.steps.begin()
             found = figures(model, tokenizer, config)
             found["answers"] = answers(model, tokenizer)
             text = found["perplexity"][0]
-            unit = schedule.UNIT_TOKENS / text["tokens_per_second"]
-            return {**found, "unit": unit, "measuring": time.monotonic() - start}
+            pace = Pace(schedule.UNIT_TOKENS / text["tokens_per_second"], time.monotonic() - start)
+            schedule.check_minutes(config.minutes, pace)
+            return {**found, "unit": pace.unit, "measuring": pace.measuring}
 
-        return self.steps.do("dense", self._asked(tasks=list(config.tasks)), work)
+        asked = {"model": config.model, "texts": config.texts(), "seq_len": config.eval_seq_len}
+        tasks = [*config.tasks, config.task_limit, config.task_fewshot, config.dtype, config.seed]
+        return self.steps.do("dense", asked | {"tasks": tasks}, work)
 
     def prune(self, dense: dict[str, Any]) -> dict[str, Any]:
         """Prune; the figures of the result, and what `prune` recorded."""
@@ -142,7 +149,7 @@ class CompressRun:
             config = self.config.prune_config(effort=effort, out=folder, gate_ppl_ratio=None)
             return self._prune(config, known)
 
-        return self.steps.do(PRUNED, {"effort": effort}, work)
+        return self.steps.do(PRUNED, _asked(self.config.prune_config(effort=effort)), work)
 
     def recover(self, dense: dict[str, Any]) -> dict[str, Any]:
         """Finetune, and merge what is an adapter; what both recorded."""
@@ -174,7 +181,8 @@ class CompressRun:
             )
             return _metrics(merged)
 
-        found = steps.do(ADAPTER, {"minutes": config.minutes}, train)
+        asked = _asked(config.finetune_config()) | {"minutes": config.minutes}
+        found = steps.do(ADAPTER, asked, train)
         steps.do(MERGED, {}, merge)
         return found
 
@@ -247,10 +255,6 @@ class CompressRun:
 
     # ------------------------------------------------------------------------------- parts
 
-    def _asked(self, **more: Any) -> dict[str, Any]:
-        own = settings(self.config)
-        return {name: value for name, value in own.items() if name not in NOT_ASKED} | more
-
     def _load(self, source: str | Path) -> tuple[nn.Module, Any]:
         return load_model(
             source,
@@ -308,6 +312,11 @@ class CompressRun:
                 f"{config.minutes - left + 1:.0f} and the same command goes on"
             )
         return {"minutes": left / len(load_recipe(config.finetune_config()).stages)}
+
+
+def _asked(config: Any) -> dict[str, Any]:
+    """The settings of a step that decide what it makes."""
+    return {name: value for name, value in settings(config).items() if name not in NOT_ASKED}
 
 
 def _pace(dense: dict[str, Any]) -> Pace:

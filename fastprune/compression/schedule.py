@@ -49,10 +49,10 @@ def least_minutes(pace: Pace) -> float:
     return (3 * pace.measuring + (PRUNING["fast"] + LEAST_RECOVERY) * pace.unit) / 60
 
 
-def check_minutes(minutes: float | None, pace: Pace) -> None:
-    """InputError where `minutes` are too few."""
+def check_minutes(minutes: float | None, pace: Pace, sure: bool = True) -> None:
+    """InputError where `minutes` are too few; by half at least where `pace` is a guess."""
     least = least_minutes(pace)
-    if minutes is not None and minutes < least:
+    if minutes is not None and minutes < (least if sure else least / 2):
         raise InputError(
             f"--minutes {minutes:g} is too short for this model here: about {least:.1f} are enough"
         )

@@ -1,0 +1,201 @@
+"""`fastprune compress` on a tiny model: the whole way, stopped anywhere, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
+
+import fastprune
+from fastprune import cli, progress
+from fastprune.compression import measure, pipeline
+from fastprune.compression.schedule import Pace, check_minutes, effort_for, least_minutes
+from fastprune.errors import InputError
+from fastprune.models.load import load_model
+
+FLAGS = ["--ratio", "0.2", "--effort", "fast", "--calib-samples", "4", "--calib-seq-len", "32"]
+FLAGS += ["--eval-windows", "2", "--eval-seq-len", "32", "--eval-also", "none", "--no-speed"]
+FLAGS += ["--max-steps", "4", "--seq-len", "32", "--lr", "1e-3", "--lora-r", "2", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "SAMPLE_TOKENS", 2)
+    monkeypatch.setattr(progress, "DELAY", 3600)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def files(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    return model, text
+
+
+@pytest.fixture
+def compress(files, tmp_path, capsys):
+    model, text = files
+
+    def run(*flags: str, out: Path | None = None) -> tuple[int, str]:
+        texts = ["--calib", str(text), "--data", str(text), "--eval", str(text)]
+        place = ["--out", str(out or tmp_path / "out")]
+        status = cli.main(["compress", str(model), *place, *texts, *FLAGS, *flags])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def metrics_of(out: Path) -> dict:
+    return json.loads((out / "fastprune/metrics.json").read_text())
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def test_it_leaves_one_small_model_and_its_records(compress, files, tmp_path):
+    status, stderr = compress()
+    assert status == 0, stderr
+    out = tmp_path / "out"
+    found = metrics_of(out)
+    dense, _ = load_model(files[0])
+    small, _ = load_model(out)
+    assert found["dense"]["params"] == sum(p.numel() for p in dense.parameters())
+    assert found["recovered"]["params"] == sum(p.numel() for p in small.parameters())
+    assert found["prune"]["ratio"]["achieved"] == pytest.approx(0.2, abs=0.01)
+    ppl = [found[m]["perplexity"][0]["perplexity"] for m in ("dense", "pruned", "recovered")]
+    assert ppl[2] < ppl[1]  # it learnt something
+    assert found["kept"] == "recovered"
+    assert found["finetune"]["stages"][0]["steps"] == 4
+    assert not (out / "fastprune/state").exists()
+    page = (out / "fastprune/report.html").read_text()
+    assert "The capital of France is" in page
+    assert "polyline" in page
+    assert {"plan.json", "run.log", "train_log.jsonl"} <= {
+        file.name for file in (out / "fastprune").iterdir()
+    }
+
+
+@pytest.mark.parametrize("step", ["figures", "run_finetune", "run_merge", "write_compress_report"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_stopped_anywhere_it_goes_on_to_the_same_weights(
+    compress, tmp_path, monkeypatch, step, before
+):
+    whole = tmp_path / "whole"
+    assert compress(out=whole)[0] == 0
+    real = getattr(pipeline, step)
+
+    def interrupted(*args, **kwargs):
+        if not before:
+            real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, step, interrupted)
+        assert compress()[0] == 130
+    assert not (tmp_path / "out/config.json").exists()
+    assert compress()[0] == 0
+    one, other = weights(whole), weights(tmp_path / "out")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_finished_steps_are_not_repeated_when_a_later_setting_changes(
+    compress, tmp_path, monkeypatch
+):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_merge", interrupted)
+        assert compress()[0] == 130
+    pruned = []
+    real = pipeline.PruneRun
+    monkeypatch.setattr(pipeline, "PruneRun", lambda *a: pruned.append(a) or real(*a))
+    assert compress("--max-steps", "6")[0] == 0
+    assert not pruned
+    assert metrics_of(tmp_path / "out")["finetune"]["stages"][0]["steps"] == 6
+
+
+def test_a_recovery_that_makes_it_worse_is_left_out(compress, tmp_path):
+    status, stderr = compress("--lr", "10", "--guard-rollbacks", "50")
+    assert status == 0, stderr
+    found = metrics_of(tmp_path / "out")
+    assert found["kept"] == "pruned"
+    small = weights(tmp_path / "out")
+    params = sum(t.numel() for t in small.values())
+    assert params == found["pruned"]["params"]
+    assert (
+        found["recovered"]["perplexity"][0]["perplexity"]
+        > (found["pruned"]["perplexity"][0]["perplexity"])
+    )
+
+
+def test_a_gate_that_is_not_met_writes_no_model(compress, tmp_path):
+    status, stderr = compress("--gate-ppl-ratio", "0.01")
+    assert status == 3
+    assert "the gate is 0.01" in stderr
+    assert not (tmp_path / "out/config.json").exists()
+    assert compress("--gate-ppl-ratio", "100")[0] == 0  # the same command goes on
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--minutes", "0"], "--minutes must be positive"),
+        (["--minutes", "-3"], "--minutes must be positive"),
+        (["--minutes", "soon"], "is not a number"),
+        (["--minutes", "inf"], "--minutes must be positive"),
+        (["--minutes", "1e-6"], "is too short"),
+        (["--dry-run"], "does not take --dry-run"),
+        (["--stream"], "does not take --stream"),
+        (["--ratio", "1.5"], "--ratio must lie between 0 and 1"),
+        (["--recipe", "nonsense"], "no recipe"),
+        (["--eval", "nowhere.txt"], "nowhere.txt"),
+        (["--tasks", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_it_refuses(compress, tmp_path, flags, words):
+    status, stderr = compress(*flags)
+    assert status == 2
+    assert words in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_holds_something_else_is_refused(compress, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    status, stderr = compress()
+    assert status == 2
+    assert "exists already" in stderr
+    assert compress("--overwrite")[0] == 2
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+def test_from_python_the_model_in_memory_stays_as_it_is(files, tmp_path):
+    model, text = tiny_model("qwen3"), str(files[1])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    config = fastprune.CompressConfig(
+        ratio=0.2, effort="fast", calib=text, data=text, eval=text, eval_also="none",
+        calib_samples=4, calib_seq_len=32, eval_windows=2, eval_seq_len=32, speed=False,
+        max_steps=2, seq_len=32, lora_r=2,
+    )  # fmt: skip
+    small, tokenizer, found = fastprune.compress(model, tiny_tokenizer(), config)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert sum(p.numel() for p in small.parameters()) == found["recovered"]["params"]
+    assert tokenizer("the mill")["input_ids"]
+
+
+def test_effort_follows_the_minutes():
+    pace = Pace(unit=27, measuring=45)
+    assert effort_for(None, pace) == "balanced"
+    assert effort_for(10, pace) == "fast"
+    assert effort_for(30, pace) == "balanced"
+    assert effort_for(60, pace) == "thorough"
+    check_minutes(least_minutes(pace), pace)
+    with pytest.raises(InputError, match=r"about \d+\.\d are enough"):
+        check_minutes(least_minutes(pace) / 2, pace)
