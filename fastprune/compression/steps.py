@@ -51,9 +51,15 @@ class Steps:
         check_apart(out, config.inputs())
         file = out / RECORDS / "state" / "run.json"
         begun = _read(file) if file.is_file() else {}
+        earlier = (out / "config.json").exists()
         if begun.get("command") == COMMAND and config.resume != "never":
+            if earlier and not config.overwrite:
+                raise InputError(
+                    f"{out}: holds an earlier result beside the run that is to be continued; pass "
+                    "--overwrite to replace it, or choose another --out"
+                )
             return cls(config, begun)
-        own = begun.get("command") == COMMAND and not (out / "config.json").exists()
+        own = begun.get("command") == COMMAND and not earlier
         check_out(out, config.overwrite or own, config.inputs())
         # `stage` is what tells every command that the folder is a run of this program.
         fresh = {"command": COMMAND, "stage": 0, "settings": settings(config), "steps": {}}
