@@ -45,6 +45,9 @@ ONE_CALLER = {
 }
 """Flags in shared files that are named for some commands only."""
 
+COMPOSED = {"inspect/verdict.py", "inspect/conclude.py"}
+"""Files that put commands together."""
+
 
 @cache
 def flags_of(command: str) -> set[str]:
@@ -78,8 +81,8 @@ def advice():
     for file in sorted(ROOT.rglob("*.py")):
         path = file.relative_to(ROOT).as_posix()
         for line, text in texts(ast.parse(file.read_text(encoding="utf-8"))):
-            if path == "inspect/verdict.py" and FLAG.fullmatch(text):
-                continue  # a word of a command that it puts together; test_verdict runs those
+            if path in COMPOSED and FLAG.fullmatch(text):
+                continue  # a word of a command that is put together; tests of both parse those
             for match in FLAG.finditer(text):
                 if match[1] not in ELSEWHERE:
                     named = [c[1] for c in COMMAND.finditer(text[: match.start()])]
