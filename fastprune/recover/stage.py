@@ -16,7 +16,9 @@ from fastprune.data.columns import Columns
 from fastprune.data.training import Collator, TrainingData, training_data
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.bleu import check_installed
+from fastprune.inspect.findings import LARGE
 from fastprune.inspect.generate import pad_token
+from fastprune.inspect.record import Origin
 from fastprune.models.families import PRUNED_PREFIX
 from fastprune.progress import log as progress_log
 from fastprune.recover.arguments import (
@@ -48,6 +50,9 @@ log = logging.getLogger("fastprune")
 Sampler = Callable[[nn.Module, int | None], None]
 """(model, optimizer step, None at the end) -> None: continues the prompts."""
 
+GROWTH = 10.0
+"""Times the largest weight before: larger ones were not learnt."""
+
 WORTH_REPEATING = 30.0
 """Seconds. A first pass is slow, since its memory is new; a shorter one than this is done again to
 foresee how long training takes."""
@@ -66,6 +71,8 @@ class Course:
     teacher: nn.Module | None = None
     sample: Sampler = lambda model, step: None
     gradient_hook: GradientHook | None = None
+    origin: Origin | None = None
+    """the dense model that the model goes back to, where that is known"""
     seq2seq: bool = False
     """the model reads prompts with an encoder: its data are pairs"""
     data: dict[tuple[Any, ...], TrainingData] = field(default_factory=dict)
@@ -120,7 +127,8 @@ class StageRun:
 def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> StageRun:
     """Train `model` as `stage` says, from the beginning or from the folder's checkpoint.
 
-    Raises InputError, or NumericalError when the guard gives up or no step changed a weight.
+    Raises InputError, or NumericalError when the guard gives up, when no step changed a weight, and
+    when the weights grew out of all proportion.
     """
     data = course.data_of(stage)
     stage = _with_answers(stage, data)
@@ -128,7 +136,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         torch.manual_seed(course.config.seed)  # the same matrices in all processes
         model = attach(model, stage)
     learning = freeze(model, stage.freeze)
-    trained = course.placed(model)
+    trained, largest = course.placed(model), _largest(model)
     if course.config.gradient_checkpointing:
         _recompute_activations(trained)
     dtype = autocast_dtype(stage.precision, course.device)
@@ -181,6 +189,8 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         trainer.load_best()
     if trained is not model:
         bring_back(trained, model)
+    if not trainer.interrupted:
+        _check_size(model, stage, max(LARGE, GROWTH * largest))
     return StageRun(
         model, _result(trainer, stage, steps, learning, found, best), trainer.interrupted
     )
@@ -198,7 +208,12 @@ def _check_learnt(trainer: FinetuneTrainer, before: list[int]) -> None:
     steps, guard = trainer.state.global_step, trainer.guard_state
     skipped = guard.skipped if trainer.optimizer is None else int(trainer.adamw.skipped_steps)
     half = torch.float16 in {trainer.objective.dtype, trainer.model.dtype}
-    if skipped:
+    if skipped and guard.rollbacks:
+        why = (
+            f"{skipped} had a non-finite loss or gradient, and the last sound state was the first. "
+            "Lower --lr, or let --find-lr choose it"
+        )
+    elif skipped:
         why = f"{skipped} had a non-finite loss or gradient. " + (
             "Use --precision bf16 or fp32, or let it take more steps to find its loss scale"
             if half
@@ -211,6 +226,28 @@ def _check_learnt(trainer: FinetuneTrainer, before: list[int]) -> None:
     raise NumericalError(
         f"{trainer.stage.name}: 0 of {steps} steps changed the weights: {why}; "
         "nothing was kept, --resume never begins anew"
+    )
+
+
+def _largest(model: nn.Module) -> float:
+    """The largest absolute value in the weights of `model`; NaN where one of them is."""
+    sizes = torch.stack([p.detach().abs().max().float() for p in model.parameters()])
+    return float(sizes.max())
+
+
+def _check_size(model: nn.Module, stage: Stage, limit: float) -> None:
+    """NumericalError where the weights that `stage` has trained are larger than `limit`.
+
+    Where weights are that large, norms make all of them alike: the loss may be finite all the same.
+    """
+    largest = _largest(model)
+    if not largest > limit:
+        return
+    rate = max(stage.layer_lrs, default=stage.lr)
+    raise NumericalError(
+        f"{stage.name}: the weights have grown to {largest:.3g} at the learning rate {rate:.3g}; "
+        "nothing was kept. Lower --lr, or let --find-lr choose it, and begin anew with --resume "
+        "never"
     )
 
 
@@ -227,6 +264,7 @@ def _result(
     monitor, guard = trainer.monitor, trainer.guard_state
     return {
         "name": stage.name,
+        "gate": stage.gate,
         "method": stage.method,
         "learning_parameters": learning,
         "lr": list(stage.layer_lrs) or stage.lr,

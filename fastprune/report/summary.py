@@ -73,8 +73,8 @@ def _gain_line(before: float, after: float, dense: float | None) -> str:
         away = format.percent(max(0.0, 1 - dense / before))
         return line + f"there was no room for more, the dense model was only {away} away"
     return line + (
-        "train on more tokens, at a rate of its own (fastprune finetune --find-lr), or with the dense "
-        "model as the --teacher"
+        "train on more tokens, at a rate of its own (fastprune finetune --find-lr), or with the "
+        "dense model as the --teacher"
     )
 
 
