@@ -29,6 +29,7 @@ from fastprune.recover.arguments import (
     steps_per_epoch,
     total_steps,
     training_arguments,
+    unusual_for_answers,
     world_size,
 )
 from fastprune.recover.config import FinetuneConfig
@@ -175,6 +176,9 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     steps = total_steps(stage, len(data.train))
     if checkpoint is None:
         _announce(trainer, stage, steps, len(data.train), learning)
+        unusual = unusual_for_answers(stage, len(data.train)) if data.kind != "text" else []
+        if unusual:
+            progress_log.info("usual for learning answers: %s", "; ".join(unusual))
     if is_first_process():
         course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
     before = bits(p for p in trained.parameters() if p.requires_grad)

@@ -25,6 +25,7 @@ environment.filters.update(
     percent=format.percent,
     perplexity=format.perplexity,
     milliseconds=format.milliseconds,
+    bleu=format.bleu,
 )
 environment.globals["factor"] = format.factor
 

@@ -191,6 +191,10 @@ def show_finetune(result: dict[str, Any]) -> None:
         figures = f"{format.perplexity(p['before'])} → {format.perplexity(p['after'])}"
         windows = f"{p['windows']} × {p['seq_len']}"
         out.print(Text(f"perplexity  {p['text']}, {windows}: {figures}"), soft_wrap=True)
+    for stage in result["stages"]:
+        if stage["bleu"]:
+            measured = format.bleu(stage["bleu"]["bleu"])
+            out.print(Text(f"{stage['name']}: BLEU-4 {measured}"), soft_wrap=True)
     for line in recovery_lines(result):
         out.print(Text(line), soft_wrap=True)
     for sample in result["samples"]:

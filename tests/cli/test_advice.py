@@ -42,6 +42,7 @@ ONE_CALLER = {
     ("inspect/perplexity.py", "--seq-len"): {"eval"},
     ("inspect/health.py", "--precision"): {"finetune"},  # under autocast, which it alone has
     ("report/costs.py", "--stream"): {"prune"},
+    ("inspect/generate.py", "--chat"): {"generate"},
 }
 """Flags in shared files that are named for some commands only."""
 
