@@ -82,7 +82,8 @@ def test_the_dense_model_travels_with_every_checkpoint(finetune, learnt, text, h
     assert record["verdict"]["advice"]
     origin = Origin.of(pruned)
     key = (p["text"], 32, 2)
-    assert (origin.dense, origin.removed) == (str(learnt), record["ratio"]["achieved"])
+    assert origin.dense == str(learnt)
+    assert origin.removed == pytest.approx(record["ratio"]["achieved"], rel=1e-12)
     assert vars(origin.figures(key)) == {"dense": p["before"], "pruned": p["after"]}
 
     lora = ("--method", "lora", "--max-steps", "6", "--lr", "1e-2")
@@ -118,7 +119,7 @@ def test_each_epoch_ends_with_a_line(finetune):
         r"\(perplexity (\S+)\), lr \S+",
         stderr,
     )
-    assert [(epoch, step) for epoch, step, *_ in lines] == [("1", "2"), ("2", "4")]
+    assert [(epoch, step) for epoch, step, *_ in lines] == [("1", "3"), ("2", "6")]
     (_, _, first, loss, perplexity), (_, _, second, *_) = lines
     assert float(second) < float(first)
     # four digits of the loss
