@@ -142,7 +142,7 @@ def finetune(
 
     Nothing is written: the state lives in a temporary folder, ``config.out`` is not used.
     ``gradient_hook`` is called with (step, model) when the gradients of a step are complete. Raises
-    as `run_finetune`.
+    as `run_finetune`; after a GateError ``model`` holds what was trained, not what it began with.
     """
     config = take_over_sharding(config)
     recipe = _checked(config)
@@ -193,24 +193,13 @@ def _finetune(
         check_weights(model)
     with clock("evaluate"):
         windows = _windows(config, model, tokenizer)
-    teacher = None
-    if config.teacher is not None:
-        with clock("load"):
-            teacher = load_teacher(
-                config.teacher,
-                tokenizer,
-                device=device,
-                allow_pickle=config.allow_pickle,
-                trust_remote_code=config.trust_remote_code,
-                shard=shards(config),
-            )
     course = Course(
         config,
         tokenizer,
         folder,
         device,
         windows=windows,
-        teacher=teacher,
+        teacher=_teacher(config, tokenizer, device, clock),
         seq2seq=is_seq2seq(model),
         origin=Origin.of(config.model),
         sample=lambda m, step: _continue(m, course, step),
@@ -224,8 +213,7 @@ def _finetune(
     if windows is not None and "before" not in record:
         with clock("evaluate"):
             measured = evaluate(course.placed(model), windows)
-            what = "the loss before any training"
-            record["before"] = sound(measured, model, what).perplexity
+            record["before"] = sound(measured, model, "the loss before any training").perplexity
         warn_of_broken(model, course, record["before"])
     model = _stages(model, recipe, course, clock)
     check_gates(config, folder)
@@ -241,6 +229,23 @@ def _finetune(
     for line in (*recovery_lines(metrics), *verdict_lines(metrics)):
         log.info("%s", line)
     return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
+
+
+def _teacher(
+    config: FinetuneConfig, tokenizer: Any, device: torch.device, clock: Clock
+) -> nn.Module | None:
+    """The model to learn from besides the text, where one is named."""
+    if config.teacher is None:
+        return None
+    with clock("load"):
+        return load_teacher(
+            config.teacher,
+            tokenizer,
+            device=device,
+            allow_pickle=config.allow_pickle,
+            trust_remote_code=config.trust_remote_code,
+            shard=shards(config),
+        )
 
 
 def _metrics(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> dict[str, Any]:

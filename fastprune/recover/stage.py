@@ -141,16 +141,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if course.config.gradient_checkpointing:
         _recompute_activations(trained)
     dtype = autocast_dtype(stage.precision, course.device)
-    distiller = None
-    if course.teacher is not None:
-        distiller = Distiller(
-            course.teacher,
-            weight=stage.distill_weight,
-            temperature=stage.distill_temperature,
-            hidden_weight=stage.distill_hidden_weight,
-            student=model,
-        )
-    objective = Objective(trained, dtype, distiller)
+    objective = Objective(trained, dtype, _distiller(model, stage, course))
     collate = Collator(pad_token(model, course.tokenizer))
     folder = course.folder.stage_folder(number)
     found = None
@@ -186,11 +177,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if not trainer.interrupted:
         _check_learnt(trainer, before)
         trainer.finish()
-    measured = stage.eval_steps is not None and trainer.monitor.best is not None
-    best = trainer.monitor.best_step if measured else None
-    if best is not None and best != trainer.state.global_step and not trainer.interrupted:
-        log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
-        trainer.load_best()
+    best = _take_best(trainer)
     if trained is not model:
         bring_back(trained, model)
     if not trainer.interrupted:
@@ -198,6 +185,31 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     return StageRun(
         model, _result(trainer, stage, steps, learning, found, best), trainer.interrupted
     )
+
+
+def _distiller(model: nn.Module, stage: Stage, course: Course) -> Distiller | None:
+    """What `model` learns from the teacher by, where there is one."""
+    if course.teacher is None:
+        return None
+    return Distiller(
+        course.teacher,
+        weight=stage.distill_weight,
+        temperature=stage.distill_temperature,
+        hidden_weight=stage.distill_hidden_weight,
+        student=model,
+    )
+
+
+def _take_best(trainer: FinetuneTrainer) -> int | None:
+    """Put the best evaluated weights back; the step they are of, None where none was evaluated."""
+    stage, monitor = trainer.stage, trainer.monitor
+    if stage.eval_steps is None or monitor.best is None:
+        return None
+    best = monitor.best_step
+    if best != trainer.state.global_step and not trainer.interrupted:
+        log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
+        trainer.load_best()
+    return best
 
 
 def _check_learnt(trainer: FinetuneTrainer, before: list[int]) -> None:
