@@ -53,7 +53,7 @@ class Trained:
     @property
     def worse(self) -> bool:
         """Whether the training has done harm; a perplexity that is not a number counts as that."""
-        return not self.after <= (1 + UNCHANGED) * self.before
+        return risen(self.before, self.after)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Training:
     adapter: bool
     taught: bool
     """by a teacher"""
+
+
+def risen(before: float, after: float, times: float = 1.0) -> bool:
+    """Whether a perplexity has risen beyond so many times what it was, by more than rounding."""
+    return not after <= (1 + UNCHANGED) * times * before
 
 
 def hopeless(after: float, dense: float) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastprune.errors import GateError
-from fastprune.inspect.conclude import hopeless, of_pruning
+from fastprune.inspect.conclude import hopeless, of_pruning, risen
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.record import Origin
 from fastprune.inspect.verdict import HOPELESS, Case
@@ -25,7 +25,7 @@ def check_worth(
         f"a factor of {after / before:.3g}"
     )
     if config.gate_ppl_ratio is not None:
-        if not after <= config.gate_ppl_ratio * before:
+        if risen(before, after, config.gate_ppl_ratio):
             raise GateError(f"{grown}; the gate is {config.gate_ppl_ratio:g}; nothing was written")
         return
     known = None

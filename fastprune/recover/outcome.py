@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastprune.errors import GateError, NumericalError
-from fastprune.inspect.conclude import Trained, Training, before_training, of_training
+from fastprune.inspect.conclude import Trained, Training, before_training, of_training, risen
 from fastprune.inspect.record import Figures
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.folder import RunFolder
@@ -68,11 +68,11 @@ def check_gain(config: FinetuneConfig, before: float | None, after: float | None
         f"of {after / before:.3g}"
     )
     if config.gate_ppl_ratio is not None:
-        if not after <= config.gate_ppl_ratio * before:
+        if risen(before, after, config.gate_ppl_ratio):
             raise GateError(
                 f"{went}; the gate is {config.gate_ppl_ratio:g}; no checkpoint was written"
             )
-    elif _trained(None, before, after).worse and not config.keep_worse:
+    elif risen(before, after) and not config.keep_worse:
         raise GateError(
             f"{went}: the training made the model worse. MODEL is as it was and no checkpoint was "
             "written; lower --lr or let --find-lr choose it, or give the same command with "
@@ -108,12 +108,11 @@ def outcome(course: Course, after: float | None, total: int, *, adapter: bool) -
     return {**found, "verdict": of_training(_trained(course, before, after), training).to_dict()}
 
 
-def _trained(course: Course | None, before: float, after: float) -> Trained:
+def _trained(course: Course, before: float, after: float) -> Trained:
     """The perplexities beside those of the dense and the pruned model in the same windows."""
-    if course is None or course.windows is None or course.origin is None:
-        teacher = course.config.teacher if course is not None else None
-        return Trained(before, after, Figures(None, None), 0.0, teacher)
-    count, seq_len = course.windows.shape
     origin = course.origin
+    if origin is None or course.windows is None:
+        return Trained(before, after, Figures(None, None), 0.0, course.config.teacher)
+    count, seq_len = course.windows.shape
     figures = origin.figures((course.config.eval, seq_len, count))
     return Trained(before, after, figures, origin.removed, origin.dense)

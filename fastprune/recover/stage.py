@@ -16,6 +16,7 @@ from fastprune.data.columns import Columns
 from fastprune.data.training import Collator, TrainingData, training_data
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.bleu import check_installed
+from fastprune.inspect.conclude import risen
 from fastprune.inspect.findings import LARGE
 from fastprune.inspect.generate import pad_token
 from fastprune.inspect.record import Origin
@@ -421,7 +422,7 @@ def gate_passed(stage: Stage, before: float | None, after: float | None) -> bool
     """Whether the stage may stay, by the perplexities of the best state before and of its own."""
     if stage.gate is None or before is None or after is None:
         return True
-    return math.isfinite(after) and after <= stage.gate * before
+    return math.isfinite(after) and not risen(before, after, stage.gate)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -107,8 +107,7 @@ class FinetuneTrainer(Trainer):
         self._gave_up: str | None = None
         """the guard's last words"""
         self._writing: str | None = None
-        self._saved_step = -1
-        self._evaluated_step = -1
+        self._saved_step = self._evaluated_step = -1
         self.evaluated: dict[str, Any] = {}
         """the last evaluation, as the log has it"""
         self._start = time.perf_counter()

@@ -11,6 +11,7 @@ from fastprune import cli
 from fastprune.inspect.record import Origin
 from fastprune.recover.arguments import unusual_for_answers
 from fastprune.recover.recipes import Stage
+from fastprune.recover.stage import gate_passed
 
 WORSE = ("--max-steps", "4", "--lr", "0.3", "--max-grad-norm", "0")
 
@@ -59,6 +60,13 @@ def test_a_gate_of_ones_own_says_how_much_worse_it_may_be(finetune, learnt, tmp_
     status, _, stderr = finetune("--gate-ppl-ratio", "2", "--keep-worse", out="other")
     assert status == 2
     assert "--gate-ppl-ratio forbids what --keep-worse allows" in stderr
+
+
+@pytest.mark.parametrize(
+    ("after", "passed"), [(37.41, True), (37.42, True), (37.5, False), (float("inf"), False)]
+)
+def test_a_gate_takes_no_rounding_for_a_rise(after, passed):
+    assert gate_passed(Stage(gate=1.0), 37.41, after) is passed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
