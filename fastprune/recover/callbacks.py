@@ -40,6 +40,7 @@ class Watch(TrainerCallback):
         self._tenth = 0
         self._since: list[float] = []
         self._skipped = 0
+        self._rate: float | None = None
 
     # ------------------------------------------------------------------------ begin and end
 
@@ -151,14 +152,12 @@ class Watch(TrainerCallback):
         if trainer.bleu is not None:
             of = "" if trainer.bleu["step"] == step else f" at step {trainer.bleu['step']}"
             parts.append(f"BLEU-4 {format.bleu(trainer.bleu['bleu'])}{of}")
-        parts.append(f"lr {max(group['lr'] for group in trainer.adamw.param_groups):.3g}")
-        progress_log.info(
-            "%s: epoch %g ends, step %d: %s",
-            trainer.stage.name,
-            round(state.epoch or 0.0, 2),
-            step,
-            ", ".join(parts),
-        )
+        if self._rate is not None:
+            parts.append(f"lr {self._rate:.3g}")
+        epoch = state.epoch or 0.0
+        whole = round(epoch, 6).is_integer()
+        where = f"epoch {epoch:.0f} ends" if whole else f"it ends at epoch {epoch:.2g}"
+        progress_log.info("%s: %s, step %d: %s", trainer.stage.name, where, step, ", ".join(parts))
 
     def _validation_loss(self) -> float:
         """The validation loss; the random state, which a checkpoint may hold, stays as it was."""
@@ -170,6 +169,7 @@ class Watch(TrainerCallback):
         """A line for people each tenth of the way, with the mean loss since the last one."""
         if not logs or "learning_rate" not in logs:
             return
+        self._rate = logs["learning_rate"]
         loss = logs["loss"]
         if loss == loss:
             self._since.append(loss)

@@ -53,10 +53,11 @@ def recovery_lines(metrics: Mapping[str, Any]) -> list[str]:
         dense, before, after = figures.get("dense"), p["before"], p["after"]
         pruned = figures.get("pruned") or before
         if dense is not None and pruned > dense:
+            share = (pruned - after) / (pruned - dense)
             lines.append(
                 f"dense {format.perplexity(dense)}, pruned {format.perplexity(pruned)}, recovered "
-                f"{format.perplexity(after)}: {format.percent((pruned - after) / (pruned - dense))}"
-                " of what pruning cost is made good"
+                f"{format.perplexity(after)}: {format.percent(share) if share > 0 else 'nothing'} "
+                "of what pruning cost is made good"
             )
         if after < before:
             lines.append(_gain_line(before, after, dense))
