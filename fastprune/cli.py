@@ -109,6 +109,7 @@ COMMANDS = {
 
 
 STDOUT_CLOSED = 128 + 13  # SIGPIPE
+RED, PLAIN = "\033[1;31m", "\033[0m"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,7 +221,13 @@ def _print_complaint(message: str, verbose: bool) -> None:
     if verbose:
         traceback.print_exc()
     process = f" (process {distributed.rank()})" if distributed.rank() else ""
-    print(f"fastprune{process}: {message}", file=sys.stderr)
+    red, plain = (RED, PLAIN) if message.startswith("error") and _colourful() else ("", "")
+    print(f"{red}fastprune{process}: {message}{plain}", file=sys.stderr)
+
+
+def _colourful() -> bool:
+    """Whether stderr is a terminal that shows colours."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _log_to_stderr(config: CommonConfig) -> None:

@@ -35,9 +35,9 @@ class Bleu:
     """A corpus BLEU-4 and everything that must be said with it."""
 
     bleu: float
-    """0 to 100"""
+    """0 to 1"""
     precisions: tuple[float, ...]
-    """of 1- to 4-grams, percent"""
+    """of 1- to 4-grams, 0 to 1"""
     brevity_penalty: float
     tokenizer: str
     """sacrebleu's: zh, or 13a"""
@@ -76,8 +76,8 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> Bleu:
     metric = BLEU(tokenize=name, force=True)  # force: texts that look tokenised are no error here
     score = metric.corpus_score(list(answers), [list(references)])
     return Bleu(
-        bleu=score.score,
-        precisions=tuple(score.precisions),
+        bleu=score.score / 100,
+        precisions=tuple(precision / 100 for precision in score.precisions),
         brevity_penalty=score.bp,
         tokenizer=name,
         pairs=len(references),

@@ -43,7 +43,7 @@ from fastprune.inspect.perplexity import (
     text_windows,
     window_length,
 )
-from fastprune.inspect.record import PruningRecord
+from fastprune.inspect.record import Origin, read_metrics
 from fastprune.inspect.verdict import (
     Advice,
     Case,
@@ -51,9 +51,9 @@ from fastprune.inspect.verdict import (
     Judgement,
     advise,
     band_finding,
-    judge_absolute,
-    judge_ratio,
+    judge,
     verdict,
+    worse_than_guessing,
 )
 from fastprune.models.load import STATE_SUFFIXES, load_model, resolve_source
 from fastprune.models.shards import FILE, INDEX, ShardReader
@@ -183,7 +183,7 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
     layers = layer_health(tensors, heads)
     found = Diagnosis(config.model, tensors, layers, heads, [], text)
     found.findings += [*say.of_weights(tensors), *say.of_layers(layers, heads)]
-    record = PruningRecord.of(source)
+    origin = Origin.of(config.model)
     if config.forward and model is None:
         with clock("load"):
             try:
@@ -199,8 +199,8 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
         finite = all(tensor.finite for tensor in found.tensors)
         found.findings += say.of_forward(found.forward, finite)
         if documents is not None and found.forward.sound:
-            _measure(found, config, model, tokenizer, documents, record, clock)
-    found.advice = advise(_case(found, config, record))
+            _measure(found, config, model, tokenizer, documents, origin, clock)
+    found.advice = advise(_case(found, config, origin))
     found.facts = {
         "seconds": clock.totals(),
         "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
@@ -217,7 +217,7 @@ def _measure(
     model: nn.Module,
     tokenizer: Any,
     documents: list[str],
-    record: PruningRecord | None,
+    origin: Origin | None,
     clock: Clock,
 ) -> None:
     """Perplexity, and the comparison with the dense model; fills in ``found``."""
@@ -237,7 +237,7 @@ def _measure(
         known = None
         if dense is not None:
             known = sound(evaluate(dense, windows), dense, f"the loss of {config.dense}").perplexity
-    removed = record.removed if record else 0.0
+    removed = origin.removed if origin else 0.0
     if dense is not None and known is not None:
         with clock("compare"):
             found.comparison = compare(
@@ -250,18 +250,19 @@ def _measure(
             )
         removed = found.comparison.removed
         found.findings += say.of_comparison(found.comparison, found.heads)
-    elif record is not None:
-        known = record.dense_perplexity(str(found.text), measured.seq_len, measured.windows)
-    judgement = judge_absolute(measured.perplexity)
-    if known is not None:
-        judgement = judge_ratio(measured.perplexity / known, removed)
-    found.judgement = judgement
+    elif origin is not None:
+        windows_of = (str(found.text), measured.seq_len, measured.windows)
+        known = origin.figures(windows_of).dense
+    judgement = found.judgement = judge(measured.perplexity, known, removed)
+    guessing = worse_than_guessing(measured.perplexity, model.config.vocab_size)
+    if judgement.band == "unknown" and guessing:
+        found.findings.append(Finding("warning", guessing))
     found.findings.append(band_finding(measured.perplexity, judgement))
 
 
-def _case(found: Diagnosis, config: DiagnoseConfig, record: PruningRecord | None) -> Case:
-    dense = config.dense or (record.dense if record else None)
-    removed = record.removed if record else None
+def _case(found: Diagnosis, config: DiagnoseConfig, origin: Origin | None) -> Case:
+    dense = config.dense or (origin.dense if origin else None)
+    removed = origin.removed if origin else None
     if found.comparison is not None:
         removed = found.comparison.removed
     # A judgement may be the only thing that is wrong: the model is whole all the same.
@@ -272,10 +273,11 @@ def _case(found: Diagnosis, config: DiagnoseConfig, record: PruningRecord | None
         finite=all(tensor.finite for tensor in found.tensors),
         whole=verdict(others) != "unhealthy",
         overflows=_overflow_dtype(found),
+        known=origin.known() if origin else None,
         band=found.judgement.band if found.judgement else None,
         measured=found.judgement is not None,
         dense=dense,
-        made_by=record.command if record else None,
+        made_by=read_metrics(Path(config.model).expanduser()).get("command"),
         removed=removed,
         masked=any(layer.dead_heads or layer.dead_channels for layer in found.layers),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
 from fastprune.data.encode import Encoder
-from fastprune.data.instruct import end_of_turn
+from fastprune.data.instruct import end_of_turn, has_template
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.forward import finite_logits
 from fastprune.models.gpt2 import learned_positions
@@ -23,6 +24,8 @@ from fastprune.models.load import load_model
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import is_seq2seq, with_end
 from fastprune.models.vocabulary import check_largest, embedding_rows
+
+log = logging.getLogger("fastprune")
 
 EXIT, CLEAR = "/exit", "/clear"
 
@@ -100,10 +103,26 @@ def run_generate(config: GenerateConfig) -> Generation | dict[str, Any]:
         if prompts != [config.prompt]:
             print(f"> {prompt}")
         print(result.text)
+        if why := nothing_said(result, tokenizer, chat=config.chat):
+            log.warning("%s", why)
         results.append(result)
     if prompts == [config.prompt]:
         return results[0]
     return {"generations": [asdict(result) for result in results]}
+
+
+def nothing_said(result: Generation, tokenizer: Any, *, chat: bool) -> str | None:
+    """Why the continuation is empty; None where it is not. `chat`: the chat template was used."""
+    if result.text.strip():
+        return None
+    if result.new_tokens == 1:
+        why = "nothing was generated: the first token was one that ends a text"
+    else:
+        why = f"no text was generated: {result.new_tokens} blank or special tokens"
+    if chat:
+        return f"{why}; ask otherwise, or look at the model with fastprune diagnose"
+    hint = "give --chat, for the model has a chat template" if has_template(tokenizer) else ""
+    return f"{why}; {hint or 'a model that was tuned on instructions wants --chat'}"
 
 
 def read_prompts(value: str) -> list[str]:
@@ -243,6 +262,8 @@ def chat(
                 seed=seed,
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
+            if why := nothing_said(answer, tokenizer, chat=True):
+                log.warning("%s", why)
             messages.append({"role": "assistant", "content": answer.text})
 
 

@@ -1,9 +1,9 @@
 """From what was found to a verdict, and from a verdict to the next command.
 
-Perplexity is judged by its ratio to the dense model's where that is known. What may be expected
+Perplexity is judged by its ratio to the dense model's in the same windows. What may be expected
 depends on how much was removed; the bands below are those of dense 8-billion-parameter models at
-128 tokens, whose own perplexity is about 10, divided by that 10 (docs/numerics.md). Only where no
-dense figure is known do the absolute bands stand in, which say little of a small model.
+128 tokens, whose own perplexity is about 10, divided by that 10 (docs/diagnose.md). Where no dense
+figure is known nothing is judged: the absolute bands of large models say little of a small one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from itertools import pairwise
 from math import isfinite, sqrt
 from typing import Literal
 
+from fastprune.data.builtin import EVALUATION_TEXT
+from fastprune.inspect.record import Windows
 from fastprune.report import format
 
 Severity = Literal["broken", "warning", "note"]
-Band = Literal["good", "careful", "too high", "broken"]
+Band = Literal["good", "careful", "too high", "broken", "unknown"]
 
 REMOVED = ((0.0, 1.0, 3.0), (0.15, 1.1, 3.0), (0.20, 1.3, 4.0), (0.25, 1.5, 5.0), (0.30, 1.8, 7.0))
 """Share of the block parameters removed; perplexity, in multiples of the dense one, up to which the
@@ -26,6 +28,8 @@ result is normal; and beyond which it is broken. Straight lines between, and on 
 ABSOLUTE: tuple[tuple[float, Band], ...] = ((15.0, "good"), (25.0, "careful"), (50.0, "too high"))
 SAME = 1.02
 """A ratio to the dense perplexity that is good whatever was removed."""
+HOPELESS = 100.0
+"""A ratio to the dense perplexity from which a model is beyond any use."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class Judgement:
     by: str
 
 
+def judge(perplexity: float, dense: float | None, removed: float) -> Judgement:
+    """The judgement of `prune`, `finetune` and `diagnose` alike.
+
+    ``dense`` is the dense model's perplexity in the same windows where it is known, ``removed`` the
+    share of its block parameters that is gone.
+    """
+    if dense is None:
+        return judge_absolute(perplexity)
+    return judge_ratio(perplexity / dense, removed)
+
+
 def judge_ratio(factor: float, removed: float) -> Judgement:
     """``factor``: perplexity over the dense one; ``removed``: share of block parameters."""
     normal, broken = expected(max(0.0, removed))
@@ -70,10 +85,22 @@ def judge_ratio(factor: float, removed: float) -> Judgement:
 
 
 def judge_absolute(perplexity: float) -> Judgement:
-    """By the bands of 8-billion-parameter models, for want of a dense figure."""
+    """For want of a dense figure: unknown, and what it would be for 8 billion parameters."""
     band: Band = next((band for limit, band in ABSOLUTE if perplexity < limit), "broken")
     return Judgement(
-        band, "by the absolute bands of large models; --dense MODEL judges by the ratio instead"
+        "unknown",
+        "cannot judge without the dense model: fastprune diagnose MODEL --dense DENSE "
+        f"(by the absolute bands of large models it would be {band})",
+    )
+
+
+def worse_than_guessing(perplexity: float, vocabulary: int) -> str | None:
+    """A sentence where every token of the ``vocabulary`` by turns would be as good a guess."""
+    if perplexity < vocabulary:
+        return None
+    return (
+        f"perplexity {format.perplexity(perplexity)} is no better than guessing among all "
+        f"{vocabulary:,} tokens"
     )
 
 
@@ -112,6 +139,8 @@ class Case:
     """there are heads or channels that add nothing"""
     overflows: str | None = None
     """the dtype that activations leave, though weights and sizes are sound"""
+    known: Windows | None = None
+    """windows in which the dense perplexity is known"""
 
 
 def advise(case: Case) -> list[Advice]:
@@ -120,7 +149,7 @@ def advise(case: Case) -> list[Advice]:
         return [_remake(case, "Values that are NaN or Inf cannot be trained away")]
     if case.overflows == "float16":
         text = "Nothing is wrong with the weights: run it in a dtype of larger range"
-        return [Advice(text, _command("diagnose", case.model, "--dtype", "bfloat16"))]
+        return [Advice(text, command("diagnose", case.model, "--dtype", "bfloat16"))]
     if not case.whole:
         return [_remake(case, "The checkpoint is damaged or was cut wrongly")]
     advice = [_by_band(case) if case.measured else _measure(case)]
@@ -134,46 +163,67 @@ def _measure(case: Case) -> Advice:
     against = ["--dense", case.dense] if case.dense else []
     return Advice(
         "Sound weights say little about quality: measure it",
-        _command("diagnose", case.model, "--text", "wikitext2", *against),
+        command("diagnose", case.model, "--text", EVALUATION_TEXT, *against),
     )
 
 
 def _by_band(case: Case) -> Advice:
     out = f"{case.model.rstrip('/')}-recovered"
-    recover = ("finetune", case.model, "--data", "alpaca-cleaned", "--out", out)
+    recover = ("finetune", case.model, "--out", out)
     if case.band == "careful":
-        return Advice("Usable, but it lost quality: finetune it", _command(*recover))
+        return Advice("Usable, but it lost quality: finetune it", command(*recover))
     if case.band == "too high":
         if case.dense is None:
             return Advice("Finetune it in stages, with a gate after each",
-                          _command(*recover, "--recipe", "staged"))  # fmt: skip
+                          command(*recover, "--recipe", "staged"))  # fmt: skip
         return Advice(
             "It lost much: finetune it with the dense model as the teacher",
-            _command(*recover, "--recipe", "distill", "--teacher", case.dense),
+            command(*recover, "--recipe", "distill", "--teacher", case.dense),
         )
     if case.band == "broken":
         text = "Too much was lost for finetuning to be the first remedy"
         if case.dense is None or case.removed is None:
             return _remake(case, text)
+        careful = ("--allocation", "search", "--compensate", "least-squares")
+        done = case.made_by is not None and all(word in case.made_by for word in careful)
+        ratio = max(0.05, round(case.removed / 2 if done else case.removed, 2))
         return Advice(
-            f"{text}: prune again, with search and compensation",
-            _command("prune", case.dense, "--out", f"{case.model.rstrip('/')}-again", "--ratio",
-                     f"{max(0.05, round(case.removed, 2)):g}", "--allocation", "search",
-                     "--compensate", "least-squares"),
+            f"{text}: {'remove less' if done else 'prune again, with search and compensation'}",
+            command("prune", case.dense, "--out", f"{case.model.rstrip('/')}-again", "--ratio",
+                     f"{ratio:g}", *careful),
         )  # fmt: skip
+    if case.band == "unknown":
+        return _judgeable(case)
     return Advice("Nothing needs to be done; try it",
-                  _command("generate", case.model, "--prompt", "The river"))  # fmt: skip
+                  command("generate", case.model, "--prompt", "The river"))  # fmt: skip
+
+
+def _judgeable(case: Case) -> Advice:
+    """How to come to a perplexity that can be judged."""
+    if case.known is not None:
+        text, seq_len, windows = case.known
+        return Advice(
+            "The dense model was measured in other windows: measure in those",
+            command("diagnose", case.model, "--text", text, "--seq-len", str(seq_len),
+                    "--windows", str(windows)),
+        )  # fmt: skip
+    compared = case.dense is not None and case.dense != case.model
+    return Advice(
+        "Only beside the dense model can it be judged: name that one",
+        command("diagnose", case.model, "--dense", str(case.dense)) if compared else None,
+    )
 
 
 def _remake(case: Case, why: str) -> Advice:
     if case.made_by:
         return Advice(f"{why}: check the dense model, then make it again", case.made_by)
     if case.dense and case.dense != case.model:
-        return Advice(f"{why}: check what it was made of", _command("diagnose", case.dense))
+        return Advice(f"{why}: check what it was made of", command("diagnose", case.dense))
     return Advice(f"{why}: go back to the last good checkpoint, or fetch the model again", None)
 
 
-def _command(*words: str) -> str:
+def command(*words: str) -> str:
+    """A command line of fastprune that can be pasted into a shell."""
     return shlex.join(["fastprune", *words])
 
 
@@ -182,9 +232,14 @@ def band_finding(perplexity: float, judgement: Judgement) -> Finding:
     severity: Severity = "note"
     if judgement.band == "broken" or not isfinite(perplexity):
         severity = "broken"
-    elif judgement.band != "good":
+    elif judgement.band not in ("good", "unknown"):
         severity = "warning"
-    return Finding(
-        severity,
-        f"perplexity {format.perplexity(perplexity)} is {judgement.band}: {judgement.by}",
-    )
+    return Finding(severity, judged(perplexity, judgement))
+
+
+def judged(perplexity: float, judgement: Judgement) -> str:
+    """A perplexity and its judgement as a sentence."""
+    figure = f"perplexity {format.perplexity(perplexity)}"
+    if judgement.band == "unknown":
+        return f"{figure}: {judgement.by}"
+    return f"{figure} is {judgement.band}: {judgement.by}"

@@ -108,6 +108,8 @@ class PruneConfig(CommonConfig):
     """evaluation windows, from the start of the text"""
     gate_ppl_ratio: float | None = None
     """stop without writing when perplexity grows by more than this factor"""
+    keep_worse: bool = False
+    """write the result even where its perplexity is beyond any use (100 times the dense one)"""
     plan: Path | None = None
     """apply this plan instead of making one"""
     dry_run: bool = False
@@ -160,8 +162,11 @@ class PruneConfig(CommonConfig):
             if value is not None and value < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least {least}, not {value}")
-        if self.gate_ppl_ratio is not None and not self.gate_ppl_ratio > 0:
-            raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
+        if self.gate_ppl_ratio is not None:
+            if not self.gate_ppl_ratio > 0:
+                raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
+            if self.keep_worse:
+                raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
         self._check_stream()
         if self.iterations > 1 and self.plan is not None:
             raise InputError("--plan is applied as it is; leave --iterations out")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
-from fastprune.errors import GateError
 from fastprune.inspect.perplexity import Perplexity, peak_memory_bytes
+from fastprune.inspect.record import Origin
 from fastprune.models.families import Geometry, block_parameters, family_of, geometries
 from fastprune.prune import latency
 from fastprune.prune.budget import Budget, budget_of, far_off, saved_bytes
@@ -25,6 +25,7 @@ from fastprune.prune.plan import Plan
 from fastprune.prune.planning import Planned, parameters_removed
 from fastprune.prune.subject import Subject
 from fastprune.prune.texts import run_windows, with_lengths
+from fastprune.prune.worth import check_worth, conclude
 from fastprune.report.record import PruneRecord
 from fastprune.report.run import Clock, command_line, settings, versions
 from fastprune.report.summary import prune_lines
@@ -60,6 +61,7 @@ class PruneRun:
         self.pruned: Perplexity | None = None
         self.yardstick: Yardstick | None = None
         self.divergence: float | None = None
+        self.earlier = Origin.of(config.model)
         self.made: Planned
 
     @property
@@ -140,13 +142,13 @@ class PruneRun:
     def measure_pruned(self) -> None:
         """Perplexity, unless it is known, and divergence of the result.
 
-        Raises GateError as the config says.
+        Raises GateError as `check_worth`.
         """
         assert self.test is not None and self.dense is not None
         if self.pruned is None:
             with self.clock("evaluate"):
                 self.pruned = self.subject.perplexity_after(self.test)
-        _check_gate(self.config, self.dense, self.pruned)
+        check_worth(self.config, self.dense, self.pruned, self.earlier)
         if self.yardstick is not None:
             with self.clock("evaluate"):
                 self.divergence = self.yardstick.divergence(self.model)
@@ -184,18 +186,10 @@ class PruneRun:
         )
         if self.budget is not None:
             record.budget = _budget(self.budget, record)
+        conclude(record, config, self.earlier)
         for line in prune_lines(record.to_dict()):
             log.info("%s", line)
         return record
-
-
-def _check_gate(config: PruneConfig, dense: Perplexity, pruned: Perplexity) -> None:
-    growth = pruned.perplexity / dense.perplexity
-    if config.gate_ppl_ratio is not None and not growth <= config.gate_ppl_ratio:
-        raise GateError(
-            f"perplexity grew from {dense.perplexity:.2f} to {pruned.perplexity:.2f}, a factor of "
-            f"{growth:.2f}; the gate is {config.gate_ppl_ratio:g}; nothing was written"
-        )
 
 
 def _ratio(budget: Budget | None, block: int) -> float | None:

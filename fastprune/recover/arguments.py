@@ -19,6 +19,8 @@ from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.loggers import run_name
 from fastprune.recover.recipes import Stage
 
+USUAL_WARMUP, USUAL_BATCH = (0.10, 0.15), (64, 96)
+"""Share of the steps, and samples a step, that supervised finetuning on answers usually takes."""
 LOG_LINES = 200  # of a stage, where --log-steps does not say
 
 
@@ -141,4 +143,28 @@ def describe(arguments: Any) -> str:
     parts = [f"{batch} a pass", f"{arguments.gradient_accumulation_steps} passes a step"]
     if arguments.world_size > 1:
         parts.append(f"{arguments.world_size} processes")
-    return ", ".join(parts)
+    whole = batch * arguments.gradient_accumulation_steps * arguments.world_size
+    return ", ".join([*parts, f"{whole} samples a step"])
+
+
+def unusual_for_answers(stage: Stage, samples: int) -> list[str]:
+    """Where `stage` differs from how answers are usually learnt, and the flags that change it."""
+    found = []
+    share = stage.warmup_ratio
+    if stage.warmup_steps is not None:
+        share = stage.warmup_steps / total_steps(stage, samples)
+    least, most = USUAL_WARMUP
+    if not least <= share <= most:
+        found.append(
+            f"a warm-up of {100 * least:.0f}–{100 * most:.0f} % of the steps, here "
+            f"{100 * share:.0f} % (--warmup-ratio 0.12)"
+        )
+    at_once = stage.batch_size * world_size()
+    fewest, largest = USUAL_BATCH
+    if not fewest <= at_once * stage.grad_accum <= largest and samples >= fewest:
+        passes = max(1, math.ceil(fewest / at_once))
+        found.append(
+            f"{fewest}–{largest} samples a step, here {at_once * stage.grad_accum} "
+            f"(--grad-accum {passes})"
+        )
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from fastprune.errors import NumericalError
 from fastprune.progress import log as progress_log
 from fastprune.progress import track
 from fastprune.recover.guard import Guard
+from fastprune.report import format
 
 if TYPE_CHECKING:
     from fastprune.recover.trainer import FinetuneTrainer
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastprune")
 
 TENTHS = 10  # progress lines of a stage
+LARGEST_EXPONENT = 700.0  # beyond, exp is no number
 
 
 class Watch(TrainerCallback):
@@ -37,6 +40,7 @@ class Watch(TrainerCallback):
         self._tenth = 0
         self._since: list[float] = []
         self._skipped = 0
+        self._rate: float | None = None
 
     # ------------------------------------------------------------------------ begin and end
 
@@ -126,10 +130,46 @@ class Watch(TrainerCallback):
         if guard is not None and guard.state.in_a_row == 0 and self.trainer.monitor.sound():
             guard.keep(state.global_step)  # what a resumed run begins with, too
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A line for people: what the epoch came to, as far as it is measured."""
+        trainer, step = self.trainer, state.global_step
+        if trainer.interrupted:
+            return
+        sums = trainer.epoch_sums.clone()
+        if args.world_size > 1:
+            sums = trainer.accelerator.reduce(sums, "mean")
+        trainer.epoch_sums.zero_()
+        total, steps = sums.tolist()
+        parts = [f"mean loss {total / steps:.4f}" if steps else "no finite loss"]
+        measured = trainer.evaluated if trainer.evaluated.get("step") == step else {}
+        if trainer.eval_dataset is not None:
+            loss = measured.get("eval_loss")
+            loss = self._validation_loss() if loss is None else loss
+            perplexity = math.exp(loss) if loss < LARGEST_EXPONENT else math.inf
+            parts.append(f"validation loss {loss:.4f} (perplexity {format.perplexity(perplexity)})")
+        elif "eval_perplexity" in measured:
+            parts.append(f"perplexity {format.perplexity(measured['eval_perplexity'])}")
+        if trainer.bleu is not None:
+            of = "" if trainer.bleu["step"] == step else f" at step {trainer.bleu['step']}"
+            parts.append(f"BLEU-4 {format.bleu(trainer.bleu['bleu'])}{of}")
+        if self._rate is not None:
+            parts.append(f"lr {self._rate:.3g}")
+        epoch = state.epoch or 0.0
+        whole = round(epoch, 6).is_integer()
+        where = f"epoch {epoch:.0f} ends" if whole else f"it ends at epoch {epoch:.2g}"
+        progress_log.info("%s: %s, step %d: %s", trainer.stage.name, where, step, ", ".join(parts))
+
+    def _validation_loss(self) -> float:
+        """The validation loss; the random state, which a checkpoint may hold, stays as it was."""
+        device = self.trainer.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return self.trainer.validation_loss()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """A line for people each tenth of the way, with the mean loss since the last one."""
         if not logs or "learning_rate" not in logs:
             return
+        self._rate = logs["learning_rate"]
         loss = logs["loss"]
         if loss == loss:
             self._since.append(loss)

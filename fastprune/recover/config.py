@@ -135,7 +135,11 @@ class FinetuneConfig(CommonConfig):
     early_stop: int | None = None
     """stop a stage after so many evaluations without improvement"""
     gate_ppl_ratio: float | None = None
-    """exit 3 without writing a checkpoint when perplexity after is more than this times before"""
+    """exit 3 without writing a checkpoint when perplexity after is more than this times before
+    (default: 1)"""
+    keep_worse: bool = False
+    """write the result even where perplexity rose, or where a stage was rolled back, its gate not
+    being met, and none after it was kept"""
     prompt: str | None = None
     """continue this prompt during training, to look at, put as the training data put theirs; a .txt
     file holds one prompt a line"""
@@ -196,6 +200,8 @@ class FinetuneConfig(CommonConfig):
                 raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
             if not self.eval_windows:
                 raise InputError("--gate-ppl-ratio needs a perplexity: leave out --eval-windows 0")
+            if self.keep_worse:
+                raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
         if self.resume not in ("auto", "never") and self.overwrite:
             raise InputError("--resume PATH continues, --overwrite starts anew: give one of them")
 

@@ -41,7 +41,7 @@ from fastprune.report.run import settings, write_json
 NOT_COMPARED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "log_to", "log_steps",
     "save_steps", "keep_last", "prompt", "generate_steps", "guard_snapshot_steps", "shard",
-    "read_back", "gate_ppl_ratio",
+    "read_back", "gate_ppl_ratio", "keep_worse",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change the result."""
 UNFINISHED = ".final-"

@@ -25,6 +25,7 @@ from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.generate import stop_at_end_of_turn
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
+from fastprune.inspect.record import Origin
 from fastprune.models.adapter import read_fingerprint
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.load import load_model, load_tokenizer
@@ -121,6 +122,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
                 "model": sum(p.numel() for p in merged.parameters()),
                 "adapter": trained,
             },
+            **_origin(config.model, merged),
             "dtype": agreements[-1].dtype,
             "agreement": [asdict(agreement) for agreement in agreements],
             "peak_memory_bytes": peak_memory_bytes(resolve_device(config.device)),
@@ -139,6 +141,15 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
             write_json(records / "metrics.json", metrics)
             run_log.save(records / "run.log")
     return {**metrics, "out": str(config.out)}
+
+
+def _origin(model: str, merged: nn.Module) -> dict[str, Any]:
+    """The dense model that `model`, into which an adapter was merged, goes back to, if known."""
+    origin = Origin.of(model)
+    if origin is None:
+        return {}
+    total = sum(p.numel() for p in merged.parameters())
+    return {"origin": origin.with_params(total).to_dict()}
 
 
 def scale(adapted: nn.Module, strength: float) -> None:

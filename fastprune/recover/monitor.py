@@ -43,6 +43,10 @@ class Monitor:
     since_best: int = 0
     """evaluations since then"""
     train_at_best: float | None = None
+    lowest_loss: float | None = None
+    """lowest validation loss so far"""
+    since_lowest: int = 0
+    """evaluations since then"""
     said: dict[str, int] = field(default_factory=dict)
     """findings so far, with the step of the first of each kind"""
 
@@ -75,8 +79,18 @@ class Monitor:
             return "flat"
         return None
 
-    def validation(self, step: int, figure: float) -> str | None:
-        """Take a validation figure, of which lower is better; a new finding's name."""
+    def validation(self, step: int, figure: float, loss: float | None = None) -> str | None:
+        """Take a validation figure, of which lower is better; a new finding's name.
+
+        `loss` is the validation loss where the figure is another one. It is overfitting when both
+        have got worse twice while the training loss fell: a loss alone may rise while answers get
+        better, and answers may be as bad as before while the loss falls.
+        """
+        loss = figure if loss is None else loss
+        if math.isfinite(loss) and (self.lowest_loss is None or loss < self.lowest_loss):
+            self.lowest_loss, self.since_lowest = loss, 0
+        else:
+            self.since_lowest += 1
         if math.isfinite(figure) and (self.best is None or figure < self.best):
             self.best, self.best_step, self.since_best = figure, step, 0
             self.train_at_best = self.smooth
@@ -87,7 +101,8 @@ class Monitor:
             and self.train_at_best is not None
             and self.smooth < self.train_at_best
         )
-        return self._say("overfitting" if learning and self.since_best >= 2 else None, step)
+        worse = min(self.since_best, self.since_lowest) >= 2
+        return self._say("overfitting" if learning and worse else None, step)
 
     def sound(self) -> bool:
         """Whether the training is in a state worth coming back to."""

@@ -15,7 +15,7 @@ from fastprune.data.describe import describe
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import has_template, template_of
 from fastprune.data.text import load_documents
-from fastprune.errors import GateError, InputError, NumericalError
+from fastprune.errors import InputError
 from fastprune.inspect.generate import generate, read_prompts, stop_at_end_of_turn
 from fastprune.inspect.health import check_weights
 from fastprune.inspect.perplexity import (
@@ -26,6 +26,7 @@ from fastprune.inspect.perplexity import (
     text_windows,
     window_length,
 )
+from fastprune.inspect.record import Origin
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.load import load_or_start
 from fastprune.models.readback import check_read_back
@@ -48,11 +49,19 @@ from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
 from fastprune.recover.objective import autocast_dtype, warn_of_slow
+from fastprune.recover.outcome import (
+    check_changed,
+    check_gain,
+    check_gates,
+    outcome,
+    warn_of_broken,
+)
 from fastprune.recover.recipes import Recipe, Stage, load_recipe
 from fastprune.recover.stage import Course, data_kind, gate_passed, put_back, run_stage, snapshot
 from fastprune.recover.trainer import GradientHook
 from fastprune.report.finetune import write_finetune_report
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
+from fastprune.report.summary import recovery_lines, verdict_lines
 from fastprune.sharding import is_sharded
 
 log = logging.getLogger("fastprune")
@@ -133,7 +142,7 @@ def finetune(
 
     Nothing is written: the state lives in a temporary folder, ``config.out`` is not used.
     ``gradient_hook`` is called with (step, model) when the gradients of a step are complete. Raises
-    as `run_finetune`.
+    as `run_finetune`; after a GateError ``model`` holds what was trained, not what it began with.
     """
     config = take_over_sharding(config)
     recipe = _checked(config)
@@ -184,25 +193,15 @@ def _finetune(
         check_weights(model)
     with clock("evaluate"):
         windows = _windows(config, model, tokenizer)
-    teacher = None
-    if config.teacher is not None:
-        with clock("load"):
-            teacher = load_teacher(
-                config.teacher,
-                tokenizer,
-                device=device,
-                allow_pickle=config.allow_pickle,
-                trust_remote_code=config.trust_remote_code,
-                shard=shards(config),
-            )
     course = Course(
         config,
         tokenizer,
         folder,
         device,
         windows=windows,
-        teacher=teacher,
+        teacher=_teacher(config, tokenizer, device, clock),
         seq2seq=is_seq2seq(model),
+        origin=Origin.of(config.model),
         sample=lambda m, step: _continue(m, course, step),
         gradient_hook=gradient_hook,
     )
@@ -214,20 +213,58 @@ def _finetune(
     if windows is not None and "before" not in record:
         with clock("evaluate"):
             measured = evaluate(course.placed(model), windows)
-            what = "the loss before any training"
-            record["before"] = sound(measured, model, what).perplexity
-    total = sum(p.numel() for p in model.parameters())
+            record["before"] = sound(measured, model, "the loss before any training").perplexity
+        warn_of_broken(model, course, record["before"])
     model = _stages(model, recipe, course, clock)
+    check_gates(config, folder)
     if config.prompt is not None:
         course.sample(course.placed(model), None)
-    after = folder.perplexity()
     check_weights(model)
-    _check_gate(config, record.get("before"), after)
+    check_gain(config, record.get("before"), folder.perplexity())
     adapter = hasattr(model, "peft_config")
     if not adapter:
         convert_weights(model, saved_dtype)
-        _check_changed(model, given, record["results"])
-    metrics = {
+        check_changed(model, given, record["results"])
+    metrics = _metrics(model, recipe, course, clock)
+    for line in (*recovery_lines(metrics), *verdict_lines(metrics)):
+        log.info("%s", line)
+    return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
+
+
+def _teacher(
+    config: FinetuneConfig, tokenizer: Any, device: torch.device, clock: Clock
+) -> nn.Module | None:
+    """The model to learn from besides the text, where one is named."""
+    if config.teacher is None:
+        return None
+    with clock("load"):
+        return load_teacher(
+            config.teacher,
+            tokenizer,
+            device=device,
+            allow_pickle=config.allow_pickle,
+            trust_remote_code=config.trust_remote_code,
+            shard=shards(config),
+        )
+
+
+def _metrics(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> dict[str, Any]:
+    """What metrics.json says of the run that ended with ``model``."""
+    config, record, windows = course.config, course.folder.record, course.windows
+    after, adapter = course.folder.perplexity(), hasattr(model, "peft_config")
+    total = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
+    perplexity = []
+    if windows is not None:
+        perplexity.append(
+            {
+                "text": config.eval,
+                "seq_len": windows.shape[1],
+                "windows": len(windows),
+                "before": record["before"],
+                "after": after,
+            }
+        )
+    return {
         "model": config.model or type(model).__name__,
         "data": {"spec": config.data, **next(iter(course.data.values())).to_dict()}
         if course.data
@@ -237,26 +274,16 @@ def _finetune(
             "total": total,
             "learning": max((r["learning_parameters"] for r in record["results"]), default=0),
         },
-        "perplexity": []
-        if windows is None
-        else [
-            {
-                "text": config.eval,
-                "seq_len": windows.shape[1],
-                "windows": len(windows),
-                "before": record["before"],
-                "after": after,
-            }
-        ],
+        "perplexity": perplexity,
+        **outcome(course, after, total, adapter=adapter),
         "stages": record["results"],
         "samples": record.get("samples", []),
         "seconds": clock.totals(STAGES),
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": peak_memory_bytes(course.device),
         "versions": versions(),
         "command": command_line(),
         "settings": settings(config),
     }
-    return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
 
 
 def _fitted(recipe: Recipe, config: FinetuneConfig, model: nn.Module) -> Recipe:
@@ -358,31 +385,6 @@ def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.
     windows = text_windows(tokenizer, documents, seq_len, config.eval_windows)
     check_largest(model, tokenizer, int(windows.max()), config.eval)
     return windows
-
-
-def _check_changed(model: nn.Module, given: list[int], results: list[dict[str, Any]]) -> None:
-    """NumericalError when stages were kept and yet ``model`` has the `bits` that were ``given``.
-
-    The stages have changed the weights, but not by so much that it shows once they are rounded.
-    """
-    if not any(r["kept"] for r in results) or bits(model.parameters()) != given:
-        return
-    steps = sum(r["steps"] for r in results)
-    dtype = str(model.dtype).removeprefix("torch.")
-    raise NumericalError(
-        f"0 of {steps} steps changed the weights by as much as {dtype} can hold. Raise --lr, or "
-        "keep the result in --dtype float32; no checkpoint was written"
-    )
-
-
-def _check_gate(config: FinetuneConfig, before: float | None, after: float | None) -> None:
-    if config.gate_ppl_ratio is None or before is None or after is None:
-        return
-    if not after <= config.gate_ppl_ratio * before:
-        raise GateError(
-            f"perplexity went from {before:.2f} to {after:.2f}, a factor of {after / before:.2f}; "
-            f"the gate is {config.gate_ppl_ratio:g}; no checkpoint was written"
-        )
 
 
 def _continue(model: nn.Module, course: Course, step: int | None) -> None:

@@ -15,7 +15,10 @@ from fastprune.data.columns import Columns
 from fastprune.data.training import Collator, TrainingData, training_data
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.bleu import check_installed
+from fastprune.inspect.conclude import risen
+from fastprune.inspect.findings import LARGE
 from fastprune.inspect.generate import pad_token
+from fastprune.inspect.record import Origin
 from fastprune.models.families import PRUNED_PREFIX
 from fastprune.progress import log as progress_log
 from fastprune.recover.arguments import (
@@ -26,6 +29,7 @@ from fastprune.recover.arguments import (
     steps_per_epoch,
     total_steps,
     training_arguments,
+    unusual_for_answers,
     world_size,
 )
 from fastprune.recover.config import FinetuneConfig
@@ -48,6 +52,9 @@ log = logging.getLogger("fastprune")
 Sampler = Callable[[nn.Module, int | None], None]
 """(model, optimizer step, None at the end) -> None: continues the prompts."""
 
+GROWTH = 10.0
+"""Times the largest weight before: larger ones were not learnt."""
+
 
 @dataclass
 class Course:
@@ -62,6 +69,8 @@ class Course:
     teacher: nn.Module | None = None
     sample: Sampler = lambda model, step: None
     gradient_hook: GradientHook | None = None
+    origin: Origin | None = None
+    """the dense model that the model goes back to, where that is known"""
     seq2seq: bool = False
     """the model reads prompts with an encoder: its data are pairs"""
     data: dict[tuple[Any, ...], TrainingData] = field(default_factory=dict)
@@ -116,7 +125,8 @@ class StageRun:
 def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> StageRun:
     """Train `model` as `stage` says, from the beginning or from the folder's checkpoint.
 
-    Raises InputError, or NumericalError when the guard gives up or no step changed a weight.
+    Raises InputError, or NumericalError when the guard gives up, when no step changed a weight, and
+    when the weights grew out of all proportion.
     """
     data = course.data_of(stage)
     stage = _with_answers(stage, data)
@@ -124,20 +134,11 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         torch.manual_seed(course.config.seed)  # the same matrices in all processes
         model = attach(model, stage)
     learning = freeze(model, stage.freeze)
-    trained = course.placed(model)
+    trained, largest = course.placed(model), _largest(model)
     if course.config.gradient_checkpointing:
         _recompute_activations(trained)
     dtype = autocast_dtype(stage.precision, course.device)
-    distiller = None
-    if course.teacher is not None:
-        distiller = Distiller(
-            course.teacher,
-            weight=stage.distill_weight,
-            temperature=stage.distill_temperature,
-            hidden_weight=stage.distill_hidden_weight,
-            student=model,
-        )
-    objective = Objective(trained, dtype, distiller)
+    objective = Objective(trained, dtype, _distiller(model, stage, course))
     collate = Collator(pad_token(model, course.tokenizer))
     folder = course.folder.stage_folder(number)
     found = None
@@ -167,6 +168,9 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if checkpoint is None:
         seconds = seconds_per_step(objective, stage, batch) * steps if world_size() == 1 else None
         _announce(trainer, stage, steps, learning, seconds)
+        unusual = unusual_for_answers(stage, len(data.train)) if data.kind != "text" else []
+        if unusual:
+            progress_log.info("usual for learning answers: %s", "; ".join(unusual))
     if is_first_process():
         course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
     before = bits(p for p in trained.parameters() if p.requires_grad)
@@ -174,16 +178,39 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if not trainer.interrupted:
         _check_learnt(trainer, before)
         trainer.finish()
-    measured = stage.eval_steps is not None and trainer.monitor.best is not None
-    best = trainer.monitor.best_step if measured else None
-    if best is not None and best != trainer.state.global_step and not trainer.interrupted:
-        log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
-        trainer.load_best()
+    best = _take_best(trainer)
     if trained is not model:
         bring_back(trained, model)
+    if not trainer.interrupted:
+        _check_size(model, stage, max(LARGE, GROWTH * largest))
     return StageRun(
         model, _result(trainer, stage, steps, learning, found, best), trainer.interrupted
     )
+
+
+def _distiller(model: nn.Module, stage: Stage, course: Course) -> Distiller | None:
+    """What `model` learns from the teacher by, where there is one."""
+    if course.teacher is None:
+        return None
+    return Distiller(
+        course.teacher,
+        weight=stage.distill_weight,
+        temperature=stage.distill_temperature,
+        hidden_weight=stage.distill_hidden_weight,
+        student=model,
+    )
+
+
+def _take_best(trainer: FinetuneTrainer) -> int | None:
+    """Put the best evaluated weights back; the step they are of, None where none was evaluated."""
+    stage, monitor = trainer.stage, trainer.monitor
+    if stage.eval_steps is None or monitor.best is None:
+        return None
+    best = monitor.best_step
+    if best != trainer.state.global_step and not trainer.interrupted:
+        log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
+        trainer.load_best()
+    return best
 
 
 def _check_learnt(trainer: FinetuneTrainer, before: list[int]) -> None:
@@ -198,7 +225,12 @@ def _check_learnt(trainer: FinetuneTrainer, before: list[int]) -> None:
     steps, guard = trainer.state.global_step, trainer.guard_state
     skipped = guard.skipped if trainer.optimizer is None else int(trainer.adamw.skipped_steps)
     half = torch.float16 in {trainer.objective.dtype, trainer.model.dtype}
-    if skipped:
+    if skipped and guard.rollbacks:
+        why = (
+            f"{skipped} had a non-finite loss or gradient, and the last sound state was the first. "
+            "Lower --lr, or let --find-lr choose it"
+        )
+    elif skipped:
         why = f"{skipped} had a non-finite loss or gradient. " + (
             "Use --precision bf16 or fp32, or let it take more steps to find its loss scale"
             if half
@@ -211,6 +243,28 @@ def _check_learnt(trainer: FinetuneTrainer, before: list[int]) -> None:
     raise NumericalError(
         f"{trainer.stage.name}: 0 of {steps} steps changed the weights: {why}; "
         "nothing was kept, --resume never begins anew"
+    )
+
+
+def _largest(model: nn.Module) -> float:
+    """The largest absolute value in the weights of `model`; NaN where one of them is."""
+    sizes = torch.stack([p.detach().abs().max().float() for p in model.parameters()])
+    return float(sizes.max())
+
+
+def _check_size(model: nn.Module, stage: Stage, limit: float) -> None:
+    """NumericalError where the weights that `stage` has trained are larger than `limit`.
+
+    Where weights are that large, norms make all of them alike: the loss may be finite all the same.
+    """
+    largest = _largest(model)
+    if not largest > limit:
+        return
+    rate = max(stage.layer_lrs, default=stage.lr)
+    raise NumericalError(
+        f"{stage.name}: the weights have grown to {largest:.3g} at the learning rate {rate:.3g}; "
+        "nothing was kept. Lower --lr, or let --find-lr choose it, and begin anew with --resume "
+        "never"
     )
 
 
@@ -227,6 +281,7 @@ def _result(
     monitor, guard = trainer.monitor, trainer.guard_state
     return {
         "name": stage.name,
+        "gate": stage.gate,
         "method": stage.method,
         "learning_parameters": learning,
         "lr": list(stage.layer_lrs) or stage.lr,
@@ -351,7 +406,7 @@ def gate_passed(stage: Stage, before: float | None, after: float | None) -> bool
     """Whether the stage may stay, by the perplexities of the best state before and of its own."""
     if stage.gate is None or before is None or after is None:
         return True
-    return math.isfinite(after) and after <= stage.gate * before
+    return math.isfinite(after) and not risen(before, after, stage.gate)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from fastprune.recover.loggers import as_input_error, end_run, keep_events
 from fastprune.recover.monitor import ADVICE, Monitor
 from fastprune.recover.objective import Objective, loss_inside
 from fastprune.recover.recipes import Stage
+from fastprune.report import format
 from fastprune.report.run import write_json
 from fastprune.sharding import collected, is_sharded, local, shard_of
 
@@ -106,8 +107,9 @@ class FinetuneTrainer(Trainer):
         self._gave_up: str | None = None
         """the guard's last words"""
         self._writing: str | None = None
-        self._saved_step = -1
-        self._evaluated_step = -1
+        self._saved_step = self._evaluated_step = -1
+        self.evaluated: dict[str, Any] = {}
+        """the last evaluation, as the log has it"""
         self._start = time.perf_counter()
         keeps_cache = getattr(objective.model.config, "use_cache", None)
         super().__init__(
@@ -131,6 +133,7 @@ class FinetuneTrainer(Trainer):
         self.add_callback(self._watch)
         self._step_loss = torch.zeros((), device=args.device)
         self._window = torch.zeros(2, device=args.device)  # summed loss, steps summed over
+        self.epoch_sums = torch.zeros_like(self._window)  # the same since the epoch began
 
     # ------------------------------------------------------------------------ running
 
@@ -251,7 +254,9 @@ class FinetuneTrainer(Trainer):
             self.gradient_hook(self.state.global_step, model)
         sound = self._step_loss <= LOSS_LIMIT  # false for NaN
         zero = torch.zeros_like(self._step_loss)
-        self._window += torch.stack([torch.where(sound, self._step_loss, zero), sound.float()])
+        seen = torch.stack([torch.where(sound, self._step_loss, zero), sound.float()])
+        self._window += seen
+        self.epoch_sums += seen
         self._step_loss = zero
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -294,18 +299,20 @@ class FinetuneTrainer(Trainer):
         step = self.state.global_step
         self._evaluated_step = step
         if self.eval_dataset is not None:
-            name, figure = "eval_loss", self._validation_loss()
+            name, figure = "eval_loss", self.validation_loss()
         else:
             assert self.windows is not None  # Watch asks only where there is something to measure
             name, figure = "eval_perplexity", evaluate(self.model, self.windows).perplexity
         line: dict[str, Any] = {"step": step, name: figure}
         if (bleu := self._measure_bleu()) is not None:
             line["eval_bleu"] = bleu
-            log.info("step %d: eval_bleu %.2f", step, bleu)
+            log.info("step %d: BLEU-4 %s", step, format.bleu(bleu))
         by_bleu = bleu is not None and self.stage.best_by == "bleu"
-        finding = self.monitor.validation(step, -bleu if by_bleu and bleu is not None else figure)
+        best_by = -bleu if by_bleu and bleu is not None else figure
+        finding = self.monitor.validation(step, best_by, figure)
         if self.monitor.best_step == step:
             self._write_learning(Path(self.args.output_dir) / BEST, {"step": str(step)})
+        self.evaluated = line
         self.on_line(line)
         log.info("step %d: %s %.4f", step, name, figure)
         self._say(finding)
@@ -319,7 +326,7 @@ class FinetuneTrainer(Trainer):
             self.stop(f"no improvement in {patience} evaluations")
         return metrics
 
-    def _validation_loss(self) -> float:
+    def validation_loss(self) -> float:
         """Mean negative log-likelihood of the scored tokens of the validation set."""
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)

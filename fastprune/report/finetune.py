@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.report.html import environment
+from fastprune.report.summary import recovery_lines, verdict_lines
 
 WIDTH, HEIGHT, RATE = 640, 220, 60  # of the loss and of the learning rate panel, figure units
 LEFT, TOP, GAP = 52, 18, 34
@@ -35,6 +36,7 @@ def render_finetune_report(metrics: dict[str, Any], lines: list[dict[str, Any]])
     longest = max(seconds.values(), default=0) or 1
     return environment.get_template("finetune.html.j2").render(
         m=metrics,
+        lines=[*recovery_lines(metrics), *verdict_lines(metrics)],
         f=figure(lines, [stage["name"] for stage in metrics["stages"]]),
         tokens=sum(stage["tokens"] for stage in metrics["stages"]),
         steps=sum(stage["steps"] for stage in metrics["stages"]),

@@ -42,6 +42,15 @@ def perplexity(value: float | None) -> str:
     return f"{value:.2f}" if value < 1e5 or not math.isfinite(value) else f"{value:.2e}"
 
 
+BLEU = 0.15
+"""BLEU-4 from which answers share enough of the references' wording."""
+
+
+def bleu(value: float | None) -> str:
+    """0.1421 → 0.142 (target 0.15); — where it was not measured"""
+    return "—" if value is None else f"{value:.3f} (target {BLEU:g})"
+
+
 def factor(before: float | None, after: float | None) -> str:
     """How many times `after` is `before`: ×1.42; — where either is missing."""
     if not before or after is None:

@@ -6,7 +6,7 @@ from typing import Any
 import jinja2
 
 from fastprune.report import format
-from fastprune.report.summary import budget_line, divergence_line
+from fastprune.report.summary import budget_line, divergence_line, verdict_lines
 
 LEFT, COLUMN, GAP = 44, 20, 4  # figure units: label margin, width of a layer, space between two
 CELL, BARS = 12, 110  # height of a KV group and of the channel bars
@@ -25,6 +25,7 @@ environment.filters.update(
     percent=format.percent,
     perplexity=format.perplexity,
     milliseconds=format.milliseconds,
+    bleu=format.bleu,
 )
 environment.globals["factor"] = format.factor
 
@@ -51,7 +52,10 @@ def render_prune_report(metrics: dict[str, Any], plan: dict[str, Any]) -> str:
     ]
     return environment.get_template("prune.html.j2").render(
         m={"peak_memory_bytes": None, "latency": None, **metrics},
-        lines=[*filter(None, [budget_line(metrics), divergence_line(metrics)])],
+        lines=[
+            *filter(None, [budget_line(metrics), divergence_line(metrics)]),
+            *verdict_lines(metrics),
+        ],
         dry=not metrics["perplexity"] or metrics["perplexity"][0].get("after") is None,
         f=layer_figure(before, kept),
         layers=[

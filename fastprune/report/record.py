@@ -49,6 +49,10 @@ class PruneRecord(Record):
     """after a search: predicted and actual, in nats a token"""
     latency: dict[str, float | int | None] | None = None
     budget: dict[str, Any] | None = None
+    origin: dict[str, Any] | None = None
+    """the dense model, sizes and perplexities, as `inspect.record.Origin` has them"""
+    verdict: dict[str, Any] | None = None
+    """band, what, bad, advice, as `inspect.conclude.Conclusion` has them"""
     dtype: str | None = None
     """of a dry run: that of the weights, then the form of the result, then what a run would cost"""
     layout: dict[str, str] | None = None

@@ -7,6 +7,9 @@ from typing import Any
 
 from fastprune.report import format
 
+WORTH = 0.2
+"""Relative fall of the perplexity that a recovery should bring."""
+
 
 def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Achieved ratio, parameters, query:KV ratio and perplexities of a run, one to a line."""
@@ -23,7 +26,57 @@ def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
             f"{format.perplexity(p['before'])} -> {format.perplexity(p['after'])}"
             for p in metrics["perplexity"]
         ),
+        *verdict_lines(metrics),
     ]
+
+
+def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """The verdict of a run and what to do next; none where nothing was measured."""
+    verdict = metrics.get("verdict")
+    if not verdict:
+        return []
+    lines = [f"verdict: {verdict['what']}"]
+    for advice in verdict["advice"]:
+        lines.append(f"next: {advice['text']}")
+        if advice["command"]:
+            lines.append(f"  {advice['command']}")
+    return lines
+
+
+def recovery_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """How much of what pruning cost a finetuning made good, and why it was no more."""
+    found = (metrics.get("origin") or {}).get("perplexity", [])
+    known = {(p["text"], p["seq_len"], p["windows"]): p for p in found}
+    lines = []
+    for p in metrics["perplexity"]:
+        figures = known.get((p["text"], p["seq_len"], p["windows"]), {})
+        dense, before, after = figures.get("dense"), p["before"], p["after"]
+        pruned = figures.get("pruned") or before
+        if dense is not None and pruned > dense:
+            share = (pruned - after) / (pruned - dense)
+            lines.append(
+                f"dense {format.perplexity(dense)}, pruned {format.perplexity(pruned)}, recovered "
+                f"{format.perplexity(after)}: {format.percent(share) if share > 0 else 'nothing'} "
+                "of what pruning cost is made good"
+            )
+        if after < before:
+            lines.append(_gain_line(before, after, dense))
+    return lines
+
+
+def _gain_line(before: float, after: float, dense: float | None) -> str:
+    gain = 1 - after / before
+    line = f"perplexity is {format.percent(gain)} lower than before"
+    if gain >= WORTH:
+        return line
+    line += f", less than the {format.percent(WORTH)} that a recovery should bring: "
+    if dense is not None and dense > (1 - WORTH) * before:
+        away = format.percent(max(0.0, 1 - dense / before))
+        return line + f"there was no room for more, the dense model was only {away} away"
+    return line + (
+        "train on more tokens, at a rate of its own (fastprune finetune --find-lr), or with the "
+        "dense model as the --teacher"
+    )
 
 
 def gqa_line(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from fastprune.report import format
 from fastprune.report.costs import show_costs
-from fastprune.report.summary import budget_line, divergence_line, gqa_line
+from fastprune.report.summary import budget_line, divergence_line, gqa_line, recovery_lines
 
 
 def show_prune(result: dict[str, Any]) -> None:
@@ -42,6 +42,24 @@ def show_prune(result: dict[str, Any]) -> None:
     if "out" in result:
         out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
         out.print(Text(f"report      {result['out']}/fastprune/report.html"), soft_wrap=True)
+    _verdict(out, result)
+
+
+def _verdict(out: Console, result: dict[str, Any]) -> None:
+    """What a run came to, in red where that is bad news, and what to do next."""
+    verdict = result.get("verdict")
+    if not verdict:
+        return
+    style = "bold red" if verdict["bad"] else "bold"
+    out.print(Text(verdict["what"], style=style), soft_wrap=True)
+    _advice(out, verdict["advice"])
+
+
+def _advice(out: Console, advice: list[dict[str, Any]]) -> None:
+    for one in advice:
+        out.print(Text(f"→ {one['text']}"), soft_wrap=True)
+        if one["command"]:
+            out.print(Text(f"  {one['command']}"), soft_wrap=True)
 
 
 def _layers(layers: list[dict[str, Any]]) -> Table:
@@ -123,10 +141,7 @@ def show_diagnose(result: dict[str, Any]) -> None:
     for finding in result["findings"]:
         out.print(Text(f"{marks[finding['severity']]} {finding['what']}"), soft_wrap=True)
     out.print(Text(f"{result['verdict']}"), style="bold")
-    for advice in result["advice"]:
-        out.print(Text(f"→ {advice['text']}"), soft_wrap=True)
-        if advice["command"]:
-            out.print(Text(f"  {advice['command']}"), soft_wrap=True)
+    _advice(out, result["advice"])
 
 
 def _anatomy(layers: list[dict[str, Any]]) -> Table:
@@ -176,12 +191,19 @@ def show_finetune(result: dict[str, Any]) -> None:
         figures = f"{format.perplexity(p['before'])} → {format.perplexity(p['after'])}"
         windows = f"{p['windows']} × {p['seq_len']}"
         out.print(Text(f"perplexity  {p['text']}, {windows}: {figures}"), soft_wrap=True)
+    for stage in result["stages"]:
+        if stage["bleu"]:
+            measured = format.bleu(stage["bleu"]["bleu"])
+            out.print(Text(f"{stage['name']}: BLEU-4 {measured}"), soft_wrap=True)
+    for line in recovery_lines(result):
+        out.print(Text(line), soft_wrap=True)
     for sample in result["samples"]:
         if sample["step"] is None:
             out.print(Text(f"{sample['prompt']} → {sample['text']}"), soft_wrap=True)
     if "out" in result:
         out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
         out.print(Text(f"report      {result['out']}/fastprune/report.html"), soft_wrap=True)
+    _verdict(out, result)
 
 
 def show_compare(result: dict[str, Any]) -> None:

@@ -19,12 +19,16 @@ ELSEWHERE = {"nproc-per-node", "version"}
 """Flags of other programs, and of fastprune without a command."""
 EVERY = set(COMMANDS)
 MODEL = EVERY - {"compare", "info"}
+WRITING = {"compress", "prune", "finetune", "merge"}
+TRAINING = {"compress", "finetune"}
 REACHED_BY = {
     "": EVERY,
+    "output.py": WRITING,
     "sharding.py": {"finetune"},
     "distributed.py": {"prune", "finetune"},
-    "prune": {"prune"},
-    "recover": {"finetune"},
+    "compression": {"compress"},
+    "prune": {"prune", "compress"},
+    "recover": {"finetune", "compress"},
     "recover/merge.py": {"merge"},
     "report/compare.py": {"compare"},
     "inspect": MODEL,
@@ -36,14 +40,24 @@ REACHED_BY = {
     "models/adapter.py": {"eval", "generate", "chat", "merge"},
     "models/checkpoint.py": {"prune", "finetune", "merge"},
     "data": MODEL,
+    "data/columns.py": TRAINING,
+    "data/examples.py": TRAINING,
+    "data/records.py": {"prune", "compress"},
+    "data/written.py": {"prune", "compress"},
+    "inspect/tasks.py": {"eval", "compress"},
 }
 """Commands that run the code of a folder or file; the longest entry counts."""
 ONE_CALLER = {
+    ("models/checks.py", "--trust-remote-code"): MODEL - {"prune"},  # it says so
     ("inspect/perplexity.py", "--seq-len"): {"eval"},
     ("inspect/health.py", "--precision"): {"finetune"},  # under autocast, which it alone has
     ("report/costs.py", "--stream"): {"prune"},
+    ("inspect/generate.py", "--chat"): {"generate"},
 }
 """Flags in shared files that are named for some commands only."""
+
+COMPOSED = {"inspect/verdict.py", "inspect/conclude.py"}
+"""Files that put commands together."""
 
 
 @cache
@@ -78,8 +92,8 @@ def advice():
     for file in sorted(ROOT.rglob("*.py")):
         path = file.relative_to(ROOT).as_posix()
         for line, text in texts(ast.parse(file.read_text(encoding="utf-8"))):
-            if path == "inspect/verdict.py" and FLAG.fullmatch(text):
-                continue  # a word of a command that it puts together; test_verdict runs those
+            if path in COMPOSED and FLAG.fullmatch(text):
+                continue  # a word of a command that is put together; tests of both parse those
             for match in FLAG.finditer(text):
                 if match[1] not in ELSEWHERE:
                     named = [c[1] for c in COMMAND.finditer(text[: match.start()])]

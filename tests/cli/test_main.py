@@ -91,6 +91,16 @@ def test_an_error_is_one_line_and_a_status(capsys, tmp_path, fail, status, line)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("terminal", "no_colour", "red"), [(True, "", True), (False, "", False), (True, "1", False)]
+)
+def test_an_error_is_red_on_a_terminal_alone(capsys, monkeypatch, terminal, no_colour, red):
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert cli.main(["echo", "--quiet", "--fail", "gate"]) == 3
+    assert ("\033" in capsys.readouterr().err) is red
+
+
 def test_verbose_shows_the_traceback(capsys):
     assert cli.main(["echo", "--fail", "bug", "--verbose"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from tiny import TEXT, VOCABULARY, tiny_checkpoint, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from fastprune import cli, progress
+from fastprune.inspect import conclude, verdict
 from fastprune.prune import pipeline, run, subject
 
 
@@ -88,6 +89,40 @@ def test_it_writes_a_checkpoint_and_its_records(prune, tmp_path):
 
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert sum(p.numel() for p in loaded.parameters()) == metrics["params"]["after"]
+
+
+def test_it_ends_with_a_verdict_and_the_next_command(prune, tmp_path):
+    status, stdout, _ = prune("--ratio", "0.3")
+    assert status == 0
+    metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
+    said = metrics["verdict"]
+    p = metrics["perplexity"][0]
+    assert f"×{p['after'] / p['before']:.3g} of the dense one; with 30." in said["what"]
+    lines = stdout.splitlines()
+    assert said["what"] in lines
+    assert f"  {said['advice'][0]['command']}" in lines
+    assert f"verdict: {said['what']}" in (tmp_path / "out/fastprune/run.log").read_text()
+
+
+def test_a_broken_result_is_written_and_called_so(prune, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict, "SAME", 1e-3)
+    monkeypatch.setattr(verdict, "REMOVED", ((0.0, 1e-3, 2e-3), (1.0, 1e-3, 2e-3)))
+    status, stdout, stderr = prune("--ratio", "0.3")
+    assert status == 0, stderr
+    assert "is broken: ×" in stdout
+    model = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())["model"]
+    assert f"  fastprune prune {model} --out {tmp_path / 'out'}-again" in stdout
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_a_result_beyond_any_use_is_not_written_unless_it_is_wanted(
+    prune, refused, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(conclude, "HOPELESS", 1e-3)
+    assert "beyond any use" in refused("--ratio", "0.3", status=3)
+    assert prune("--ratio", "0.3", "--gate-ppl-ratio", "100")[0] == 0  # as it was asked for
+    assert prune("--ratio", "0.3", "--keep-worse", "--overwrite")[0] == 0
+    assert "give one" in prune("--ratio", "0.3", "--keep-worse", "--gate-ppl-ratio", "2")[2]
 
 
 def test_a_dry_run_writes_the_plan_that_prune_applies(prune, tmp_path):

@@ -31,7 +31,7 @@ def by_definition(answers, references):
         precisions.append(matched / total)
     said, expected = (sum(map(len, texts)) for texts in (answers, references))
     penalty = min(1.0, math.exp(1 - expected / said))
-    return 100 * penalty * math.exp(sum(map(math.log, precisions)) / 4)
+    return penalty * math.exp(sum(map(math.log, precisions)) / 4)
 
 
 def test_english_is_counted_in_words():
@@ -54,8 +54,8 @@ def test_a_few_chinese_names_do_not_make_a_text_chinese():
     assert bleu(ANSWERS, [REFERENCES[0], REFERENCES[1] + " 河"]).tokenizer == "13a"
 
 
-def test_the_same_is_100_and_nothing_is_0():
-    assert bleu(REFERENCES, REFERENCES).bleu == pytest.approx(100)
+def test_the_same_is_1_and_nothing_is_0():
+    assert bleu(REFERENCES, REFERENCES).bleu == pytest.approx(1)
     assert bleu(["", ""], REFERENCES).bleu == 0
     with pytest.raises(InputError, match="at least one answer"):
         bleu([], [])

@@ -1,5 +1,6 @@
 """From figures to a band, and from a band to a command that exists."""
 
+import math
 import shlex
 
 import pytest
@@ -10,10 +11,13 @@ from fastprune.inspect.verdict import (
     Case,
     Finding,
     advise,
+    band_finding,
     expected,
+    judge,
     judge_absolute,
     judge_ratio,
     verdict,
+    worse_than_guessing,
 )
 
 
@@ -48,8 +52,23 @@ def test_judged_by_the_ratio(factor, removed, band):
     ("perplexity", "band"),
     [(14.9, "good"), (15, "careful"), (25, "too high"), (50, "broken"), (float("nan"), "broken")],
 )
-def test_judged_absolutely(perplexity, band):
-    assert judge_absolute(perplexity).band == band
+def test_without_a_dense_figure_nothing_is_judged(perplexity, band):
+    judgement = judge_absolute(perplexity)
+    assert judgement == judge(perplexity, None, 0.2)
+    assert judgement.band == "unknown"
+    assert judgement.by.startswith("cannot judge without the dense model: ")
+    assert judgement.by.endswith(f"it would be {band})")
+
+
+@pytest.mark.parametrize("perplexity", [52.1, 3.6e6])
+def test_what_cannot_be_judged_is_not_broken(perplexity):
+    assert band_finding(perplexity, judge(perplexity, None, 0.0)).severity == "note"
+    assert band_finding(math.inf, judge(math.inf, None, 0.0)).severity == "broken"
+
+
+def test_no_better_than_guessing():
+    assert worse_than_guessing(49151.9, 49152) is None
+    assert "49,152 tokens" in worse_than_guessing(49152, 49152)
 
 
 def test_as_bad_as_the_worst_finding():
@@ -81,6 +100,7 @@ def case(**changes):
         ({"band": "careful"}, "finetune"),
         ({"band": "too high"}, "finetune"),
         ({"band": "broken"}, "prune"),
+        ({"band": "unknown", "known": ("a.txt", 1024, 16)}, "diagnose"),
         ({"band": None, "measured": False}, "diagnose"),
         ({"finite": False}, "prune"),
         ({"whole": False}, "prune"),
@@ -92,6 +112,21 @@ def test_advice_names_a_command_that_can_be_run(changes, command, dense):
     assert (program, name) == ("fastprune", command)
     if name in cli.COMMANDS:
         parse(cli._load(cli.COMMANDS[name].config), args, "fastprune")
+
+
+def test_what_cannot_be_judged_is_measured_beside_the_dense_model():
+    (advice,) = advise(case(band="unknown"))
+    assert advice.command == "fastprune diagnose 'runs/my model' --dense smollm2-135m"
+    (advice,) = advise(case(band="unknown", known=("a b.txt", 1024, 16)))
+    assert advice.command.endswith("--text 'a b.txt' --seq-len 1024 --windows 16")
+    assert advise(case(band="unknown", dense=None))[0].command is None
+
+
+def test_where_search_and_compensation_were_not_enough_less_is_removed():
+    made_by = "fastprune prune x --allocation search --compensate least-squares --ratio 0.2"
+    (again,), (less,) = (advise(case(band="broken", made_by=by)) for by in ("prune x", made_by))
+    assert "--ratio 0.2 --allocation search --compensate least-squares" in again.command
+    assert "--ratio 0.1 --allocation search" in less.command
 
 
 def test_advice_without_any_record():

@@ -13,7 +13,7 @@ def test_instructions_are_checked_and_reported(finetune, tmp_path):
     records += [records[0], {"instruction": "Say it.", "output": None}]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    status, _, _ = finetune("--max-steps", "2", "--val-size", "2", data=path)
+    status, _, _ = finetune("--max-steps", "2", "--val-size", "2", "--keep-worse", data=path)
     assert status == 0
     metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text(encoding="utf-8"))
     data = metrics["data"]
@@ -53,7 +53,7 @@ def test_prompts_are_asked_as_the_data_asks(finetune, asked, tmp_path):
     path = tmp_path / "a.jsonl"
     records = [{"instruction": f"Say {i}.", "output": f"{i}."} for i in range(8)]
     path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    flags = ["--max-steps", "2", "--prompt", "Say it.", "--seq-len", "256"]
+    flags = ["--max-steps", "2", "--prompt", "Say it.", "--seq-len", "256", "--keep-worse"]
     flags += ["--val-size", "2", "--eval-steps", "2", "--bleu-samples", "2"]
     status, _, stderr = finetune(*flags, "--generate-steps", "1", data=path)
     assert status == 0, stderr

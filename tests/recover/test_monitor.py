@@ -49,6 +49,23 @@ def test_overfitting_needs_falling_training_and_rising_validation():
     assert (monitor.best_step, monitor.best, monitor.since_best) == (3, 3.0, 5)
 
 
+@pytest.mark.parametrize(
+    ("bleu", "losses", "said"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], [7.44, 7.4, 7.3, 7.245], []),  # answers as bad, the loss falls
+        ([0.1, 0.12, 0.13, 0.15], [3.0, 3.1, 3.2, 3.3], []),  # answers get better
+        ([0.1, 0.09, 0.08, 0.07], [3.0, 3.1, 3.2, 3.3], ["overfitting"]),
+    ],
+)
+def test_overfitting_is_what_both_figures_say(bleu, losses, said):
+    monitor = Monitor()
+    found = []
+    for step, (figure, loss) in enumerate(zip(bleu, losses, strict=True), 1):
+        monitor.train(step, 4.0 - 0.3 * step)
+        found.append(monitor.validation(step, -figure, loss))
+    assert [f for f in found if f] == said
+
+
 def test_a_figure_that_is_not_finite_is_never_the_best():
     monitor = Monitor()
     for step, figure in enumerate((math.nan, math.inf, 3.0, math.nan), start=1):

@@ -87,24 +87,48 @@ stages:
 """
 
 
-@pytest.mark.parametrize(("on_worse", "names"), [("stop", 2), ("continue", 3)])
-def test_a_stage_that_makes_it_worse_is_rolled_back(finetune, tmp_path, on_worse, names):
-    file = tmp_path / "mine.yaml"
-    file.write_text(RECIPE.format(on_worse=on_worse))
-    status, stdout, stderr = finetune("--recipe", str(file))
+@pytest.fixture
+def gated(finetune, tmp_path):
+    """Run RECIPE; returns (status, stdout, stderr)."""
+
+    def run(on_worse, *flags):
+        (tmp_path / "mine.yaml").write_text(RECIPE.format(on_worse=on_worse))
+        return finetune("--recipe", str(tmp_path / "mine.yaml"), *flags)
+
+    return run
+
+
+def test_a_stage_that_makes_it_worse_ends_the_run(gated, tmp_path):
+    status, stdout, stderr = gated("stop")
+    assert (status, stdout) == (3, "")
+    assert "left out: third" in stderr
+    message = stderr.splitlines()[-1]
+    assert message.startswith("fastprune: error: destroys: perplexity went from ")
+    assert "its gate is 1 times; nothing was written" in message
+    assert f"good kept) are in {tmp_path / 'out/fastprune/state/start-1.safetensors'}" in message
+    assert not (tmp_path / "out/config.json").exists()
+    assert (tmp_path / "out/fastprune/state/start-1.safetensors").is_file()
+
+    status, stdout, stderr = gated("stop", "--keep-worse")  # goes on from there
     assert status == 0, stderr
     assert "rolled back" in stdout
-    assert ("left out: third" in stderr) == (on_worse == "stop")
     metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
-    kept = [stage["kept"] for stage in metrics["stages"]]
-    assert kept == [True, False, True][:names]
-    good, bad = metrics["stages"][:2]
+    good, bad = metrics["stages"]
+    assert (good["kept"], bad["kept"]) == (True, False)
+    assert metrics["perplexity"][0]["after"] == good["perplexity"]["after"]
+
+
+def test_a_stage_that_makes_it_worse_is_rolled_back(gated, tmp_path):
+    status, stdout, stderr = gated("continue")
+    assert status == 0, stderr
+    assert "rolled back" in stdout
+    metrics = json.loads((tmp_path / "out/fastprune/metrics.json").read_text())
+    assert [stage["kept"] for stage in metrics["stages"]] == [True, False, True]
+    good, bad, third = metrics["stages"]
     assert bad["perplexity"]["before"] == good["perplexity"]["after"]
     assert bad["perplexity"]["after"] > bad["perplexity"]["before"]
-    if on_worse == "stop":
-        assert metrics["perplexity"][0]["after"] == good["perplexity"]["after"]
-    else:  # it begins where the good stage ended
-        assert metrics["stages"][2]["perplexity"]["before"] == good["perplexity"]["after"]
+    # it begins where the good stage ended
+    assert third["perplexity"]["before"] == good["perplexity"]["after"]
 
 
 def test_the_rate_is_where_the_loss_falls_fastest():

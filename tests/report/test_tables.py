@@ -69,6 +69,7 @@ def test_eval(capsys):
             "seconds": 30.0,
             "tokens_per_second": 545.6,
             "peak_memory_bytes": 3 * 1024**3,
+            "tasks": {},
         }
     )
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

@@ -1,0 +1,147 @@
+"""What a run of `prune` or `finetune` came to: a sentence, and the next command."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastprune.inspect.record import Figures
+from fastprune.inspect.verdict import (
+    HOPELESS,
+    Advice,
+    Band,
+    Case,
+    advise,
+    command,
+    judge,
+    judged,
+    worse_than_guessing,
+)
+from fastprune.report import format
+
+UNCHANGED = 1e-3
+"""Relative change of a perplexity that says nothing: another order of the same sums, rounding."""
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The verdict of a run. ``bad``: the model is worse than before, or broken."""
+
+    band: Band
+    what: str
+    bad: bool
+    advice: tuple[Advice, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return asdict(self) | {"advice": [asdict(advice) for advice in self.advice]}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finetuning as it is judged: perplexities of the model before and after, and by what."""
+
+    before: float
+    after: float
+    figures: Figures
+    """of the dense and of the pruned model in the same windows"""
+    removed: float
+    """share of the dense model's block parameters that is gone"""
+    dense: str | None
+    """name of the dense model where it is known"""
+
+    @property
+    def worse(self) -> bool:
+        """Whether the training has done harm; a perplexity that is not a number counts as that."""
+        return risen(self.before, self.after)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model was trained, as one would ask for it again."""
+
+    model: str
+    data: str
+    out: str
+    adapter: bool
+    taught: bool
+    """by a teacher"""
+
+
+def risen(before: float, after: float, times: float = 1.0) -> bool:
+    """Whether a perplexity has risen beyond so many times what it was, by more than rounding."""
+    return not after <= (1 + UNCHANGED) * times * before
+
+
+def hopeless(after: float, dense: float) -> bool:
+    """Whether a pruned model's perplexity is beyond any use; one that is no number is."""
+    return not after <= HOPELESS * dense
+
+
+def of_pruning(case: Case, after: float, dense: float) -> Conclusion:
+    """The verdict on a pruned model of perplexity ``after``; ``case`` needs no band yet.
+
+    ``dense`` is the perplexity in the same windows of the dense model, or of the model that was
+    pruned where that is not known.
+    """
+    judgement = judge(after, dense, case.removed or 0.0)
+    known = Case(**{**vars(case), "band": judgement.band})
+    bad = judgement.band == "broken"
+    return Conclusion(judgement.band, judged(after, judgement), bad, tuple(advise(known)))
+
+
+def of_training(trained: Trained, training: Training) -> Conclusion:
+    """The verdict on a finetuned model."""
+    judgement = judge(trained.after, trained.figures.dense, trained.removed)
+    what = judged(trained.after, judgement)
+    if trained.worse:
+        what = f"worse than before the training: {_change(trained)}; {what}"
+    bad = trained.worse or judgement.band == "broken"
+    return Conclusion(
+        judgement.band, what, bad, (_after_training(trained, training, judgement.band),)
+    )
+
+
+def before_training(trained: Trained, vocabulary: int) -> str | None:
+    """A warning where the model is broken before its first step; ``after`` does not count."""
+    figure = trained.before
+    judgement = judge(figure, trained.figures.dense, trained.removed)
+    if judgement.band == "broken":
+        return f"the model is broken before any training: {judged(figure, judgement)}"
+    return worse_than_guessing(figure, vocabulary)
+
+
+def _change(trained: Trained) -> str:
+    figures = f"{format.perplexity(trained.before)} → {format.perplexity(trained.after)}"
+    return f"perplexity {figures} ({format.factor(trained.before, trained.after)})"
+
+
+def _after_training(trained: Trained, training: Training, band: Band) -> Advice:
+    model, out = training.model, training.out.rstrip("/")
+    again = ("--data", training.data, "--out", f"{out}-again")
+    if trained.worse:
+        return Advice(
+            "Keep the model as it was and finetune it at a rate that suits it",
+            command("finetune", model, *again, "--find-lr"),
+        )
+    if training.adapter:
+        return Advice(
+            "Write the adapter into the model",
+            command("merge", model, "--adapter", out, "--out", f"{out}-merged"),
+        )
+    if band == "good":
+        return Advice("It is as good as can be expected; try it",
+                      command("generate", out, "--prompt", "The river"))  # fmt: skip
+    if band == "unknown":
+        compared = trained.dense is not None and trained.dense != out
+        return Advice(
+            "Compare it with the dense model",
+            command("diagnose", out, "--dense", str(trained.dense)) if compared else None,
+        )
+    if trained.dense is not None and not training.taught:
+        return Advice(
+            "Finetune it on, with the dense model as the teacher",
+            command("finetune", out, *again, "--recipe", "distill", "--teacher", trained.dense),
+        )
+    return Advice("Finetune it on, with more tokens; what is still missing then was removed",
+                  command("finetune", out, *again))  # fmt: skip

@@ -1,0 +1,118 @@
+"""What a finetuning came to: its gates, whether it did harm, and the verdict on the result."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from fastprune.errors import GateError, NumericalError
+from fastprune.inspect.conclude import Trained, Training, before_training, of_training, risen
+from fastprune.inspect.record import Figures
+from fastprune.recover.config import FinetuneConfig
+from fastprune.recover.folder import RunFolder
+from fastprune.recover.guard import bits
+from fastprune.recover.stage import Course
+from fastprune.report import format
+
+log = logging.getLogger("fastprune")
+
+
+def check_changed(model: nn.Module, given: list[int], results: list[dict[str, Any]]) -> None:
+    """NumericalError when stages were kept and yet ``model`` has the `bits` that were ``given``.
+
+    The stages have changed the weights, but not by so much that it shows once they are rounded.
+    """
+    if not any(r["kept"] for r in results) or bits(model.parameters()) != given:
+        return
+    steps = sum(r["steps"] for r in results)
+    dtype = str(model.dtype).removeprefix("torch.")
+    raise NumericalError(
+        f"0 of {steps} steps changed the weights by as much as {dtype} can hold. Raise --lr, or "
+        "keep the result in --dtype float32; no checkpoint was written"
+    )
+
+
+def check_gates(config: FinetuneConfig, folder: RunFolder) -> None:
+    """GateError where the last stage was rolled back, unless the result is kept all the same.
+
+    A stage that failed earlier had one after it that was kept.
+    """
+    results = folder.record["results"]
+    if not results or results[-1]["kept"] or config.keep_worse:
+        return
+    failed = results[-1]
+    p = failed["perplexity"]
+    before, after = format.perplexity(p["before"]), format.perplexity(p["after"])
+    message = (
+        f"{failed['name']}: perplexity went from {before} to {after}, its gate is "
+        f"{failed['gate']:g} times; nothing was written"
+    )
+    if kept := [r["name"] for r in results if r["kept"]]:
+        message += f". The weights from before it (perplexity {before}, {', '.join(kept)} kept)"
+        if folder.lasting:
+            start = folder.state / f"start-{folder.record['stage']}.safetensors"
+            message += f" are in {start}: the same command with --keep-worse makes them the result"
+        else:
+            message += " are the result with --keep-worse"
+    raise GateError(message)
+
+
+def check_gain(config: FinetuneConfig, before: float | None, after: float | None) -> None:
+    """GateError where perplexity rose beyond --gate-ppl-ratio or, without that, at all."""
+    if before is None or after is None:
+        return
+    went = (
+        f"perplexity went from {format.perplexity(before)} to {format.perplexity(after)}, a factor "
+        f"of {after / before:.3g}"
+    )
+    if config.gate_ppl_ratio is not None:
+        if risen(before, after, config.gate_ppl_ratio):
+            raise GateError(
+                f"{went}; the gate is {config.gate_ppl_ratio:g}; no checkpoint was written"
+            )
+    elif risen(before, after) and not config.keep_worse:
+        raise GateError(
+            f"{went}: the training made the model worse. MODEL is as it was and no checkpoint was "
+            "written; lower --lr or let --find-lr choose it, or give the same command with "
+            "--keep-worse to have the result all the same"
+        )
+
+
+def warn_of_broken(model: nn.Module, course: Course, before: float) -> None:
+    """Say before the first step that ``model``, whose perplexity is ``before``, is broken."""
+    found = before_training(_trained(course, before, before), model.config.vocab_size)
+    if found is not None:
+        log.warning("%s. Finetuning seldom mends that; fastprune diagnose says what would", found)
+
+
+def outcome(course: Course, after: float | None, total: int, *, adapter: bool) -> dict[str, Any]:
+    """`origin` and `verdict` of the run as metrics.json holds them, each where it is known.
+
+    ``total`` are the parameters of the model now, ``after`` is its perplexity.
+    """
+    config, before = course.config, course.folder.record.get("before")
+    found: dict[str, Any] = {}
+    if course.origin is not None:
+        found["origin"] = course.origin.with_params(total).to_dict()
+    if before is None or after is None:
+        return found
+    training = Training(
+        model=config.model or "MODEL",
+        data=config.data,
+        out=str(config.out or "OUT"),
+        adapter=adapter,
+        taught=config.teacher is not None,
+    )
+    return {**found, "verdict": of_training(_trained(course, before, after), training).to_dict()}
+
+
+def _trained(course: Course, before: float, after: float) -> Trained:
+    """The perplexities beside those of the dense and the pruned model in the same windows."""
+    origin = course.origin
+    if origin is None or course.windows is None:
+        return Trained(before, after, Figures(None, None), 0.0, course.config.teacher)
+    count, seq_len = course.windows.shape
+    figures = origin.figures((course.config.eval, seq_len, count))
+    return Trained(before, after, figures, origin.removed, origin.dense)
