@@ -14,19 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.models.checkpoint import has_stock_form
-from fastprune.models.families import (
-    attention_slices,
-    block_parameters,
-    decoder_layers,
-    geometries,
-    mlp_slices,
-    sublayer_costs,
-    unit_cost,
-)
+from fastprune.models.families import decoder_layers, geometries
 from fastprune.models.foreign import cache_directory
 from fastprune.models.streamed import StreamedModel
 from fastprune.prune import stream
-from fastprune.prune.budget import Budget
+from fastprune.prune.budget import Budget, layer_size, layer_sizes, limits_of
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import measure_curves
 from fastprune.prune.depth import cheapest_first
@@ -51,7 +43,6 @@ from fastprune.prune.spread import (
     Spread,
     Thinning,
     first_guess,
-    limits_of,
     meet,
     whole_and_thinned,
     whole_only,
@@ -86,12 +77,7 @@ def make_plan(
     sizes only. ``gone`` is a plan by which ``model`` is masked already: what it removes goes
     first. Raises InputError when the limits rule the budget out.
     """
-    sizes = geometries(model)
-    selected = config.selected_layers(len(sizes))
-    costs = [
-        layer_size(layer, config.structures if i in selected else ())
-        for i, layer in enumerate(decoder_layers(model))
-    ]
+    costs = layer_sizes(model, config)
     check_align(costs, limits_of(config))
     importance = divergence = None
     with clock("score"):
@@ -109,12 +95,13 @@ def make_plan(
                 removals, divergence = _search(model, windows, scores, costs, budget, config)
         else:
             fits = partial(_standard, model)
+            selected = config.selected_layers(len(costs))
             thin = Thinning(config, selected, scores, importance, fits)
             spread = _spread(model, windows, costs, budget, thin, clock, source, gone)
             with clock("plan"):
                 removals = meet(budget, costs, spread, limits_of(config))
     except BudgetError as error:
-        raise budget.unreachable(error, block_parameters(model)) from error
+        raise budget.unreachable(error, model, config) from error
     return Planned(plan_of(model, scores, removals), importance, divergence)
 
 
@@ -253,19 +240,6 @@ def _search(
     return removals, predicted(curves, removals)
 
 
-def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
-    """What may be removed from ``layer`` when only ``structures`` may be touched."""
-    attention = attention_slices(layer) if "attention" in structures else []
-    mlp = mlp_slices(layer) if "mlp" in structures else []
-    return LayerSize(
-        _units(layer, attention),
-        unit_cost(layer, attention),
-        _units(layer, mlp),
-        unit_cost(layer, mlp),
-        *(sublayer_costs(layer) if "sublayer" in structures else (0, 0)),
-    )
-
-
 def _standard(model: nn.Module, groups: int) -> bool:
     """Whether a standard model has the layers that are left when each loses ``groups`` groups."""
     first = geometries(model)[0]
@@ -279,13 +253,6 @@ def keep_best(scores: Tensor, remove: int) -> tuple[int, ...]:
     """Indices, ascending, that stay when the ``remove`` lowest scores go; ties keep the first."""
     order = torch.argsort(scores, descending=True, stable=True)
     return tuple(sorted(order[: len(scores) - remove].tolist()))
-
-
-def _units(layer: nn.Module, slices: Sequence) -> int:
-    if not slices:
-        return 0
-    first = slices[0]
-    return layer.get_parameter(first.name).shape[first.dim] // first.width
 
 
 def _sensitivity(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,10 +80,9 @@ class PruneRun:
         """
         if self.config.target_latency is not None:
             with self.clock("plan"):
-                alone = distributed.rank() == 0  # the others wait, or they would disturb the clock
                 context = self.config.latency_context
-                measured = latency.measure(self.model, context) if alone else None
-                self.table = distributed.from_first(measured)
+                # by one process alone: the others would disturb the clock
+                self.table = distributed.by_first(partial(latency.measure, self.model, context))
         self.budget = budget_of(self.config, self.model, self.table)
         self.config = decided(self.config, self.model, self._share())
         if texts:
@@ -139,7 +139,9 @@ class PruneRun:
         assert self.test is not None and self.dense is not None
         with self.clock("evaluate"):
             self.pruned = self.subject.perplexity_after(self.test)
-        _check_gate(self.config, self.dense, self.pruned)
+        _check_gate(
+            self.config, self.dense, self.pruned, written=self.subject.directory is not None
+        )
         if self.yardstick is not None:
             with self.clock("evaluate"):
                 self.divergence = self.yardstick.divergence(self.model)
@@ -182,12 +184,16 @@ class PruneRun:
         return record
 
 
-def _check_gate(config: PruneConfig, dense: Perplexity, pruned: Perplexity) -> None:
+def _check_gate(
+    config: PruneConfig, dense: Perplexity, pruned: Perplexity, *, written: bool
+) -> None:
+    """GateError where perplexity grew too much; ``written`` says that a folder was to be made."""
     growth = pruned.perplexity / dense.perplexity
     if config.gate_ppl_ratio is not None and not growth <= config.gate_ppl_ratio:
+        kept = "nothing was written" if written else "the model in memory is cut, so load it again"
         raise GateError(
             f"perplexity grew from {dense.perplexity:.2f} to {pruned.perplexity:.2f}, a factor of "
-            f"{growth:.2f}; the gate is {config.gate_ppl_ratio:g}; nothing was written"
+            f"{growth:.2f}; the gate is {config.gate_ppl_ratio:g}; {kept}"
         )
 
 
@@ -201,9 +207,8 @@ def _latency(run: PruneRun) -> dict[str, float | int | None]:
     table, after = run.table, None
     assert table is not None
     with run.clock("evaluate"):
-        if not run.config.dry_run and distributed.rank() == 0:
-            after = latency.measure_again(run.model, table)
-        after = distributed.from_first(after)
+        if not run.config.dry_run:
+            after = distributed.by_first(partial(latency.measure_again, run.model, table))
     return {
         "before": table.dense,
         "predicted": table.predicted(run.plan.result()),
