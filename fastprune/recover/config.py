@@ -145,7 +145,8 @@ class FinetuneConfig(CommonConfig):
     """resume checkpoints to keep (default: 2)"""
     resume: str = "auto"
     """auto: continue what --out began, else start from MODEL (from random weights where it is only
-    a config); never: start anew; or the checkpoint folder to continue from"""
+    a config); never: start anew; or the checkpoint folder to continue from, with another --lr,
+    --epochs or --max-steps if wanted"""
     log_steps: int | None = None
     """steps per line of train_log.jsonl (default: at most 200 lines a stage)"""
     log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -193,8 +194,6 @@ class FinetuneConfig(CommonConfig):
                 raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
             if not self.eval_windows:
                 raise InputError("--gate-ppl-ratio needs a perplexity: leave out --eval-windows 0")
-        if self.resume not in ("auto", "never") and self.overwrite:
-            raise InputError("--resume PATH continues, --overwrite starts anew: give one of them")
 
     def inputs(self) -> list[str | Path]:
         """What the command reads, as it was named; --out must lie apart from it.

@@ -29,6 +29,7 @@ from fastprune.recover.arguments import (
     training_arguments,
     world_size,
 )
+from fastprune.recover.checkpoints import checkpoints
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import Distiller
 from fastprune.recover.folder import RunFolder
@@ -170,14 +171,20 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if is_first_process():
         course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
     before = bits(p for p in trained.parameters() if p.requires_grad)
-    trainer.run(checkpoint)
+    try:
+        trainer.run(checkpoint)
+    except NumericalError as error:
+        kept = checkpoints(folder)
+        if not (course.folder.lasting and kept):
+            raise
+        raise NumericalError(f"{error}, in {kept[-1]}") from error
     if not trainer.interrupted:
         _check_learnt(trainer, before)
         trainer.finish()
     measured = stage.eval_steps is not None and trainer.monitor.best is not None
     best = trainer.monitor.best_step if measured else None
     if best is not None and best != trainer.state.global_step and not trainer.interrupted:
-        log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
+        progress_log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
         trainer.load_best()
     if trained is not model:
         bring_back(trained, model)
