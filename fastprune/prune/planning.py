@@ -25,6 +25,7 @@ from fastprune.prune.depth import cheapest_first
 from fastprune.prune.exchange import Problem, exchange
 from fastprune.prune.importance import Scores, score
 from fastprune.prune.masking import mask, preserved
+from fastprune.prune.measured import remembered
 from fastprune.prune.plan import LayerPlan, Plan
 from fastprune.prune.search import choose, predicted
 from fastprune.prune.sensitivity import activation, load_layer_importance, removal
@@ -137,9 +138,10 @@ def _spread(
     some = windows[: config.sensitivity_samples]
     with clock("score"):
         if source is None:
-            losses = sublayer_losses(model, some)
+            measure = partial(sublayer_losses, model, some)
         else:
-            losses = stream.sublayer_losses(source, some)
+            measure = partial(stream.sublayer_losses, source, some)
+        losses = remembered("sublayers", model, some, measure, source)
         candidates = cheapest_first(costs, _losses_of_gone(losses, gone))
         for s in candidates:
             log.info("without the %s of layer %d: %+.4f nats a token", s.kind, s.layer, s.loss)
@@ -261,10 +263,13 @@ def _sensitivity(
     if config.layer_importance not in ("removal", "activation"):
         return load_layer_importance(Path(config.layer_importance), len(decoder_layers(model)))
     some = windows[: config.sensitivity_samples]
-    if config.layer_importance == "activation":
+
+    def measure() -> list[float]:
+        if config.layer_importance == "removal":
+            return (removal(model, some) if source is None else stream.removal(source, some))[0]
         return activation(model, some) if source is None else stream.layer_activation(source, some)
-    importance, _ = removal(model, some) if source is None else stream.removal(source, some)
-    return importance
+
+    return remembered(f"layers-{config.layer_importance}", model, some, measure, source)
 
 
 def parameters_removed(model: nn.Module, plan: Plan) -> int:

@@ -228,8 +228,7 @@ def test_a_named_checkpoint_continues_at_another_pace(finetune, tmp_path):
     assert status == 0, stderr
     assert f"continuing at step 2 from {checkpoint}" in stderr
     rates = {line["step"]: line["lr"] for line in losses(tmp_path / "out")}
-    # a line has the rate of the step after it
-    began, goes_on = ({n: lr * (1 - n / steps) for n in range(1, 9)} for lr, steps in PACES)
+    began, goes_on = ({n: lr * (1 - (n - 1) / steps) for n in range(1, 9)} for lr, steps in PACES)
     assert rates == pytest.approx({**began, **{n: goes_on[n] for n in range(3, 9)}}, abs=1e-12)
 
 
