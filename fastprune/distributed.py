@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastprune.errors import InputError
 
@@ -117,6 +117,14 @@ def from_first(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def by_first(compute: Callable[[], T]) -> T:
+    """What ``compute`` returns in the first process, in all of them; the others wait meanwhile.
+
+    Outside of `joined` every process computes it.
+    """
+    return from_first(compute() if _processes == 1 or rank() == 0 else cast(T, None))
 
 
 def wait() -> None:

@@ -32,6 +32,8 @@ from fastprune.errors import InputError
 
 RECORDS = "fastprune"
 """Folder inside a checkpoint where a run keeps its plan, metrics and report."""
+RUN_LOG = "run.log"
+"""File in there with all that a run has said."""
 NEW, OLD, REMOVED = "new", "old", "removed"
 MOUNTS = Path("/proc/self/mountinfo")
 CURRENT_FOLDER, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
@@ -53,7 +55,7 @@ def check_out(out: Path, overwrite: bool = False, inputs: Iterable[str | Path] =
     check_place(out)
     check_apart(out, inputs)
     out = place(out)
-    if not _is_filled(out):
+    if not _is_filled(out) or _holds_only_a_log(out):
         return
     if not overwrite:
         raise InputError(f"{out}: exists already; choose another --out, or pass --overwrite")
@@ -147,6 +149,12 @@ def _ways(path: Path) -> set[Path]:
 
 def _is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
+
+
+def _holds_only_a_log(folder: Path) -> bool:
+    """Whether `folder` is what a run left that ended before its first step."""
+    paths = {path.relative_to(folder) for path in folder.rglob("*")}
+    return paths <= {Path(RECORDS), Path(RECORDS, RUN_LOG)}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

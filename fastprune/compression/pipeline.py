@@ -251,7 +251,11 @@ class CompressRun:
                 _link(lines, records / lines.name)
             write_record(records, record)
             write_compress_report(records / "report.html", records, record)
-            run_log.save(records / "run.log")
+            earlier = self.steps.state / "run.log"
+            if earlier.is_file():
+                _link(earlier, records / "run.log")
+            else:
+                run_log.save(records / "run.log")
 
     # ------------------------------------------------------------------------------- parts
 
@@ -274,7 +278,7 @@ class CompressRun:
         with RunLog() as run_log:
             with clock("load"):
                 model, tokenizer = self._load(config.model)
-            run = PruneRun(Subject(model), tokenizer, config, clock)
+            run = PruneRun(Subject(model, directory=config.out), tokenizer, config, clock)
             run.prepare(texts=True)
             run.dense = dense
             run.make_plan()
@@ -347,9 +351,10 @@ def _link(source: Any, target: Any) -> None:
 def _log(steps: Steps) -> Iterator[RunLog]:
     """The run's log, which goes on with what earlier attempts have said."""
     file = steps.state / "run.log"
-    with RunLog(file.read_text(encoding="utf-8") if file.is_file() else "") as run_log:
+    begun = file.parent.is_dir()
+    with RunLog(file if begun else None) as run_log:
         try:
             yield run_log
         finally:
-            if file.parent.is_dir():
+            if not begun and file.parent.is_dir():
                 run_log.save(file)

@@ -13,13 +13,30 @@ from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import per_layer_form, stock_form
-from fastprune.models.families import Geometry, block_parameters, decoder_layers
+from fastprune.models.families import (
+    Geometry,
+    Slice,
+    attention_slices,
+    block_parameters,
+    decoder_layers,
+    mlp_slices,
+    sublayer_costs,
+    unit_cost,
+)
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.shards import stored_bytes
 from fastprune.models.streamed import skeleton
-from fastprune.prune.config import PruneConfig
+from fastprune.prune.config import ALL, PruneConfig
 from fastprune.prune.latency import CostTable
-from fastprune.prune.sizes import BudgetError, LayerSize, Removal, parameters
+from fastprune.prune.sizes import (
+    BudgetError,
+    LayerSize,
+    Limits,
+    Removal,
+    parameters,
+    reachable,
+    smallest_unit,
+)
 
 UNITS = {
     "b": 1,
@@ -67,8 +84,9 @@ class Budget:
         """The budget of a step on the way: this ``share`` of the saving."""
         return replace(self, need=self.need * share)
 
-    def unreachable(self, error: BudgetError, block: int) -> InputError:
-        """What to tell the user of a model of ``block`` block parameters."""
+    def unreachable(self, error: BudgetError, model: nn.Module, config: PruneConfig) -> InputError:
+        """What to tell the user who asked for it of ``model``, with ``config``."""
+        block = block_parameters(model)
         within = "within these structures, layers and limits"
         if self.table is not None:
             return InputError(
@@ -78,7 +96,77 @@ class Budget:
         return InputError(
             f"removing {self.need / block:.1%} of the block parameters cannot be reached: {within} "
             f"{error.low / block:.1%} to {error.high / block:.1%} can be removed"
+            f"{_as_share_of_structures(error, model, config)}"
         )
+
+    def check_removes(self, model: nn.Module, config: PruneConfig) -> None:
+        """InputError for a saving of parameters that is nearer to none than to one unit."""
+        sizes, limits = layer_sizes(model, config), limits_of(config)
+        least = smallest_unit(sizes, limits)
+        none_must_go = reachable(sizes, limits)[0] == 0
+        if self.table is None and not self.at_least and none_must_go and self.need < least / 2:
+            raise InputError(
+                f"a removal of {self.need:.0f} parameters rounds to nothing: the least that can go "
+                f"are {least}, a --ratio of {least / block_parameters(model):.2g}"
+            )
+
+
+def _as_share_of_structures(error: BudgetError, model: nn.Module, config: PruneConfig) -> str:
+    """How to say ``--ratio`` where it was meant of the structures alone; empty where it was not."""
+    if config.ratio is None or config.ratio_of != "block" or "sublayer" in config.structures:
+        return ""
+    part = structure_parameters(model, config)
+    need = config.ratio * part
+    if part == block_parameters(model) or not error.low <= need <= error.high:
+        return ""
+    names = {"attention": "attention", "mlp": "MLPs"}
+    named = " and ".join(names[s] for s in config.structures)
+    where = f" in layers {config.layers}" if config.layers not in (None, ALL) else ""
+    return (
+        f"; if {config.ratio:.0%} of the {named}{where} is meant, that is --ratio "
+        f"{need / block_parameters(model):.2g}, or --ratio {config.ratio:g} --ratio-of structures"
+    )
+
+
+def structure_parameters(model: nn.Module, config: PruneConfig) -> int:
+    """Parameters of what ``config`` lets go, in the layers it selects."""
+    return sum(size.whole or size.prunable for size in layer_sizes(model, config))
+
+
+def layer_sizes(model: nn.Module, config: PruneConfig) -> list[LayerSize]:
+    """What ``config`` lets go of each layer of ``model``."""
+    layers = decoder_layers(model)
+    selected = config.selected_layers(len(layers))
+    return [
+        layer_size(layer, config.structures if i in selected else ())
+        for i, layer in enumerate(layers)
+    ]
+
+
+def limits_of(config: PruneConfig) -> Limits:
+    """What ``config`` allows a layer to lose."""
+    assert config.max_layer_ratio is not None and config.align is not None  # decided by `effort`
+    return Limits(config.min_layer_ratio, config.max_layer_ratio, config.align)
+
+
+def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
+    """What may be removed from ``layer`` when only ``structures`` may be touched."""
+    attention = attention_slices(layer) if "attention" in structures else []
+    mlp = mlp_slices(layer) if "mlp" in structures else []
+    return LayerSize(
+        _units(layer, attention),
+        unit_cost(layer, attention),
+        _units(layer, mlp),
+        unit_cost(layer, mlp),
+        *(sublayer_costs(layer) if "sublayer" in structures else (0, 0)),
+    )
+
+
+def _units(layer: nn.Module, slices: Sequence[Slice]) -> int:
+    if not slices:
+        return 0
+    first = slices[0]
+    return layer.get_parameter(first.name).shape[first.dim] // first.width
 
 
 def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> str | None:
@@ -107,7 +195,8 @@ def budget_of(config: PruneConfig, model: nn.Module, table: CostTable | None) ->
     """
     block = block_parameters(model)
     if config.ratio is not None:
-        return Budget("ratio", config.ratio, round(config.ratio * block))
+        of = block if config.ratio_of == "block" else structure_parameters(model, config)
+        return Budget("ratio", config.ratio * of / block, round(config.ratio * of))
     if config.target_params is not None:
         params = sum(p.numel() for p in model.parameters())
         return _parameters(config.target_params, params, block)

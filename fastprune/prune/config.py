@@ -31,6 +31,9 @@ class PruneConfig(CommonConfig):
     """replace what an earlier run left in --out"""
     ratio: float | None = None
     """fraction of the block parameters to remove"""
+    ratio_of: Literal["block", "structures"] = "block"
+    """what --ratio is a fraction of: all block parameters, or those of the --structures in the
+    --layers, as when 0.2 shall mean a fifth of the attention"""
     target_params: int | None = None
     """total parameters of the result, instead of --ratio"""
     target_bytes: str | None = None
@@ -138,6 +141,8 @@ class PruneConfig(CommonConfig):
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise InputError(f"--ratio must lie between 0 and 1, not {self.ratio}")
+        if self.ratio_of == "structures" and (self.ratio is None or not self.structures):
+            raise InputError("--ratio-of structures needs both --ratio and --structures")
         low, high = (0, 1) if self.allocation == "global" else (-10, 10)
         if self.alpha is not None and not low <= self.alpha <= high:
             raise InputError(

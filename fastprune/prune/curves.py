@@ -8,8 +8,6 @@ those of the model as it stands, computed once. `search` chooses among the curve
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,17 +22,15 @@ from fastprune.models.blocks import Blocks
 from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
 from fastprune.precision import fast_forward
 from fastprune.progress import track
-from fastprune.prune.compensation import MADE_UP, STRENGTHS, fitting, refit
-from fastprune.prune.divergence import Yardstick
+from fastprune.prune.compensation import HELD_OUT, MADE_UP, STRENGTHS, fitting, refit
+from fastprune.prune.divergence import TOP, Yardstick
 from fastprune.prune.importance import Scores
 from fastprune.prune.masking import DenseOutputs, zero_removed
-from fastprune.prune.moments import After, Moments, advance, collect
+from fastprune.prune.measured import fingerprint, keep, read
+from fastprune.prune.moments import ADDED, After, Moments, advance, collect
 from fastprune.prune.search import Curve
 from fastprune.prune.sizes import LayerSize, Removal
 from fastprune.prune.surgery import kept_entries
-from fastprune.report.run import write_json
-
-log = logging.getLogger("fastprune")
 
 CHANNEL_LEVELS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)
 """Shares of a layer's channels at which its divergence is measured."""
@@ -105,12 +101,13 @@ def measure_curves(
     fit = [blocks.embed(ids.to(device)) for ids, _ in batches]
     held_out = [judges for _, judges in batches]
     dense_fit = [hidden.clone() for hidden in fit] if thinned else []
-    known = _Cache(cache, model, windows, scores, refits)
 
     def divergence(start: int) -> float:
         return yardstick.mean(_suffix(blocks, start, hidden) for hidden in kl)
 
-    whole = divergence(0) if thinned else 0.0
+    whole = divergence(0) if thinned else None
+    name = _name(model, windows, scores, refits, whole)
+    known = _Cache(None if cache is None else cache / name)
     curves = []
     for index in track(range(len(blocks)), "measuring sublayers"):
         layer = decoder_layers(model)[index]
@@ -141,7 +138,7 @@ def measure_curves(
             known.put(index, t.kind, removed, value)
         for t in thinnings:
             points = {t.now: 0.0}
-            points |= {n: known.value(index, t.kind, n) - whole for n in t.levels}
+            points |= {n: known.value(index, t.kind, n) - (whole or 0.0) for n in t.levels}
             curves.append(Curve.rising(index, t.kind, points))
         known.save()
         for states in (kl, fit):
@@ -253,25 +250,10 @@ def _thinning(
 class _Cache:
     """Measured levels in a file, so that an interrupted search goes on where it was."""
 
-    def __init__(
-        self,
-        folder: Path | None,
-        model: nn.Module,
-        windows: Tensor,
-        scores: Scores,
-        refits: bool,
-    ) -> None:
-        name = f"{_fingerprint(model, windows, scores)}{'' if refits else '-plain'}.json"
-        self.path = None if folder is None else folder / name
-        self.values: dict[str, float] = {}
-        if self.path is not None and self.path.is_file():
-            try:
-                self.values = {k: float(v) for k, v in json.loads(self.path.read_text()).items()}
-            except (ValueError, AttributeError, TypeError):
-                log.warning("%s does not hold measured levels; measuring anew", self.path)
-            else:
-                log.info("%d measured levels read from %s", len(self.values), self.path)
-        self.values = distributed.from_first(self.values)
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        found = None if path is None else read(path, dict)
+        self.values: dict[str, float] = distributed.from_first(found or {})
 
     def get(self, layer: int, kind: str, removed: int) -> float | None:
         return self.values.get(f"{layer} {kind} {removed}")
@@ -286,17 +268,20 @@ class _Cache:
         self.values[f"{layer} {kind} {removed}"] = value
 
     def save(self) -> None:
-        if self.path is not None and distributed.rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.values)
+        if self.path is not None:
+            keep(self.path, self.values)
 
 
-def _fingerprint(model: nn.Module, windows: Tensor, scores: Scores) -> str:
-    """Changes with the weights, the calibration tokens, the ranking of units and how refits go."""
-    digest = hashlib.sha256(windows.cpu().numpy().tobytes())
-    digest.update(f"{STRENGTHS} {MADE_UP}".encode())
+def _name(
+    model: nn.Module, windows: Tensor, scores: Scores, refits: bool, whole: float | None
+) -> str:
+    """The name of the file that holds the levels: it tells all that these depend on.
+
+    ``whole`` is the divergence of a model that is thinned already, which says from which dense one.
+    """
+    ranking = hashlib.sha256()
     for tensor in [*scores.attention, *scores.mlp]:
-        digest.update(tensor.argsort(stable=True).numpy().tobytes())
-    for parameter in model.parameters():
-        digest.update(str(parameter.double().sum().item()).encode())
-    return digest.hexdigest()
+        ranking.update(tensor.argsort(stable=True).numpy().tobytes())
+    refitting = (STRENGTHS, MADE_UP, HELD_OUT, ADDED) if refits else None
+    more = [TOP, KL_SHARE, refitting, whole, ranking.hexdigest()]
+    return f"{fingerprint(model, windows, more=more)}.json"

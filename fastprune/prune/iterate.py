@@ -36,6 +36,7 @@ def plan_in_steps(
     masked weights are always made from the dense ones, so refits do not add up their errors. All
     processes go by the plan of the first one.
     """
+    budget.check_removes(model, config)
     steps = config.iterations
     if steps == 1:
         return distributed.from_first(make_plan(model, windows, budget, config, clock, source))

@@ -14,25 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.models.checkpoint import has_stock_form
-from fastprune.models.families import (
-    attention_slices,
-    block_parameters,
-    decoder_layers,
-    geometries,
-    mlp_slices,
-    sublayer_costs,
-    unit_cost,
-)
+from fastprune.models.families import decoder_layers, geometries
 from fastprune.models.foreign import cache_directory
 from fastprune.models.streamed import StreamedModel
 from fastprune.prune import stream
-from fastprune.prune.budget import Budget
+from fastprune.prune.budget import Budget, layer_size, layer_sizes, limits_of
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import measure_curves
 from fastprune.prune.depth import cheapest_first
 from fastprune.prune.exchange import Problem, exchange
 from fastprune.prune.importance import Scores, score
 from fastprune.prune.masking import mask, preserved
+from fastprune.prune.measured import remembered
 from fastprune.prune.plan import LayerPlan, Plan
 from fastprune.prune.search import choose, predicted
 from fastprune.prune.sensitivity import activation, load_layer_importance, removal
@@ -51,7 +44,6 @@ from fastprune.prune.spread import (
     Spread,
     Thinning,
     first_guess,
-    limits_of,
     meet,
     whole_and_thinned,
     whole_only,
@@ -86,12 +78,7 @@ def make_plan(
     sizes only. ``gone`` is a plan by which ``model`` is masked already: what it removes goes
     first. Raises InputError when the limits rule the budget out.
     """
-    sizes = geometries(model)
-    selected = config.selected_layers(len(sizes))
-    costs = [
-        layer_size(layer, config.structures if i in selected else ())
-        for i, layer in enumerate(decoder_layers(model))
-    ]
+    costs = layer_sizes(model, config)
     check_align(costs, limits_of(config))
     importance = divergence = None
     with clock("score"):
@@ -109,12 +96,13 @@ def make_plan(
                 removals, divergence = _search(model, windows, scores, costs, budget, config)
         else:
             fits = partial(_standard, model)
+            selected = config.selected_layers(len(costs))
             thin = Thinning(config, selected, scores, importance, fits)
             spread = _spread(model, windows, costs, budget, thin, clock, source, gone)
             with clock("plan"):
                 removals = meet(budget, costs, spread, limits_of(config))
     except BudgetError as error:
-        raise budget.unreachable(error, block_parameters(model)) from error
+        raise budget.unreachable(error, model, config) from error
     return Planned(plan_of(model, scores, removals), importance, divergence)
 
 
@@ -150,9 +138,10 @@ def _spread(
     some = windows[: config.sensitivity_samples]
     with clock("score"):
         if source is None:
-            losses = sublayer_losses(model, some)
+            measure = partial(sublayer_losses, model, some)
         else:
-            losses = stream.sublayer_losses(source, some)
+            measure = partial(stream.sublayer_losses, source, some)
+        losses = remembered("sublayers", model, some, measure, source)
         candidates = cheapest_first(costs, _losses_of_gone(losses, gone))
         for s in candidates:
             log.info("without the %s of layer %d: %+.4f nats a token", s.kind, s.layer, s.loss)
@@ -253,19 +242,6 @@ def _search(
     return removals, predicted(curves, removals)
 
 
-def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
-    """What may be removed from ``layer`` when only ``structures`` may be touched."""
-    attention = attention_slices(layer) if "attention" in structures else []
-    mlp = mlp_slices(layer) if "mlp" in structures else []
-    return LayerSize(
-        _units(layer, attention),
-        unit_cost(layer, attention),
-        _units(layer, mlp),
-        unit_cost(layer, mlp),
-        *(sublayer_costs(layer) if "sublayer" in structures else (0, 0)),
-    )
-
-
 def _standard(model: nn.Module, groups: int) -> bool:
     """Whether a standard model has the layers that are left when each loses ``groups`` groups."""
     first = geometries(model)[0]
@@ -281,23 +257,19 @@ def keep_best(scores: Tensor, remove: int) -> tuple[int, ...]:
     return tuple(sorted(order[: len(scores) - remove].tolist()))
 
 
-def _units(layer: nn.Module, slices: Sequence) -> int:
-    if not slices:
-        return 0
-    first = slices[0]
-    return layer.get_parameter(first.name).shape[first.dim] // first.width
-
-
 def _sensitivity(
     model: nn.Module, windows: Tensor, config: PruneConfig, source: StreamedModel | None
 ) -> list[float]:
     if config.layer_importance not in ("removal", "activation"):
         return load_layer_importance(Path(config.layer_importance), len(decoder_layers(model)))
     some = windows[: config.sensitivity_samples]
-    if config.layer_importance == "activation":
+
+    def measure() -> list[float]:
+        if config.layer_importance == "removal":
+            return (removal(model, some) if source is None else stream.removal(source, some))[0]
         return activation(model, some) if source is None else stream.layer_activation(source, some)
-    importance, _ = removal(model, some) if source is None else stream.removal(source, some)
-    return importance
+
+    return remembered(f"layers-{config.layer_importance}", model, some, measure, source)
 
 
 def parameters_removed(model: nn.Module, plan: Plan) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from torch import nn
 
@@ -40,10 +41,13 @@ class Cost:
     """bytes that the process adds to the sums over all processes"""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other))))
+        return Cost(*(a + b for a, b in zip(_figures(self), _figures(other))))
 
     def __mul__(self, times: int) -> Cost:
-        return Cost(*(a * times for a in astuple(self)))
+        return Cost(*(a * times for a in _figures(self)))
+
+
+_figures = attrgetter(*(field.name for field in fields(Cost)))
 
 
 def total(costs: Iterable[Cost]) -> Cost:

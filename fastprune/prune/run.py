@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,10 +82,9 @@ class PruneRun:
         """
         if self.config.target_latency is not None:
             with self.clock("plan"):
-                alone = distributed.rank() == 0  # the others wait, or they would disturb the clock
                 context = self.config.latency_context
-                measured = latency.measure(self.model, context) if alone else None
-                self.table = distributed.from_first(measured)
+                # by one process alone: the others would disturb the clock
+                self.table = distributed.by_first(partial(latency.measure, self.model, context))
         self.budget = budget_of(self.config, self.model, self.table)
         self.config = decided(self.config, self.model, self._share())
         if texts:
@@ -148,7 +148,8 @@ class PruneRun:
         if self.pruned is None:
             with self.clock("evaluate"):
                 self.pruned = self.subject.perplexity_after(self.test)
-        check_worth(self.config, self.dense, self.pruned, self.earlier)
+        written = self.subject.directory is not None
+        check_worth(self.config, self.dense, self.pruned, self.earlier, written=written)
         if self.yardstick is not None:
             with self.clock("evaluate"):
                 self.divergence = self.yardstick.divergence(self.model)
@@ -202,9 +203,8 @@ def _latency(run: PruneRun) -> dict[str, float | int | None]:
     table, after = run.table, None
     assert table is not None
     with run.clock("evaluate"):
-        if not run.config.dry_run and distributed.rank() == 0:
-            after = latency.measure_again(run.model, table)
-        after = distributed.from_first(after)
+        if not run.config.dry_run:
+            after = distributed.by_first(partial(latency.measure_again, run.model, table))
     return {
         "before": table.dense,
         "predicted": table.predicted(run.plan.result()),

@@ -19,6 +19,7 @@ from fastprune.prune.sizes import (
     half_unit,
     parameters,
     remaining,
+    removed_parameters,
 )
 
 STEPS = 32
@@ -73,15 +74,36 @@ def choose(
     """Removals of ``target`` parameters whose predicted divergence is least, and that prediction.
 
     Multiple-choice knapsack over the curves' levels, within the limits of a layer; channels are
-    then trimmed so that the total is within half a unit. Where ``saved`` says, layer by layer,
-    what a removal saves, ``target`` is a sum of that, such as milliseconds, and at least so much
-    is saved. Raises BudgetError when out of reach.
+    then trimmed so that the total is within half a unit. Limits are passed by less than a unit
+    where the target is out of reach otherwise. Where ``saved`` says, layer by layer, what a removal
+    saves, ``target`` is a sum of that, such as milliseconds, and at least so much is saved. Raises
+    BudgetError when out of reach.
     """
+    half = half_unit(sizes, limits)
+    removals = _cheapest(curves, sizes, target, limits, saved, slack=0.5)
+    if saved is None and abs(removed_parameters(sizes, removals) - target) > half:
+        removals = _cheapest(curves, sizes, target, limits, saved, slack=1.0)
+    return removals, predicted(curves, removals)
+
+
+def _cheapest(
+    curves: Sequence[Curve],
+    sizes: Sequence[LayerSize],
+    target: float,
+    limits: Limits,
+    saved: Sequence[Callable[[Removal], float]] | None,
+    slack: float,
+) -> list[Removal]:
+    """What `choose` returns, when ``slack`` units of a layer may be missing from its limits."""
     layers = sorted({c.layer for c in curves})
-    options = {i: _options([c for c in curves if c.layer == i], sizes[i], limits) for i in layers}
-    width = target / BINS
+    options = {
+        i: _options([c for c in curves if c.layer == i], sizes[i], limits, slack) for i in layers
+    }
     price: Sequence[Callable[[Removal], float]]
     price = saved or [partial(parameters, size) for size in sizes]
+    dearest = max(price[i](r) for i in layers for r, _ in options[i])
+    width = max(target, dearest) / BINS or 1.0
+    aim = math.ceil(target / width - 1e-6)
     bins = {i: [price[i](r) / width for r, _ in options[i]] for i in layers}
     if saved is None:
         # Room for half a unit beyond the target: the nearest reachable total may lie above it.
@@ -91,7 +113,8 @@ def choose(
         # Room for one level beyond it; rounded down, so that what is counted is really saved.
         beyond = max(max(row) for row in bins.values())
         shifts = {i: [math.floor(n) for n in bins[i]] for i in layers}
-    room = BINS + 2 + math.ceil(beyond)
+    least = sum(min(row) for row in shifts.values())
+    room = max(aim, least) + 2 + math.ceil(beyond)
     best = np.full(room, np.inf)
     best[0] = 0.0
     picks: dict[int, np.ndarray] = {}
@@ -103,11 +126,11 @@ def choose(
         best = values[picks[i], np.arange(room)]
     reach = np.flatnonzero(np.isfinite(best))
     if saved is None:
-        position = int(reach[np.abs(reach - BINS).argmin()])
-    elif reach[-1] < BINS:
+        position = int(reach[np.abs(reach - aim).argmin()])
+    elif reach[-1] < aim:
         raise BudgetError(0, reach[-1] * width)
     else:
-        position = BINS + int(best[BINS:].argmin())
+        position = aim + int(best[aim:].argmin())
     removals = [Removal()] * len(sizes)
     for i in reversed(layers):
         row = picks[i][position]
@@ -115,7 +138,7 @@ def choose(
         position -= shifts[i][row]
     if saved is None:
         removals = fit_channels(sizes, removals, round(target), limits)
-    return removals, predicted(curves, removals)
+    return removals
 
 
 def predicted(curves: Sequence[Curve], removals: Sequence[Removal]) -> float:
@@ -123,8 +146,14 @@ def predicted(curves: Sequence[Curve], removals: Sequence[Removal]) -> float:
     return sum(c.at(getattr(removals[c.layer], c.kind)) for c in curves)
 
 
-def _options(curves: list[Curve], size: LayerSize, limits: Limits) -> list[tuple[Removal, float]]:
-    """Combinations of levels of one layer within its limits, with their divergences."""
+def _options(
+    curves: list[Curve], size: LayerSize, limits: Limits, slack: float
+) -> list[tuple[Removal, float]]:
+    """Combinations of levels of one layer within its limits, with their divergences.
+
+    Channels are trimmed later, so levels a little below the lowest rate count too. Of a layer
+    without channels ``slack`` KV groups may be missing or too many.
+    """
     by_kind = {c.kind: c for c in curves}
     attention = [Removal(groups=g) for g in _groups(by_kind)]
     mlp = [Removal(channels=c) for c in _channels(by_kind, size, limits)]
@@ -136,11 +165,14 @@ def _options(curves: list[Curve], size: LayerSize, limits: Limits) -> list[tuple
     for a, m in itertools.product(attention, mlp):
         removal = Removal(a.groups, m.channels, a.attention, m.mlp)
         (left,) = remaining([size], [removal])
-        share = (parameters(left, Removal(a.groups, m.channels))) / max(left.prunable, 1)
-        lowest = limits.lowest if left.prunable else 0.0
+        gone = parameters(left, Removal(a.groups, m.channels))
+        loose = 0.0 if left.channels else slack * left.group_cost
+        lowest = limits.lowest * left.prunable - max(left.prunable / STEPS, loose)
+        outside = max(lowest - gone, gone - limits.highest * left.prunable - loose, 0.0)
         value = sum(c.at(getattr(removal, c.kind)) for c in curves)
-        found.append((removal, value, lowest - 1 / STEPS <= share <= limits.highest))
-    return [(r, v) for r, v, legal in found if legal] or [found[0][:2]]
+        found.append((removal, value, outside))
+    least = min(outside for *_, outside in found)
+    return [(r, v) for r, v, outside in found if outside == least]
 
 
 def _groups(by_kind: Mapping[str, Curve]) -> Sequence[int]:

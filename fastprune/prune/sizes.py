@@ -107,6 +107,11 @@ def whole_parameters(size: LayerSize, removal: Removal) -> int:
     return removal.attention * size.attention + removal.mlp * size.mlp
 
 
+def channel_counts(size: LayerSize, limits: Limits) -> range:
+    """Numbers of channels that may go: some stay, and as many as a multiple of the alignment."""
+    return range(size.channels % limits.align, size.channels, limits.align) or range(1)
+
+
 def check_align(sizes: Sequence[LayerSize], limits: Limits) -> None:
     """InputError when a layer has too few channels to keep a multiple of ``limits.align``."""
     for index, size in enumerate(sizes):
@@ -131,16 +136,14 @@ def reachable(sizes: Sequence[LayerSize], limits: Limits) -> tuple[float, float]
 
     Where whole sublayers may go, one of them stays.
     """
-    low = limits.lowest * sum(s.prunable for s in sizes if not s.whole)
-    high = sum(
-        s.whole
-        or min(
-            limits.highest * s.prunable,
-            max(s.groups - MIN_KEPT, 0) * s.group_cost
-            + max(s.channels - MIN_KEPT, 0) * s.channel_cost,
-        )
-        for s in sizes
-    )
+    low = high = 0.0
+    for size in sizes:
+        counts = channel_counts(size, limits)
+        unaligned = counts[0] * size.channel_cost
+        most = max(size.groups - MIN_KEPT, 0) * size.group_cost + counts[-1] * size.channel_cost
+        if not size.whole:
+            low += min(max(limits.lowest * size.prunable, unaligned), most)
+        high += size.whole or max(min(limits.highest * size.prunable, most), unaligned)
     return low, high - min((c for s in sizes for c in (s.attention, s.mlp) if c), default=0)
 
 
@@ -150,6 +153,14 @@ class BudgetError(InputError):
     def __init__(self, low: float, high: float) -> None:
         super().__init__(f"between {low:.0f} and {high:.0f} parameters can be removed")
         self.low, self.high = low, high
+
+
+def smallest_unit(sizes: Sequence[LayerSize], limits: Limits) -> int:
+    """Parameters of the cheapest removal: a block of channels, a KV group or a whole sublayer."""
+    channels = [s.channel_cost * limits.align for s in sizes if s.channels]
+    groups = [s.group_cost for s in sizes if s.groups]
+    whole = [cost for s in sizes for cost in (s.attention, s.mlp) if cost]
+    return min([*channels, *groups, *whole], default=0)
 
 
 def half_unit(sizes: Sequence[LayerSize], limits: Limits) -> float:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastprune.prune.allocation import allocate, allocate_global, allocate_same, layer_weights
-from fastprune.prune.budget import Budget
+from fastprune.prune.allocation import allocate, allocate_same, layer_weights
+from fastprune.prune.budget import Budget, limits_of
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.depth import Sublayer, cheaper_than, nearest
 from fastprune.prune.importance import Scores
+from fastprune.prune.ranking import allocate_global
 from fastprune.prune.sizes import (
     BudgetError,
     LayerSize,
@@ -69,12 +70,6 @@ class Thinning:
         for i, removal in zip(self.selected, removals):
             everywhere[i] = removal
         return everywhere
-
-
-def limits_of(config: PruneConfig) -> Limits:
-    """What ``config`` allows a layer to lose."""
-    assert config.max_layer_ratio is not None and config.align is not None  # decided by `effort`
-    return Limits(config.min_layer_ratio, config.max_layer_ratio, config.align)
 
 
 def whole_only(candidates: Sequence[Sublayer], layers: int) -> Spread:

@@ -13,12 +13,19 @@ from fastprune.report.record import PruneRecord
 
 
 def check_worth(
-    config: PruneConfig, given: Perplexity, pruned: Perplexity, earlier: Origin | None
+    config: PruneConfig,
+    given: Perplexity,
+    pruned: Perplexity,
+    earlier: Origin | None,
+    *,
+    written: bool,
 ) -> None:
     """GateError where perplexity grew beyond the gate or, without one, beyond any use.
 
-    ``given`` is that of the model as it came, whose origin is ``earlier``.
+    ``given`` is that of the model as it came, whose origin is ``earlier``; ``written`` says that a
+    folder was to be made.
     """
+    kept = "nothing was written" if written else "the model in memory is cut, so load it again"
     before, after = given.perplexity, pruned.perplexity
     grown = (
         f"perplexity grew from {format.perplexity(before)} to {format.perplexity(after)}, "
@@ -26,15 +33,15 @@ def check_worth(
     )
     if config.gate_ppl_ratio is not None:
         if risen(before, after, config.gate_ppl_ratio):
-            raise GateError(f"{grown}; the gate is {config.gate_ppl_ratio:g}; nothing was written")
+            raise GateError(f"{grown}; the gate is {config.gate_ppl_ratio:g}; {kept}")
         return
     known = None
     if earlier is not None:
         known = earlier.figures((config.eval, given.seq_len, given.windows)).dense
     if hopeless(after, known or before) and not config.keep_worse:
         raise GateError(
-            f"{grown}: beyond any use (more than {HOPELESS:g} times the dense model's); nothing "
-            "was written. Lower --ratio, leave --importance and --allocation at their defaults, or "
+            f"{grown}: beyond any use (more than {HOPELESS:g} times the dense model's); {kept}. "
+            "Lower --ratio, leave --importance and --allocation at their defaults, or "
             "give --keep-worse to write it all the same"
         )
 

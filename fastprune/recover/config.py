@@ -152,7 +152,8 @@ class FinetuneConfig(CommonConfig):
     """resume checkpoints to keep (default: 2)"""
     resume: str = "auto"
     """auto: continue what --out began, else start from MODEL (from random weights where it is only
-    a config); never: start anew; or the checkpoint folder to continue from"""
+    a config); never: start anew; or the checkpoint folder to continue from, with another --lr,
+    --epochs or --max-steps if wanted"""
     log_steps: int | None = None
     """steps per line of train_log.jsonl (default: at most 200 lines a stage)"""
     log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -202,8 +203,6 @@ class FinetuneConfig(CommonConfig):
                 raise InputError("--gate-ppl-ratio needs a perplexity: leave out --eval-windows 0")
             if self.keep_worse:
                 raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
-        if self.resume not in ("auto", "never") and self.overwrite:
-            raise InputError("--resume PATH continues, --overwrite starts anew: give one of them")
 
     def inputs(self) -> list[str | Path]:
         """What the command reads, as it was named; --out must lie apart from it.

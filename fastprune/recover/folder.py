@@ -3,6 +3,7 @@
     DIR/fastprune/
       train_log.jsonl         one line a logged step
       tensorboard/            with --log-to tensorboard, a folder a stage and start
+      run.log                 everything the run has said, from its first second on
       state/run.json          settings, results of the finished stages, the stage at work
       state/start-N.safetensors    all weights as stage N began (N > 0; stage 0 begins with MODEL)
       state/stage-N/checkpoint-S   what transformers' Trainer resumes from
@@ -15,9 +16,11 @@ run.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +30,18 @@ from torch import Tensor, nn
 from fastprune.errors import InputError, NumericalError
 from fastprune.output import (
     RECORDS,
+    RUN_LOG,
     check_apart,
     check_out,
     check_place,
     remove_leftovers,
     replacing,
 )
+from fastprune.progress import log as progress_log
+from fastprune.recover.checkpoints import OWN_STATE, checkpoints, damage, last_words
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.loggers import EVENTS
-from fastprune.recover.trainer import OWN_STATE, checkpoints, last_words
-from fastprune.report.run import settings, write_json
+from fastprune.report.run import RunLog, settings, write_json
 
 NOT_COMPARED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "log_to", "log_steps",
@@ -44,8 +49,13 @@ NOT_COMPARED = {
     "read_back", "gate_ppl_ratio", "keep_worse",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change the result."""
+PACE = {"lr", "layer_lrs", "max_steps", "epochs"}
+"""Settings that may differ, too, where the checkpoint to continue from is named."""
 UNFINISHED = ".final-"
 """What earlier versions called a model that was being written, inside DIR/fastprune."""
+
+
+log = logging.getLogger("fastprune")
 
 
 class RunFolder:
@@ -60,6 +70,7 @@ class RunFolder:
         self.records = records
         self.state = records / "state"
         self.log_file = records / "train_log.jsonl"
+        self.run_log = records / RUN_LOG
         self.record: dict[str, Any] = {"settings": settings(config), "stage": 0, "results": []}
         self.checkpoint: Path | None = None
         """to continue the stage at work from; None starts it"""
@@ -88,7 +99,7 @@ class RunFolder:
             folder._continue_from(Path(config.resume).expanduser(), config)
             return folder
         begun = folder._unfinished()
-        if begun is None or config.resume == "never":
+        if begun is None or config.resume == "never" or folder._never_stepped(begun, config):
             earlier = (folder.records / "metrics.json").exists()
             check_out(out, config.overwrite or (begun is not None and not earlier))
             folder.record["replaces"] = earlier
@@ -103,6 +114,11 @@ class RunFolder:
         folder._adopt(begun, config)
         return folder
 
+    def _never_stepped(self, record: dict[str, Any], config: FinetuneConfig) -> bool:
+        """Whether the run had other settings and came to no checkpoint: nothing of it is lost."""
+        come_far = record["stage"] or record["results"] or checkpoints(self.stage_folder(0))
+        return not come_far and self._other_settings(record, config) is not None
+
     def _unfinished(self) -> dict[str, Any] | None:
         file = self.state / "run.json"
         if not file.is_file():
@@ -110,29 +126,49 @@ class RunFolder:
         record = json.loads(file.read_text(encoding="utf-8"))
         return None if record.get("finished") else record
 
-    def _adopt(self, record: dict[str, Any], config: FinetuneConfig) -> None:
-        now, then = settings(config), record["settings"]
-        for key in now:
-            if key not in NOT_COMPARED and now[key] != then.get(key):
-                raise InputError(
-                    f"{config.out} holds a run that was begun with --{key.replace('_', '-')} "
-                    f"{then.get(key)}, not {now[key]}: give the same to continue it, or "
-                    "--resume never to begin anew"
-                )
+    def _adopt(
+        self, record: dict[str, Any], config: FinetuneConfig, free: Iterable[str] = ()
+    ) -> None:
+        """Go on with the run of `record`. InputError where a setting not in `free` is another."""
+        key = self._other_settings(record, config, free)
+        if key is not None:
+            where = config.out if not free else config.resume
+            ways = "--resume never to begin anew"
+            if key in PACE and self.checkpoint is not None:
+                ways = f"--resume {self.checkpoint} to go on from there with another, or {ways}"
+            now, then = settings(config)[key], record["settings"].get(key)
+            raise InputError(
+                f"{where} holds a run that was begun with --{key.replace('_', '-')} {then}, not "
+                f"{now}: give the same to continue it, or {ways}"
+            )
         record["results"] = record["results"][: record["stage"]]
+        record["settings"] = settings(config)
         self.record, self.resumed = record, True
 
+    def _other_settings(
+        self, record: dict[str, Any], config: FinetuneConfig, free: Iterable[str] = ()
+    ) -> str | None:
+        """The first setting that changes the result and is another than `record` has."""
+        now, then = settings(config), record["settings"]
+        compared = [key for key in now if key not in NOT_COMPARED and key not in free]
+        return next((key for key in compared if now[key] != then.get(key)), None)
+
     def _newest(self, stage: int) -> Path | None:
-        found = checkpoints(self.stage_folder(stage))
-        return found[-1] if found else None
+        """The newest checkpoint that is whole; a warning names those that are not."""
+        for checkpoint in reversed(checkpoints(self.stage_folder(stage))):
+            if (harm := damage(checkpoint)) is None:
+                return checkpoint
+            log.warning("%s is damaged and passed over: %s", checkpoint, harm)
+        return None
 
     def _continue_from(self, path: Path, config: FinetuneConfig) -> None:
         """--resume PATH: a checkpoint of this run or of another one."""
         if not (path / OWN_STATE).is_file():
-            raise InputError(
-                f"--resume {path}: not a checkpoint of a run (…/fastprune/state/stage-N/"
-                "checkpoint-S); for the weights of a model give it as MODEL"
-            )
+            raise InputError(f"--resume {path}: not a checkpoint of a run; {_instead(path)}")
+        if (harm := damage(path)) is not None:
+            others = [p for p in checkpoints(path.parent) if damage(p) is None]
+            older = f"give {others[-1]}" if others else "begin anew: --resume never"
+            raise InputError(f"--resume {path}: is damaged ({harm}); {older}")
         path = path.absolute()
         source = path.parent.parent
         own = source == self.state
@@ -142,10 +178,10 @@ class RunFolder:
         stage = int(path.parent.name.rpartition("-")[2])
         record["stage"] = stage
         if record.pop("finished", False) or not own:
-            record["replaces"] = False
+            record["replaces"] = not own and (self.records / "metrics.json").exists()
         if not own:
             record.pop("files", None)
-        self._adopt(record, config)
+        self._adopt(record, config, PACE)
         self.checkpoint = path
         self._source = source
 
@@ -208,7 +244,30 @@ class RunFolder:
         (self.state / f"start-{number - 1}.safetensors").unlink(missing_ok=True)
         shutil.rmtree(self.stage_folder(number - 1), ignore_errors=True)
 
-    # ------------------------------------------------------------------------ the log
+    # ------------------------------------------------------------------------ the logs
+
+    @contextmanager
+    def keeping_log(self) -> Iterator[None]:
+        """Everything that is said in the block goes to the end of run.log, at once.
+
+        After an InputError before `begin` the file is gone, and the folders that were made for it.
+        """
+        made = [path for path in (self.records, *self.records.parents) if not path.exists()]
+        earlier = self.run_log.exists()
+        self.records.mkdir(parents=True, exist_ok=True)
+        try:
+            with RunLog(self.run_log):
+                if self.checkpoint is not None:
+                    step = int(self.checkpoint.name.rpartition("-")[2])
+                    progress_log.info("continuing at step %d from %s", step, self.checkpoint)
+                yield
+        except InputError:
+            if not (earlier or self.state.exists()):
+                self.run_log.unlink(missing_ok=True)
+                with suppress(OSError):  # something else has come to lie there
+                    for folder in made:
+                        folder.rmdir()
+            raise
 
     def add_line(self, line: dict[str, Any]) -> None:
         """Append one line to train_log.jsonl."""
@@ -256,7 +315,7 @@ class RunFolder:
 
     def _to_keep(self, out: Path, earlier: list[str]) -> list[Path]:
         """What DIR shall hold besides the new model; `earlier` are this run's own files in it."""
-        own = [*self.state.iterdir(), self.log_file, self.records / EVENTS]
+        own = [*self.state.iterdir(), self.log_file, self.run_log, self.records / EVENTS]
         own = [path for path in own if not path.name.startswith("start-") and path.exists()]
         if self.record.get("replaces"):
             return own
@@ -267,6 +326,16 @@ class RunFolder:
             if path != self.state and not path.name.startswith((UNFINISHED, ".state."))
         ]
         return [*own, *others, *records]
+
+
+def _instead(path: Path) -> str:
+    """What to give to --resume in the place of `path`: the newest checkpoint that lies in it."""
+    states = [path, path.parent, path / "state", path / RECORDS / "state"]
+    stages = {stage for state in states for stage in (state, *state.glob("stage-*"))}
+    found = [p for stage in sorted(stages) for p in checkpoints(stage) if damage(p) is None]
+    if found:
+        return f"give {max(found, key=lambda p: (p / OWN_STATE).stat().st_mtime)}"
+    return "no checkpoint lies there either; for the weights of a model give it as MODEL"
 
 
 def _take_along(source: Path, target: Path) -> None:

@@ -19,6 +19,8 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
 ATTENTION = re.compile(r"\.(self_attn|attn|attention|SelfAttention|EncDecAttention)\.")
 MLP = re.compile(r"\.(mlp|feed_forward|DenseReluDense)\.")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|wpe|shared|embeddings?)\.")
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+"""What an optimizer's group holds of its learning rate."""
 TRAINED_BY_MOST = 5
 """Layers that `--freeze most` leaves to learn."""
 
@@ -110,7 +112,10 @@ def warmup_steps(stage: Stage, steps: int) -> int:
 
 
 def make_schedule(stage: Stage, optimizer: Any, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate of each of `steps` optimizer steps. Raises InputError."""
+    """The learning rate of each of `steps` optimizer steps. Raises InputError.
+
+    It rises in equal parts over the warm-up, from the first step on: step k of w learns at k/w.
+    """
     from transformers import get_scheduler
 
     warmup = warmup_steps(stage, steps)
@@ -126,13 +131,46 @@ def make_schedule(stage: Stage, optimizer: Any, steps: int) -> torch.optim.lr_sc
             cycle_momentum=False,
         )
     name = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    rule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    (factor, *_) = rule.lr_lambdas
+
+    def from_the_first(step: int) -> float:
+        return (step + 1) / warmup if step < warmup else factor(step)
+
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, from_the_first)
+
+
+def pace(stage: Stage, steps: int) -> dict[str, Any]:
+    """What the learning rate of each of `steps` steps follows from, where it may be changed."""
+    return {"lr": stage.lr, "layer_lrs": list(stage.layer_lrs), "steps": steps}
+
+
+def rates_of(optimizer: Any) -> list[dict[str, Any]]:
+    """The rates, and what schedules keep of them, in each group of `optimizer`."""
+    return [{key: g[key] for key in RATES if key in g} for g in optimizer.param_groups]
+
+
+def reschedule(
+    schedule: Any, optimizer: Any, rates: list[dict[str, Any]], begun: dict[str, Any]
+) -> None:
+    """Bring a fresh `schedule` to where one with the state `begun` was, at its own `rates`.
+
+    `optimizer` holds those of the schedule that was begun.
+    """
+    for group, own in zip(optimizer.param_groups, rates, strict=True):
+        group.update(own)
+    place = {"last_epoch": begun["last_epoch"] - 1, "_step_count": begun["_step_count"]}
+    rules = {"lr_lambdas": [None] * len(begun["lr_lambdas"])} if "lr_lambdas" in begun else {}
+    schedule.load_state_dict(place | rules)
+    schedule.step()
 
 
 def halve_rates(optimizer: Any, schedule: Any) -> None:
     """Halve every learning rate of `optimizer`, now and in all that `schedule` will set."""
     for group in optimizer.param_groups:
-        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+        for key in RATES:
             if key in group:
                 group[key] *= 0.5
     schedule.base_lrs = [rate * 0.5 for rate in schedule.base_lrs]

@@ -142,8 +142,8 @@ class Guard:
         if state.rollbacks >= self.limit:
             raise NumericalError(
                 f"step {step}: {state.in_a_row} steps in a row had a non-finite loss or gradient, "
-                f"after {state.rollbacks} returns to a good state with the learning rate halved "
-                f"each time, to {state.rate_factor:g} of what it was. Lower --lr, use --precision "
+                f"after {state.rollbacks} returns to a good state, the last at "
+                f"{state.rate_factor:g} of the learning rate. Lower --lr, use --precision "
                 "fp32, or look at the data and at the model: fastprune diagnose MODEL"
             )
         state.rollbacks += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ from fastprune.recover.recipes import Recipe, Stage, load_recipe
 from fastprune.recover.stage import Course, data_kind, gate_passed, put_back, run_stage, snapshot
 from fastprune.recover.trainer import GradientHook
 from fastprune.report.finetune import write_finetune_report
-from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
+from fastprune.report.run import Clock, command_line, settings, versions, write_json
 from fastprune.report.summary import recovery_lines, verdict_lines
 from fastprune.sharding import is_sharded
 
@@ -102,7 +103,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
     folder = RunFolder.open(config)
     meet(own_device(config.device))  # all have seen the folder as it was
     clock = Clock()
-    with RunLog() as run_log:
+    with folder.keeping_log() if is_first_process() else nullcontext():
         with clock("load"):
             model, tokenizer = load_or_start(
                 config.model,
@@ -125,7 +126,6 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
                         check_read_back(result.model, directory, adapter_of)
                     result.metrics["seconds"] = clock.totals(STAGES)
                     _record(directory / "fastprune", result, folder)
-                    run_log.save(directory / "fastprune" / "run.log")
 
                 folder.finish(write)
     return result

@@ -32,6 +32,7 @@ from fastprune.recover.arguments import (
     unusual_for_answers,
     world_size,
 )
+from fastprune.recover.checkpoints import checkpoints
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import Distiller
 from fastprune.recover.folder import RunFolder
@@ -174,7 +175,13 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if is_first_process():
         course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
     before = bits(p for p in trained.parameters() if p.requires_grad)
-    trainer.run(checkpoint)
+    try:
+        trainer.run(checkpoint)
+    except NumericalError as error:
+        kept = checkpoints(folder)
+        if not (course.folder.lasting and kept):
+            raise
+        raise NumericalError(f"{error}, in {kept[-1]}") from error
     if not trainer.interrupted:
         _check_learnt(trainer, before)
         trainer.finish()
@@ -208,7 +215,7 @@ def _take_best(trainer: FinetuneTrainer) -> int | None:
         return None
     best = monitor.best_step
     if best != trainer.state.global_step and not trainer.interrupted:
-        log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
+        progress_log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
         trainer.load_best()
     return best
 

@@ -32,10 +32,12 @@ from fastprune.inspect.bleu import measure_bleu
 from fastprune.inspect.perplexity import evaluate
 from fastprune.kernels.optim import AdamW
 from fastprune.kernels.reference import IGNORED
+from fastprune.progress import log as progress_log
 from fastprune.recover.callbacks import Watch
+from fastprune.recover.checkpoints import OPTIMIZER, OWN_STATE, SCHEDULE, WEIGHTS, checkpoints
 from fastprune.recover.collate import Counted
 from fastprune.recover.config import FinetuneConfig
-from fastprune.recover.freeze import make_schedule, parameter_groups
+from fastprune.recover.freeze import make_schedule, pace, parameter_groups, rates_of, reschedule
 from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
 from fastprune.recover.loggers import as_input_error, end_run, keep_events
 from fastprune.recover.monitor import ADVICE, Monitor
@@ -45,8 +47,7 @@ from fastprune.report import format
 from fastprune.report.run import write_json
 from fastprune.sharding import collected, is_sharded, local, shard_of
 
-WEIGHTS, OWN_STATE, BEST = "weights.safetensors", "fastprune.json", "best.safetensors"
-OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
+BEST = "best.safetensors"
 
 log = logging.getLogger("fastprune")
 
@@ -104,6 +105,8 @@ class FinetuneTrainer(Trainer):
         self.interrupted = False
         self.bleu: dict[str, Any] | None = None
         """the last one measured, with the step it is of"""
+        self._rescheduled = False
+        """whether it continues at other rates, or to another last step, than it began with"""
         self._gave_up: str | None = None
         """the guard's last words"""
         self._writing: str | None = None
@@ -168,7 +171,8 @@ class FinetuneTrainer(Trainer):
         """End the stage after this step."""
         self.stopped = reason
         self.control.should_training_stop = True
-        log.info("%s: stopped at step %d: %s", self.stage.name, self.state.global_step, reason)
+        name, step = self.stage.name, self.state.global_step
+        progress_log.info("%s: stopped at step %d: %s", name, step, reason)
 
     # ------------------------------------------------------------------------ a step
 
@@ -306,7 +310,6 @@ class FinetuneTrainer(Trainer):
         line: dict[str, Any] = {"step": step, name: figure}
         if (bleu := self._measure_bleu()) is not None:
             line["eval_bleu"] = bleu
-            log.info("step %d: BLEU-4 %s", step, format.bleu(bleu))
         by_bleu = bleu is not None and self.stage.best_by == "bleu"
         best_by = -bleu if by_bleu and bleu is not None else figure
         finding = self.monitor.validation(step, best_by, figure)
@@ -314,7 +317,15 @@ class FinetuneTrainer(Trainer):
             self._write_learning(Path(self.args.output_dir) / BEST, {"step": str(step)})
         self.evaluated = line
         self.on_line(line)
-        log.info("step %d: %s %.4f", step, name, figure)
+        progress_log.info(
+            "%s: step %d, %s %.4f%s%s",
+            self.stage.name,
+            step,
+            "validation loss" if name == "eval_loss" else "perplexity",
+            figure,
+            "" if bleu is None else f", BLEU-4 {format.bleu(bleu)}",
+            ", the best so far" if self.monitor.best_step == step else "",
+        )
         self._say(finding)
         metrics = {key: value for key, value in line.items() if key != "step"}
         super().log(metrics)
@@ -429,8 +440,13 @@ class FinetuneTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:  # mapped, for it is whole: a process may need a part of it only
             read = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+            rates = rates_of(self.adamw)
             self.adamw.load_state_dict(read(Path(checkpoint) / OPTIMIZER))
-            self.lr_scheduler.load_state_dict(read(Path(checkpoint) / SCHEDULE))
+            begun = read(Path(checkpoint) / SCHEDULE)
+            if self._rescheduled:
+                reschedule(self.lr_scheduler, self.adamw, rates, begun)
+            else:
+                self.lr_scheduler.load_state_dict(begun)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS, device="cpu")
@@ -455,6 +471,7 @@ class FinetuneTrainer(Trainer):
             "stopped": self.stopped,
             "evaluated_step": self._evaluated_step,
             "bleu": self.bleu,
+            "pace": pace(self.stage, self.args.max_steps),
         }
 
     def _read_own_state(self, checkpoint: Path) -> None:
@@ -463,6 +480,10 @@ class FinetuneTrainer(Trainer):
         self.guard_state = GuardState(**state["guard"])
         if state.get("gave_up"):  # who goes on from there wants it to be tried again
             self.guard_state.rollbacks = self.guard_state.in_a_row = 0
+        now = pace(self.stage, self.args.max_steps)
+        self._rescheduled = state.get("pace", now) != now
+        if self._rescheduled:
+            self.guard_state.rate_factor = 1.0  # the rates are those asked for now
         self.tokens, self.seconds = state["tokens"], state["seconds"]
         self.masked_batches, self.bleu = state["masked_batches"], state["bleu"]
         self.stopped, self._evaluated_step = state["stopped"], state["evaluated_step"]
@@ -481,15 +502,4 @@ class FinetuneTrainer(Trainer):
         """Save the good state that the guard has brought back; the error that says where."""
         self._gave_up = str(error)
         self._save_checkpoint(self.model)
-        return NumericalError(f"{error}; the last good state is in {self.args.output_dir}")
-
-
-def last_words(checkpoint: Path) -> str | None:
-    """Why the guard gave up where it wrote `checkpoint`; None where it did not."""
-    return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8")).get("gave_up")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / OWN_STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        return NumericalError(f"{error}; the last good state is that of step {self._saved_step}")

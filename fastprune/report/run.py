@@ -46,12 +46,16 @@ class Clock:
 
 
 class RunLog:
-    """Collects everything the ``fastprune`` logger says while the body runs, after ``earlier``."""
+    """Collects everything the ``fastprune`` logger says while the body runs.
 
-    def __init__(self, earlier: str = "") -> None:
+    With a ``path`` it goes to the end of that file at once, and stays there whatever happens.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
         self._text = StringIO()
-        self._text.write(earlier)
-        self._handler = logging.StreamHandler(self._text)
+        self._handler: logging.StreamHandler[Any] = logging.StreamHandler(self._text)
+        if path is not None:
+            self._handler = logging.FileHandler(path, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def __enter__(self) -> RunLog:
@@ -66,6 +70,7 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         log.removeHandler(self._handler)
+        self._handler.close()
 
     def save(self, path: Path) -> None:
         path.write_text(self._text.getvalue(), encoding="utf-8")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pyarrow import parquet
 from tiny import TEXT, saved, tiny_gpt2, tiny_model, tiny_t5, tiny_tokenizer
+from transformers import LlamaConfig
 
 from fastprune import AdamW, cli, progress
 
@@ -157,6 +158,30 @@ def test_flags_of_the_tables_exist(name):
 @pytest.mark.parametrize("name", SECTIONS)
 def test_commands(name, run):
     run(name)
+
+
+def test_pruning_commands_fit_a_llama_3_8b(tmp_path, monkeypatch, capsys):
+    """Sizes as they are, planned from the config alone."""
+    shape = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+    )  # fmt: skip
+    shape.architectures = ["LlamaForCausalLM"]
+    shape.save_pretrained(tmp_path / "Llama-3-8B")
+    monkeypatch.chdir(tmp_path)
+    pruning = [
+        args[1:]
+        for section in SECTIONS.values()
+        for args in commands(section)
+        if args[:2] == ["fastprune", "prune"]
+    ]
+    assert len(pruning) == 4
+    for args in pruning:
+        at = args.index("--out")
+        planned = [*args[:at], *args[at + 2 :], "--dry-run", "--json", "plan.json"]
+        assert cli.main(planned) == 0, f"{shlex.join(planned)}\n{capsys.readouterr().err}"
+        found = json.loads(Path("plan.json").read_text())["ratio"]
+        assert found["achieved"] == pytest.approx(found["requested"], abs=1e-3)
 
 
 def test_pruning_does_what_the_script_did(run):

@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from fastprune.errors import InputError
-from fastprune.prune.allocation import allocate, allocate_global, allocate_same, layer_weights
+from fastprune.prune.allocation import allocate, allocate_same, layer_weights
+from fastprune.prune.ranking import allocate_global
 from fastprune.prune.sizes import LayerSize, Limits, Removal, removed_parameters
 
 SMOLLM2 = LayerSize(groups=3, group_cost=294_912, channels=1536, channel_cost=1728)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from tiny import FAMILIES, TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from fastprune.errors import InputError
-from fastprune.models.families import geometries
+from fastprune.errors import GateError, InputError
+from fastprune.models.families import block_parameters, geometries
 from fastprune.prune import latency
 from fastprune.prune.budget import Budget, budget_of, far_off, parse_bytes, saved_bytes
 from fastprune.prune.config import PruneConfig
@@ -245,10 +245,79 @@ class TestLatency:
 
 
 def test_unreachable_words() -> None:
-    budget = Budget("ratio", 0.9, need=900)
-    assert "90.0% of the block parameters cannot be reached" in str(
-        budget.unreachable(BudgetError(0, 500), 1000)
+    model = tiny_model("llama")
+    block = block_parameters(model)
+    budget = Budget("ratio", 0.9, need=0.9 * block)
+    config = PruneConfig(ratio=0.9, structures=("attention", "mlp"))
+    assert str(budget.unreachable(BudgetError(0, block / 2), model, config)).endswith(
+        "90.0% of the block parameters cannot be reached: within these structures, layers and "
+        "limits 0.0% to 50.0% can be removed"
     )
+
+
+class TestRatioOfStructures:
+    def test_is_of_what_may_go_in_the_selected_layers(self, settings) -> None:
+        model = tiny_model("llama")
+        config = PruneConfig(
+            ratio=0.5, ratio_of="structures", structures=("attention",), layers="1:3",
+            allocation="uniform", compensate="none", **settings,
+        )  # fmt: skip
+        result = prune(model, tiny_tokenizer(), config)
+        assert [layer["kv_heads"] for layer in result.metrics["layers"]] == [4, 2, 2, 4]
+        ratio = result.metrics["ratio"]
+        assert ratio["requested"] == pytest.approx(ratio["achieved"], rel=1e-3)
+
+    def test_is_offered_where_the_ratio_must_have_been_meant_of_them(self, settings) -> None:
+        model = tiny_model("llama")
+        config = PruneConfig(
+            ratio=0.5, structures=("attention",), allocation="uniform", max_layer_ratio=0.6,
+            **settings,
+        )  # fmt: skip
+        share = 4 * 4 * 64 * (2 + 2 + 2) * 16 / block_parameters(model)
+        told = (
+            rf"if 50% of the attention is meant, that is --ratio {share / 2:.2g}, or --ratio 0.5 "
+        )
+        with pytest.raises(InputError, match=told + "--ratio-of structures"):
+            prune(model, tiny_tokenizer(), config)
+
+    def test_needs_to_know_of_what(self) -> None:
+        for given in ({"ratio": 0.2}, {"target_params": 9, "structures": ("mlp",)}):
+            with pytest.raises(InputError, match="needs both --ratio and --structures"):
+                PruneConfig(ratio_of="structures", **given).check()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "search"])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_ratio_that_rounds_to_nothing_is_refused(settings, allocation, iterations) -> None:
+    config = PruneConfig(
+        ratio=1e-5, structures=("attention", "mlp"), allocation=allocation, iterations=iterations,
+        **settings,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="rounds to nothing: the least that can go are 192,"):
+        prune(tiny_model("llama"), tiny_tokenizer(), config)
+
+
+def test_processes_that_share_nothing_each_measure_the_latency(settings, monkeypatch) -> None:
+    """As torchrun starts a script that calls `prune` by itself."""
+    model = tiny_model("llama")
+    monkeypatch.setattr(latency, "measure", lambda *_: table_of(model))
+    monkeypatch.setattr(latency, "measure_again", lambda *_: 20.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    config = PruneConfig(
+        target_latency=25.0, structures=("attention", "mlp"), allocation="uniform", **settings
+    )
+    found = prune(model, tiny_tokenizer(), config).metrics["latency"]
+    assert found["predicted"] <= 25 and found["after"] == 20
+
+
+def test_a_gate_says_that_the_model_in_memory_is_cut(settings) -> None:
+    config = PruneConfig(
+        ratio=0.5, structures=("attention", "mlp"), allocation="uniform", gate_ppl_ratio=0.5,
+        **settings,
+    )  # fmt: skip
+    with pytest.raises(GateError, match="the model in memory is cut, so load it again"):
+        prune(tiny_model("llama"), tiny_tokenizer(), config)
 
 
 @pytest.mark.parametrize("choice", [
@@ -278,7 +347,7 @@ def test_a_ratio_that_is_met_needs_no_word(settings, caplog):
     ({"align": 8}, 80, "--align 8 keeps channels"),
 ])  # fmt: skip
 def test_why_a_budget_is_missed(choice, removed, told):
-    config = PruneConfig(ratio=0.1, **choice)
+    config = PruneConfig(ratio=0.1, **{"structures": ("attention", "mlp")} | choice)
     found = far_off(Budget("ratio", 0.1, 100), config, removed, 1000)
     assert found is None if told is None else told in found
 

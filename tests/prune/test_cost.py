@@ -28,6 +28,7 @@ from fastprune.models.modeling import per_layer_config
 from fastprune.models.shards import ShardReader
 from fastprune.models.streamed import StreamedModel, skeleton
 from fastprune.prune import stream
+from fastprune.prune.budget import layer_size
 from fastprune.prune.compensation import compensate
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.cost import Costs, Stage
@@ -36,7 +37,7 @@ from fastprune.prune.exchange import Problem, exchange
 from fastprune.prune.importance import score
 from fastprune.prune.pipeline import run_prune
 from fastprune.prune.plan import LayerPlan, Plan, keep_all
-from fastprune.prune.planning import layer_size, plan_of
+from fastprune.prune.planning import plan_of
 from fastprune.prune.products import ModelShape
 from fastprune.prune.sensitivity import activation, removal
 from fastprune.prune.sizes import Limits, Removal, removed_parameters

@@ -11,11 +11,12 @@ from tiny import tiny_model, token_ids
 
 from fastprune.models.families import decoder_layers, mlp_slices
 from fastprune.prune import curves, exchange
+from fastprune.prune.budget import layer_size
 from fastprune.prune.curves import Thinned, judging, measure_curves
 from fastprune.prune.divergence import Yardstick
 from fastprune.prune.importance import score
 from fastprune.prune.masking import mask, preserved
-from fastprune.prune.planning import layer_size, plan_of
+from fastprune.prune.planning import plan_of
 from fastprune.prune.sizes import Limits, Removal, half_unit, removed_parameters
 
 

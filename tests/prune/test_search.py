@@ -13,11 +13,11 @@ from tiny import tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.families import decoder_layers
 from fastprune.prune import divergence, pipeline, planning
+from fastprune.prune.budget import layer_size
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.curves import judging, measure_curves
 from fastprune.prune.divergence import DenseTargets
 from fastprune.prune.importance import score
-from fastprune.prune.planning import layer_size
 from fastprune.prune.search import Curve, choose, predicted
 from fastprune.prune.sizes import LayerSize, Limits, Removal, removed_parameters
 from fastprune.prune.texts import run_windows, with_lengths

@@ -46,7 +46,7 @@ def test_it_writes_a_checkpoint_and_its_records(finetune, tmp_path):
         (["--early-stop", "2"], "give --eval-steps"),
         (["--eval-windows", "0", "--gate-ppl-ratio", "1"], "needs a perplexity"),
         (["--layer-lrs", "1e-5,1e-6", "--find-lr"], "--layer-lrs gives every rate"),
-        (["--resume", "nowhere"], "not a checkpoint of a run"),
+        (["--resume", "nowhere"], "no checkpoint lies there either"),
         (["--seq-len", "100000"], "512 positions"),
     ],
 )

@@ -1,17 +1,22 @@
 """DIR of a finetuning run: an old or a new model whatever happens, or a run that goes on."""
 
 import json
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastprune import output
 from fastprune.errors import InputError
+from fastprune.recover.checkpoints import OPTIMIZER, OWN_STATE, SCHEDULE, WEIGHTS
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.folder import RunFolder
-from fastprune.recover.trainer import OWN_STATE
+
+FILES = (OWN_STATE, "trainer_state.json", WEIGHTS, OPTIMIZER, SCHEDULE)
 
 
 class Killed(BaseException):
@@ -40,10 +45,18 @@ def begun(out: Path, **changed) -> RunFolder:
     folder = RunFolder.open(config(out, **changed))
     folder.begin()
     folder.add_line({"stage": 0, "step": 1})
-    checkpoint = folder.stage_folder(0) / "checkpoint-1"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / OWN_STATE).write_text("{}")
+    write_checkpoint(folder.stage_folder(0) / "checkpoint-1")
     return folder
+
+
+def write_checkpoint(checkpoint: Path) -> None:
+    """The smallest that is whole."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    for name in FILES[:2]:
+        (checkpoint / name).write_text("{}")
+    save_file({"weight": torch.zeros(9)}, checkpoint / WEIGHTS)
+    for name in (OPTIMIZER, SCHEDULE):
+        torch.save({"step": 1}, checkpoint / name)
 
 
 def write(directory: Path) -> None:
@@ -254,9 +267,104 @@ def test_a_stage_of_another_run_can_be_continued_twice(tmp_path):
     first.save()
     (first.state / "start-1.safetensors").write_text("weights")
     checkpoint = first.stage_folder(1) / "checkpoint-3"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / OWN_STATE).write_text("{}")
+    write_checkpoint(checkpoint)
     RunFolder.open(config(tmp_path / "out", resume=str(checkpoint))).begin()
     again = RunFolder.open(config(tmp_path / "out"))
     assert again.resumed
     assert (again.state / "start-1.safetensors").read_text() == "weights"
+
+
+class TestDamagedCheckpoints:
+    @pytest.mark.parametrize(
+        "file", [OWN_STATE, "trainer_state.json", WEIGHTS, OPTIMIZER, SCHEDULE]
+    )
+    def test_the_next_older_one_is_taken(self, out, file, caplog):
+        folder = begun(out)
+        older, newest = (folder.stage_folder(0) / f"checkpoint-{n}" for n in (1, 2))
+        write_checkpoint(newest)
+        content = (newest / file).read_bytes()
+        (newest / file).write_bytes(content[: len(content) // 2])
+        again = RunFolder.open(config(out))
+        assert again.resumed and again.checkpoint == older
+        assert f"{newest} is damaged and passed over" in caplog.text
+        with pytest.raises(InputError, match=rf"is damaged .*; give {older}"):
+            RunFolder.open(config(out, resume=str(newest)))
+
+    def test_without_another_one_the_stage_begins_again(self, out):
+        folder = begun(out)
+        checkpoint = folder.stage_folder(0) / "checkpoint-1"
+        (checkpoint / WEIGHTS).unlink()
+        again = RunFolder.open(config(out))
+        assert again.resumed and again.checkpoint is None
+        with pytest.raises(InputError, match=r"is damaged .* --resume never"):
+            RunFolder.open(config(out, resume=str(checkpoint)))
+
+
+class TestNamedCheckpoint:
+    def test_may_go_on_at_another_pace(self, out):
+        checkpoint = begun(out).stage_folder(0) / "checkpoint-1"
+        with pytest.raises(InputError, match=f"--resume {checkpoint} to go on from there"):
+            RunFolder.open(config(out, lr=0.1))
+        changed = {"lr": 0.1, "max_steps": 7, "epochs": 2.0}
+        again = RunFolder.open(config(out, resume=str(checkpoint), **changed))
+        assert again.resumed
+        again.begin()
+        assert RunFolder.open(config(out, **changed)).resumed  # and so does the same without a name
+        with pytest.raises(InputError, match=r"--weight-decay None, not 0\.5"):
+            RunFolder.open(config(out, resume=str(checkpoint), weight_decay=0.5))
+
+    @pytest.mark.parametrize(
+        "place", ["", "fastprune", "fastprune/state", "fastprune/state/stage-0"]
+    )
+    def test_is_named_where_a_folder_above_it_is_given(self, out, place):
+        checkpoint = begun(out).stage_folder(0) / "checkpoint-1"
+        with pytest.raises(InputError, match=f"not a checkpoint of a run; give {checkpoint}"):
+            RunFolder.open(config(out, resume=str(out / place)))
+
+    def test_of_another_run_replaces_a_model_where_that_is_wanted(self, tmp_path, out):
+        earlier_model(out)
+        checkpoint = begun(tmp_path / "first").stage_folder(0) / "checkpoint-1"
+        with pytest.raises(InputError, match="pass --overwrite"):
+            RunFolder.open(config(out, resume=str(checkpoint)))
+        folder = RunFolder.open(config(out, resume=str(checkpoint), overwrite=True))
+        folder.begin()
+        assert model_in(out) == "old"
+        folder.finish(write)
+        assert model_in(out) == "new"
+
+
+class TestRunLog:
+    def test_is_kept_and_goes_on(self, out):
+        for said in ("first", "second"):
+            folder = RunFolder.open(config(out))
+            with suppress(Killed), folder.keeping_log():
+                folder.begin()
+                logging.getLogger("fastprune").warning(said)
+                raise Killed
+        folder = RunFolder.open(config(out))
+        with folder.keeping_log():
+            folder.begin()
+            folder.finish(write)
+            logging.getLogger("fastprune").warning("third")
+        text = (out / "fastprune" / "run.log").read_text()
+        assert [line.split()[-1] for line in text.splitlines() if "WARNING" in line] == [
+            *("first", "second", "third")
+        ]
+
+    @pytest.mark.parametrize("error", [InputError("--data: no such file"), Killed()])
+    def test_of_a_run_that_never_began_is_in_no_ones_way(self, out, error):
+        folder = RunFolder.open(config(out))
+        with suppress(InputError, Killed), folder.keeping_log():
+            assert (out / "fastprune" / "run.log").is_file()
+            raise error
+        assert out.exists() == isinstance(error, Killed)
+        output.check_out(out)
+        assert not RunFolder.open(config(out, lr=0.1)).resumed
+
+
+def test_a_run_that_never_stepped_gives_way_to_other_settings(out):
+    RunFolder.open(config(out, lora_r=8)).begin()
+    again = RunFolder.open(config(out, lora_r=16))
+    assert not again.resumed
+    again.begin()
+    assert RunFolder.open(config(out, lora_r=16)).resumed

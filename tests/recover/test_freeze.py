@@ -105,7 +105,7 @@ def run(schedule, steps, halve_at=None, **settings):
 def test_schedules(schedule):
     seen = run(schedule, 40, warmup_steps=10, div_factor=25.0)
     assert max(seen) == pytest.approx(1.0, rel=0.05)  # reached between two steps at worst
-    assert seen[0] == pytest.approx(1 / 25 if schedule == "one-cycle" else 0.0)
+    assert seen[0] == pytest.approx(1 / 25 if schedule == "one-cycle" else 1 / 10)
     assert seen[:10] == sorted(seen[:10])
     assert seen[10:] == sorted(seen[10:], reverse=True)
     assert seen[-1] == 1.0 if schedule == "constant" else seen[-1] < 0.05

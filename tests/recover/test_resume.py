@@ -29,6 +29,10 @@ cli.main(sys.argv[2:])
 """
 
 
+PACES = ((1e-3, 4), (4e-4, 8))
+"""Learning rates and numbers of steps, before and after."""
+
+
 class Killed(BaseException):
     """What the command line does not catch: nothing is written after it."""
 
@@ -211,3 +215,45 @@ def test_killed_between_the_last_step_and_the_model(finetune, tmp_path, monkeypa
     )
     assert [s["perplexity"] for s in a["stages"]] == [s["perplexity"] for s in b["stages"]]
     assert len(a["stages"]) == stages
+
+
+def test_a_named_checkpoint_continues_at_another_pace(finetune, tmp_path):
+    """Another rate, or more steps, count from the checkpoint on, and the rate is what it says."""
+    flags = ["--save-steps", "2", "--schedule", "linear", "--log-steps", "1"]
+    assert finetune(*flags, "--max-steps", "4")[0] == 0
+    checkpoint = tmp_path / "out/fastprune/state/stage-0/checkpoint-2"
+    status, _, stderr = finetune(
+        *flags, "--max-steps", "8", "--lr", "4e-4", "--resume", str(checkpoint)
+    )
+    assert status == 0, stderr
+    assert f"continuing at step 2 from {checkpoint}" in stderr
+    rates = {line["step"]: line["lr"] for line in losses(tmp_path / "out")}
+    began, goes_on = ({n: lr * (1 - (n - 1) / steps) for n in range(1, 9)} for lr, steps in PACES)
+    assert rates == pytest.approx({**began, **{n: goes_on[n] for n in range(3, 9)}}, abs=1e-12)
+
+
+def test_the_log_of_a_run_stays_whatever_its_end(finetune, hooked, tmp_path):
+    log = tmp_path / "out/fastprune/run.log"
+    hooked(lambda step, model: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None)
+    assert finetune("--max-steps", "4")[0] == 130
+    assert "the same command continues" in log.read_text()
+    hooked(None)
+    assert finetune("--max-steps", "4", "--gate-ppl-ratio", "1e-9")[0] == 3
+    assert log.read_text().count("finetune") >= 2
+    assert finetune("--max-steps", "4")[0] == 0
+    assert "the same command continues" in log.read_text()
+    assert log.read_text().count("save took") == 1
+
+
+def test_a_wrong_flag_found_late_does_not_block_the_right_one(finetune, tmp_path):
+    wrong = ["--method", "lora", "--lora-target-modules", "nothing_proj", "--max-steps", "1"]
+    assert finetune(*wrong)[0] == 2
+    wrong[3] = "q_proj"
+    assert finetune(*wrong)[0] == 0
+
+
+def test_what_an_evaluation_finds_is_printed(finetune):
+    status, _, stderr = finetune("--max-steps", "4", "--val-size", "4", "--eval-steps", "2")
+    assert status == 0
+    assert "step 2, validation loss " in stderr
+    assert ", the best so far" in stderr
