@@ -86,6 +86,9 @@ class DiagnoseConfig(CommonConfig):
     maximum)"""
     windows: int = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
     trust_remote_code: bool = False
@@ -299,6 +302,7 @@ def _load(config: DiagnoseConfig, name: str) -> tuple[nn.Module, Any]:
         device=config.device,
         allow_pickle=config.allow_pickle,
         trust_remote_code=config.trust_remote_code,
+        tokenizer=config.tokenizer,
     )
 
 

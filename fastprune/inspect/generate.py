@@ -51,6 +51,9 @@ class SamplingConfig(CommonConfig):
     """0 takes the likeliest token each time; higher draws more freely"""
     adapter: Path | None = None
     """folder with a LoRA adapter, put onto the model without being merged"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
     trust_remote_code: bool = False
@@ -254,6 +257,7 @@ def _load(config: SamplingConfig) -> tuple[nn.Module, Any]:
         allow_pickle=config.allow_pickle,
         trust_remote_code=config.trust_remote_code,
         adapter=config.adapter,
+        tokenizer=config.tokenizer,
     )
 
 

@@ -93,6 +93,9 @@ class EvalConfig(TaskOptions, CommonConfig):
     """windows, or requests of a task, per forward pass (default: about 2048 tokens, 8 requests)"""
     adapter: Path | None = None
     """folder with a LoRA adapter, evaluated on the model without being merged"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
     trust_remote_code: bool = False
@@ -115,6 +118,7 @@ def run_eval(config: EvalConfig) -> Evaluation:
         allow_pickle=config.allow_pickle,
         trust_remote_code=config.trust_remote_code,
         adapter=config.adapter,
+        tokenizer=config.tokenizer,
     )
     seq_len = window_length(model, "--seq-len", config.seq_len, SEQ_LEN)
     windows = text_windows(tokenizer, documents, seq_len, config.windows)

@@ -168,6 +168,9 @@ class FinetuneConfig(CommonConfig):
     that learns, twice that until the next sound step); 0: only at the start and when saving"""
     read_back: bool = True
     """load the result from its files and compare its logits before it counts as written"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
     trust_remote_code: bool = False
@@ -202,7 +205,7 @@ class FinetuneConfig(CommonConfig):
         The checkpoint to resume from is not among them, for it may be the run's own.
         """
         texts = [*source_names(self.data), *source_names(self.eval)]
-        files = [self.teacher] if self.teacher is not None else []
+        files = [name for name in (self.teacher, self.tokenizer) if name is not None]
         if self.prompt is not None and self.prompt.endswith(".txt"):
             files.append(self.prompt)
         if Path(self.recipe).expanduser().is_file():

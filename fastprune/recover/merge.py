@@ -64,6 +64,9 @@ class MergeConfig(CommonConfig):
     """replace what an earlier run left in --out"""
     read_back: bool = True
     """load the result from its files and compare its logits before it counts as written"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
     trust_remote_code: bool = False
@@ -95,7 +98,8 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     """
     if not 0 < config.strength < math.inf:
         raise InputError(f"--strength must be above 0, got {config.strength:g}")
-    check_out(config.out, config.overwrite, (config.model, config.adapter))
+    words = [] if config.tokenizer is None else [config.tokenizer]
+    check_out(config.out, config.overwrite, [config.model, config.adapter, *words])
     clock = Clock()
     with RunLog() as run_log:
         with clock("load"):
@@ -106,6 +110,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
                 allow_pickle=config.allow_pickle,
                 trust_remote_code=config.trust_remote_code,
                 adapter=config.adapter,
+                tokenizer=config.tokenizer,
             )
             check_savable(adapted.get_base_model(), tokenizer)
             scale(adapted, config.strength)

@@ -101,6 +101,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
                 device=torch.device("cpu") if shards(config) else own_device(config.device),
                 allow_pickle=config.allow_pickle,
                 trust_remote_code=config.trust_remote_code,
+                tokenizer=config.tokenizer,
             )
         check_savable(model, tokenizer)
         result = _finetune(model, tokenizer, config, recipe, folder, clock)
@@ -193,6 +194,7 @@ def _finetune(
                 device=device,
                 allow_pickle=config.allow_pickle,
                 trust_remote_code=config.trust_remote_code,
+                words=config.tokenizer,
                 shard=shards(config),
             )
     course = Course(

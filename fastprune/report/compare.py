@@ -34,7 +34,8 @@ NOT_SHOWN = (
         "eval_seq_len",
         "eval_windows",
     ),
-    *("out", "overwrite", "json", "quiet", "verbose", "allow_pickle", "trust_remote_code"),
+    *("out", "overwrite", "json", "quiet", "verbose"),
+    *("tokenizer", "allow_pickle", "trust_remote_code"),
 )
 """Settings that the other columns show, and those that leave the result as it is."""
 SAME_TEXT = 0.01
