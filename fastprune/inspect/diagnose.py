@@ -21,7 +21,7 @@ from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import load_documents, token_stream
+from fastprune.data.text import Document, load_documents, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
 from fastprune.inspect import findings as say
 from fastprune.inspect.against import Comparison, check_comparable, compare, kept_layers
@@ -219,7 +219,7 @@ def _measure(
     config: DiagnoseConfig,
     model: nn.Module,
     tokenizer: Any,
-    documents: list[str],
+    documents: list[Document],
     record: PruningRecord | None,
     clock: Clock,
 ) -> None:
@@ -306,7 +306,7 @@ def _load(config: DiagnoseConfig, name: str) -> tuple[nn.Module, Any]:
     )
 
 
-def _first_tokens(tokenizer: Any, documents: list[str] | None) -> Tensor:
+def _first_tokens(tokenizer: Any, documents: list[Document] | None) -> Tensor:
     """Token ids (1, s) of the text's beginning, for the forward pass."""
     if documents is None:
         documents = load_documents(EVALUATION_TEXT)

@@ -24,7 +24,7 @@ from tyro.conf import Positional
 from fastprune import distributed
 from fastprune.config import CommonConfig
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import eval_windows, load_documents, token_stream
+from fastprune.data.text import Document, eval_windows, load_documents, token_stream
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
 from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
@@ -140,7 +140,7 @@ def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:
     return found
 
 
-def text_windows(tokenizer: Any, documents: list[str], seq_len: int, windows: int) -> Tensor:
+def text_windows(tokenizer: Any, documents: list[Document], seq_len: int, windows: int) -> Tensor:
     """The first `windows` windows (n, seq_len) of `documents`; n is less for a short text."""
     stream = token_stream(tokenizer, documents, limit=max(seq_len, 1) * max(windows, 1))
     return eval_windows(stream, seq_len, windows)

@@ -39,9 +39,9 @@ class StreamedModel:
     """The causal language model that ``source`` names, read from its safetensors piece by piece.
 
     ``model`` is on the meta device but for its final norm and rotary embedding, which are small.
-    ``device`` is where pieces are loaded to, ``tokenizer`` names one to use instead of the source's.
-    Raises InputError when the source is missing, incomplete or broken, of an unsupported family, or
-    not in safetensors.
+    ``device`` is where pieces are loaded to, ``tokenizer`` names one to use instead of its
+    own. Raises InputError when the source is missing, incomplete or broken, of an unsupported
+    family, or not in safetensors.
     """
 
     def __init__(

@@ -47,6 +47,7 @@ from fastprune.recover.guard import bits
 from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
+from fastprune.recover.moments import left_moments
 from fastprune.recover.objective import autocast_dtype, warn_of_slow
 from fastprune.recover.recipes import Recipe, Stage, load_recipe
 from fastprune.recover.stage import Course, data_kind, gate_passed, put_back, run_stage, snapshot
@@ -207,6 +208,7 @@ def _finetune(
         seq2seq=is_seq2seq(model),
         sample=lambda m, step: _continue(m, course, step),
         gradient_hook=gradient_hook,
+        moments=left_moments(model, config.model) if _begins_full(recipe, folder) else {},
     )
     with clock("data"):
         _prepare(model, course, recipe.stages[folder.record["stage"] :])
@@ -259,6 +261,11 @@ def _finetune(
         "settings": settings(config),
     }
     return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
+
+
+def _begins_full(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether the first stage is yet to come, and trains the weights themselves."""
+    return folder.record["stage"] == 0 and recipe.stages[0].method == "full"
 
 
 def _fitted(recipe: Recipe, config: FinetuneConfig, model: nn.Module) -> Recipe:

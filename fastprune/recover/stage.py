@@ -18,6 +18,7 @@ from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.bleu import check_installed
 from fastprune.inspect.generate import pad_token
 from fastprune.models.families import PRUNED_PREFIX
+from fastprune.models.script_optimizer import Moments
 from fastprune.progress import log as progress_log
 from fastprune.recover.arguments import (
     describe,
@@ -68,6 +69,8 @@ class Course:
     gradient_hook: GradientHook | None = None
     seq2seq: bool = False
     """the model reads prompts with an encoder: its data are pairs"""
+    moments: Moments = field(default_factory=dict)
+    """where the optimizer of the first stage begins, by the name of a parameter"""
     data: dict[tuple[Any, ...], TrainingData] = field(default_factory=dict)
 
     def data_of(self, stage: Stage) -> TrainingData:
@@ -163,6 +166,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         on_line=_line_writer(course.folder, number),
         on_sample=lambda step: course.sample(trained, step),
         gradient_hook=course.gradient_hook,
+        moments=course.moments if number == 0 and stage.method == "full" else {},
     )
     steps = total_steps(stage, len(data.train))
     if checkpoint is None:

@@ -32,12 +32,14 @@ from fastprune.inspect.bleu import measure_bleu
 from fastprune.inspect.perplexity import evaluate
 from fastprune.kernels.optim import AdamW
 from fastprune.kernels.reference import IGNORED
+from fastprune.models.script_optimizer import Moments
 from fastprune.recover.callbacks import Watch
 from fastprune.recover.collate import Counted
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.freeze import make_schedule, parameter_groups
 from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
 from fastprune.recover.loggers import as_input_error, end_run, keep_events
+from fastprune.recover.moments import take_over
 from fastprune.recover.monitor import ADVICE, Monitor
 from fastprune.recover.objective import Objective, loss_inside
 from fastprune.recover.recipes import Stage
@@ -67,6 +69,7 @@ class FinetuneTrainer(Trainer):
         on_line: called with every line of the training log.
         on_sample: called with the step when prompts are due.
         gradient_hook: to look at or tamper with gradients, for tests and experiments.
+        moments: of AdamW, to begin with, by the name of a parameter.
     """
 
     optimizer: Any
@@ -88,12 +91,13 @@ class FinetuneTrainer(Trainer):
         on_line: Callable[[dict[str, Any]], None] = lambda line: None,
         on_sample: Callable[[int], None] = lambda step: None,
         gradient_hook: GradientHook | None = None,
+        moments: Moments | None = None,
     ) -> None:
         self.objective, self.stage, self.config = objective, stage, config
         self.monitor, self.guard_state = Monitor(), GuardState()
         self.guard: Guard | None = None
         self.windows, self.on_line, self.on_sample = windows, on_line, on_sample
-        self.gradient_hook, self.tokenizer = gradient_hook, tokenizer
+        self.gradient_hook, self.tokenizer, self.moments = gradient_hook, tokenizer, moments
         self.tokens = 0
         self.masked_batches = 0
         self.seconds = 0.0
@@ -183,6 +187,9 @@ class FinetuneTrainer(Trainer):
                 loss_scale="dynamic" if scaled else None,
                 seed=self.config.seed,
             )
+            if self.moments:
+                take_over(self.optimizer, self.moments)
+                self.moments = None  # they take memory
         return self.optimizer
 
     @property

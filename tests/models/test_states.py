@@ -248,7 +248,7 @@ def hostile(mark):
     touch = f"open({str(mark)!r}, 'w').close()"
     yield "eval", Calls(eval, touch)
     yield "exec", Calls(exec, touch)
-    yield "getattr", Calls(Calls(getattr, Calls(__import__, "pathlib"), "Path"), str(mark))
+    yield "getattr", Calls(getattr, Calls(__import__, "pathlib"), "Path")
     yield "import", Calls(importlib.import_module, "this")
     yield "partial", Calls(functools.partial(eval, touch))
     yield "subprocess", Calls(subprocess.Popen, ["touch", str(mark)])
@@ -266,7 +266,7 @@ def test_nothing_in_a_file_is_called_or_imported(folder, name):
     content = {"attack": attack, "model": script_state(model), "config": SETTINGS}
     torch.save(content, folder / "m.pt")
     before = set(sys.modules)
-    if name in ("getattr", "partial"):  # the result of a call is called
+    if name == "partial":  # the result of a call is called
         with pytest.raises(InputError):
             load_model(folder / "m.pt")
     else:
@@ -287,6 +287,7 @@ def forged(path, stream):
 
 
 STREAMS = {
+    "getattr": b"\x80\x02cbuiltins\ngetattr\ncpathlib\nPath\nX\x03\x00\x00\x00cwd\x86R)R.",
     "system": b"cos\nsystem\n(X\x04\x00\x00\x00truetR.",
     "module": b"cos.path\nexists\n(X\x04\x00\x00\x00truetR.",
     "memo": b"\x80\x02}r\xff\xff\xff\x7f.",
