@@ -368,7 +368,7 @@ def _hub(spec: str, rows: int) -> Iterator[Record]:
     except ImportError as error:
         raise InputError(
             f"text {spec!r} comes from the hub and needs the package datasets: "
-            f"pip install datasets; or give a local file, or {', '.join(BUILTIN)}"
+            f"pip install 'fastprune[train]'; or give a local file, or {', '.join(BUILTIN)}"
         ) from error
     source: dict[str, Any] = {"path": name, "name": config or None, "split": split}
     if name in SCRIPTED:

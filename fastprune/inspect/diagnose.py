@@ -281,7 +281,19 @@ def _case(found: Diagnosis, config: DiagnoseConfig, record: PruningRecord | None
         made_by=record.command if record else None,
         removed=removed,
         masked=any(layer.dead_heads or layer.dead_channels for layer in found.layers),
+        flags=loading_flags(config),
     )
+
+
+def loading_flags(config: DiagnoseConfig) -> tuple[str, ...]:
+    """The flags of ``config`` that decide how the model is loaded, as they were given."""
+    flags = []
+    if config.tokenizer is not None:
+        flags += ["--tokenizer", config.tokenizer]
+    if config.dtype != "auto":
+        flags += ["--dtype", config.dtype]
+    flags += ["--allow-pickle"] if config.allow_pickle else []
+    return (*flags, *(["--trust-remote-code"] if config.trust_remote_code else []))
 
 
 def _overflow_dtype(found: Diagnosis) -> str | None:

@@ -28,6 +28,9 @@ SAME = 1.02
 """A ratio to the dense perplexity that is good whatever was removed."""
 
 
+CODE = "--trust-remote-code"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was seen. ``broken`` makes the model unhealthy."""
@@ -112,6 +115,8 @@ class Case:
     """there are heads or channels that add nothing"""
     overflows: str | None = None
     """the dtype that activations leave, though weights and sizes are sound"""
+    flags: tuple[str, ...] = ()
+    """what was needed to load the model, and is again"""
 
 
 def advise(case: Case) -> list[Advice]:
@@ -120,7 +125,7 @@ def advise(case: Case) -> list[Advice]:
         return [_remake(case, "Values that are NaN or Inf cannot be trained away")]
     if case.overflows == "float16":
         text = "Nothing is wrong with the weights: run it in a dtype of larger range"
-        return [Advice(text, _command("diagnose", case.model, "--dtype", "bfloat16"))]
+        return [Advice(text, _command(case, "diagnose", case.model, "--dtype", "bfloat16"))]
     if not case.whole:
         return [_remake(case, "The checkpoint is damaged or was cut wrongly")]
     advice = [_by_band(case) if case.measured else _measure(case)]
@@ -134,7 +139,7 @@ def _measure(case: Case) -> Advice:
     against = ["--dense", case.dense] if case.dense else []
     return Advice(
         "Sound weights say little about quality: measure it",
-        _command("diagnose", case.model, "--text", "wikitext2", *against),
+        _command(case, "diagnose", case.model, "--text", "wikitext2", *against),
     )
 
 
@@ -142,14 +147,14 @@ def _by_band(case: Case) -> Advice:
     out = f"{case.model.rstrip('/')}-recovered"
     recover = ("finetune", case.model, "--data", "alpaca-cleaned", "--out", out)
     if case.band == "careful":
-        return Advice("Usable, but it lost quality: finetune it", _command(*recover))
+        return Advice("Usable, but it lost quality: finetune it", _command(case, *recover))
     if case.band == "too high":
         if case.dense is None:
             return Advice("Finetune it in stages, with a gate after each",
-                          _command(*recover, "--recipe", "staged"))  # fmt: skip
+                          _command(case, *recover, "--recipe", "staged"))  # fmt: skip
         return Advice(
             "It lost much: finetune it with the dense model as the teacher",
-            _command(*recover, "--recipe", "distill", "--teacher", case.dense),
+            _command(case, *recover, "--recipe", "distill", "--teacher", case.dense),
         )
     if case.band == "broken":
         text = "Too much was lost for finetuning to be the first remedy"
@@ -157,24 +162,31 @@ def _by_band(case: Case) -> Advice:
             return _remake(case, text)
         return Advice(
             f"{text}: prune again, with search and compensation",
-            _command("prune", case.dense, "--out", f"{case.model.rstrip('/')}-again", "--ratio",
+            _command(case, "prune", case.dense, "--out", f"{case.model.rstrip('/')}-again", "--ratio",
                      f"{max(0.05, round(case.removed, 2)):g}", "--allocation", "search",
                      "--compensate", "least-squares"),
         )  # fmt: skip
     return Advice("Nothing needs to be done; try it",
-                  _command("generate", case.model, "--prompt", "The river"))  # fmt: skip
+                  _command(case, "generate", case.model, "--prompt", "The river"))  # fmt: skip
 
 
 def _remake(case: Case, why: str) -> Advice:
     if case.made_by:
         return Advice(f"{why}: check the dense model, then make it again", case.made_by)
     if case.dense and case.dense != case.model:
-        return Advice(f"{why}: check what it was made of", _command("diagnose", case.dense))
+        return Advice(f"{why}: check what it was made of", _command(case, "diagnose", case.dense))
     return Advice(f"{why}: go back to the last good checkpoint, or fetch the model again", None)
 
 
-def _command(*words: str) -> str:
-    return shlex.join(["fastprune", *words])
+def _command(case: Case, *words: str) -> str:
+    """A command line, with the flags that the model of ``case`` needs to be loaded."""
+    flags = list(case.flags)
+    if "--dtype" in words and "--dtype" in flags:
+        place = flags.index("--dtype")
+        del flags[place : place + 2]
+    if words[0] == "prune" and CODE in flags:
+        flags.remove(CODE)  # it takes no models that bring their own code
+    return shlex.join(["fastprune", *words, *flags])
 
 
 def band_finding(perplexity: float, judgement: Judgement) -> Finding:

@@ -44,6 +44,7 @@ from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.guard import bits
+from fastprune.recover.held_out import held_out_figures
 from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
@@ -225,6 +226,7 @@ def _finetune(
     if config.prompt is not None:
         course.sample(course.placed(model), None)
     after = folder.perplexity()
+    test = _tested(model, course, recipe.stages[-1])
     check_weights(model)
     _check_gate(config, record.get("before"), after)
     adapter = hasattr(model, "peft_config")
@@ -252,6 +254,7 @@ def _finetune(
                 "after": after,
             }
         ],
+        **({} if test is None else {"test": test}),
         "stages": record["results"],
         "samples": record.get("samples", []),
         "seconds": clock.totals(STAGES),
@@ -266,6 +269,25 @@ def _finetune(
 def _begins_full(recipe: Recipe, folder: RunFolder) -> bool:
     """Whether the first stage is yet to come, and trains the weights themselves."""
     return folder.record["stage"] == 0 and recipe.stages[0].method == "full"
+
+
+def _tested(model: nn.Module, course: Course, stage: Stage) -> dict[str, Any] | None:
+    """The figures of the finished `model` on --test-data, in windows of the last `stage`."""
+    data = course.test_data(stage)
+    if data is None:
+        return None
+    for part in data.parts:
+        check_largest(model, course.tokenizer, part.largest, part.name)
+    figures = held_out_figures(
+        course.placed(model),
+        course.tokenizer,
+        data,
+        dtype=autocast_dtype(stage.precision, course.device),
+        batch_size=stage.batch_size,
+        bleu_samples=stage.bleu_samples,
+    )
+    log.info("%s: loss %s on %d samples", course.config.test_data, figures["loss"], len(data.train))
+    return {"data": course.config.test_data, **figures}
 
 
 def _fitted(recipe: Recipe, config: FinetuneConfig, model: nn.Module) -> Recipe:

@@ -81,17 +81,34 @@ class Course:
         key = (stage.seq_len, stage.samples, stage.val_size)
         if key not in self.data:
             with first_of_node_first(self.device):
-                self.data[key] = training_data(
-                    self.config.data,
-                    self.tokenizer,
-                    seq_len=stage.seq_len,
-                    samples=stage.samples,
-                    val_size=stage.val_size,
-                    kind=data_kind(self.config),
-                    seed=self.config.seed,
-                    seq2seq=self.seq2seq,
-                )
+                found = self._read(self.config.data, stage, stage.samples, stage.val_size)
+                if self.config.val_data is not None:
+                    held_out = self._read(self.config.val_data, stage)
+                    parts = [*found.parts, *held_out.parts]
+                    found = replace(found, validation=held_out.train, parts=parts)
+                self.data[key] = found
         return self.data[key]
+
+    def test_data(self, stage: Stage) -> TrainingData | None:
+        """What the finished model is measured on, in windows of `stage`; None without any."""
+        if self.config.test_data is None:
+            return None
+        with first_of_node_first(self.device):
+            return self._read(self.config.test_data, stage)
+
+    def _read(
+        self, spec: str, stage: Stage, samples: int | None = None, val_size: float = 0
+    ) -> TrainingData:
+        return training_data(
+            spec,
+            self.tokenizer,
+            seq_len=stage.seq_len,
+            samples=samples,
+            val_size=val_size,
+            kind=data_kind(self.config),
+            seed=self.config.seed,
+            seq2seq=self.seq2seq,
+        )
 
     def placed(self, model: nn.Module) -> nn.Module:
         """`model` where it can run: itself, or under --shard a copy spread over the processes.

@@ -38,7 +38,7 @@ from fastprune.recover.collate import Counted
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.freeze import make_schedule, parameter_groups
 from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
-from fastprune.recover.loggers import as_input_error, end_run, keep_events
+from fastprune.recover.loggers import as_input_error, end_run, keep_events, perplexity_key
 from fastprune.recover.moments import take_over
 from fastprune.recover.monitor import ADVICE, Monitor
 from fastprune.recover.objective import Objective, loss_inside
@@ -300,12 +300,13 @@ class FinetuneTrainer(Trainer):
         """Validation loss, or perplexity of the windows; the best weights go to the disk."""
         step = self.state.global_step
         self._evaluated_step = step
+        line: dict[str, Any] = {"step": step}
         if self.eval_dataset is not None:
-            name, figure = "eval_loss", self._validation_loss()
-        else:
-            assert self.windows is not None  # Watch asks only where there is something to measure
-            name, figure = "eval_perplexity", evaluate(self.model, self.windows).perplexity
-        line: dict[str, Any] = {"step": step, name: figure}
+            line["eval_loss"] = self._validation_loss()
+        if self.windows is not None:
+            line["eval_perplexity"] = evaluate(self.model, self.windows).perplexity
+        name = "eval_loss" if self.eval_dataset is not None else "eval_perplexity"
+        figure = line[name]  # Watch asks only where there is something to measure
         if (bleu := self._measure_bleu()) is not None:
             line["eval_bleu"] = bleu
             log.info("step %d: eval_bleu %.2f", step, bleu)
@@ -317,6 +318,8 @@ class FinetuneTrainer(Trainer):
         log.info("step %d: %s %.4f", step, name, figure)
         self._say(finding)
         metrics = {key: value for key, value in line.items() if key != "step"}
+        if self.windows is not None:
+            metrics[perplexity_key(self.config.eval)] = line["eval_perplexity"]
         super().log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

@@ -176,6 +176,12 @@ def show_finetune(result: dict[str, Any]) -> None:
         figures = f"{format.perplexity(p['before'])} → {format.perplexity(p['after'])}"
         windows = f"{p['windows']} × {p['seq_len']}"
         out.print(Text(f"perplexity  {p['text']}, {windows}: {figures}"), soft_wrap=True)
+    if test := result.get("test"):
+        loss = "—" if test["loss"] is None else f"{test['loss']:.3f}"
+        figures = f"loss {loss}, perplexity {format.perplexity(test['perplexity'])}"
+        if "bleu" in test:
+            figures += f", BLEU-4 {test['bleu']['bleu']:.2f}"
+        out.print(Text(f"test  {test['data']}, {test['items']} samples: {figures}"), soft_wrap=True)
     for sample in result["samples"]:
         if sample["step"] is None:
             out.print(Text(f"{sample['prompt']} → {sample['text']}"), soft_wrap=True)

@@ -80,13 +80,15 @@ def test_texts_and_ids_may_follow_each_other(tmp_path, tokenizer, ids):
 
 
 def test_a_folder_keeps_its_splits(tmp_path, tokenizer, ids):
+    folder = tmp_path / "data"
+    folder.mkdir()
     for number, name in enumerate(("x_val_000.bin", "x_train_001.bin", "x_train_002.bin")):
-        write(tmp_path / name, ids[16 * number :][:16], "gpt2")
-    data = training_data(tmp_path, tokenizer, seq_len=16, cache=tmp_path / "cache")
+        write(folder / name, ids[16 * number :][:16], "gpt2")
+    data = training_data(folder, tokenizer, seq_len=16, cache=tmp_path / "cache")
     windows = torch.cat([item["input_ids"] for item in data.train])
     assert windows.tolist() == ids[16:48].tolist()
-    (tmp_path / "input.txt").write_text(TEXT)
-    assert load_documents(tmp_path) == [TEXT]  # what the ids were made of
+    (folder / "input.txt").write_text(TEXT)
+    assert load_documents(folder) == [TEXT]  # what the ids were made of
 
 
 @pytest.mark.parametrize("form", FORMS)
