@@ -30,6 +30,7 @@ from fastprune.inspect.health import unsound
 from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
+from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_model
 from fastprune.models.seq2seq import halves, is_seq2seq, response_states
 from fastprune.models.vocabulary import check_largest
@@ -74,6 +75,10 @@ class Evaluation(Perplexity):
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """by name, as `evaluate_tasks` gives them"""
+    model: str = ""
+    text: str = ""
+    params: dict[str, int] = field(default_factory=dict)
+    """of the model: in `total`, and in its layers (`block`)"""
 
 
 @dataclass(kw_only=True)
@@ -130,7 +135,10 @@ def run_eval(config: EvalConfig) -> Evaluation:
         tasks = evaluate_tasks(
             model, tokenizer, config, seed=config.seed, batch_size=config.batch_size
         )
-    return Evaluation(**asdict(result), tasks=tasks)
+    params = {"total": sum(p.numel() for p in model.parameters()), "block": layer_parameters(model)}
+    return Evaluation(
+        **asdict(result), tasks=tasks, model=config.model, text=config.text, params=params
+    )
 
 
 def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:

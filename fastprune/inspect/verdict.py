@@ -160,12 +160,13 @@ def _by_band(case: Case) -> Advice:
         text = "Too much was lost for finetuning to be the first remedy"
         if case.dense is None or case.removed is None:
             return _remake(case, text)
+        again = f"{case.model.rstrip('/')}-again"
+        ratio = f"{max(0.05, round(case.removed, 2)):g}"
+        better = ("--allocation", "search", "--compensate", "least-squares")
         return Advice(
             f"{text}: prune again, with search and compensation",
-            _command(case, "prune", case.dense, "--out", f"{case.model.rstrip('/')}-again", "--ratio",
-                     f"{max(0.05, round(case.removed, 2)):g}", "--allocation", "search",
-                     "--compensate", "least-squares"),
-        )  # fmt: skip
+            _command(case, "prune", case.dense, "--out", again, "--ratio", ratio, *better),
+        )
     return Advice("Nothing needs to be done; try it",
                   _command(case, "generate", case.model, "--prompt", "The river"))  # fmt: skip
 

@@ -27,6 +27,7 @@ from fastprune.inspect.generate import stop_at_end_of_turn
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.models.adapter import read_fingerprint
 from fastprune.models.checkpoint import check_savable, save_checkpoint
+from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_model, load_tokenizer
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.readback import check_read_back
@@ -124,6 +125,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
             "base_proven": read_fingerprint(config.adapter.expanduser()) is not None,
             "params": {
                 "model": sum(p.numel() for p in merged.parameters()),
+                "block": layer_parameters(merged),
                 "adapter": trained,
             },
             "dtype": agreements[-1].dtype,

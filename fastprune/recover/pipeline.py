@@ -27,6 +27,7 @@ from fastprune.inspect.perplexity import (
     window_length,
 )
 from fastprune.models.checkpoint import check_savable, save_checkpoint
+from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_or_start
 from fastprune.models.readback import check_read_back
 from fastprune.models.seq2seq import is_seq2seq
@@ -221,7 +222,7 @@ def _finetune(
             measured = evaluate(course.placed(model), windows)
             what = "the loss before any training"
             record["before"] = sound(measured, model, what).perplexity
-    total = sum(p.numel() for p in model.parameters())
+    total, block = sum(p.numel() for p in model.parameters()), layer_parameters(model)
     model = _stages(model, recipe, course, clock)
     if config.prompt is not None:
         course.sample(course.placed(model), None)
@@ -241,6 +242,7 @@ def _finetune(
         "recipe": {"name": recipe.name, "about": recipe.about},
         "params": {
             "total": total,
+            "block": block,
             "learning": max((r["learning_parameters"] for r in record["results"]), default=0),
         },
         "perplexity": []

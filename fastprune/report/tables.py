@@ -199,8 +199,8 @@ def show_compare(result: dict[str, Any]) -> None:
         after = {(p["text"], p["seq_len"], p["windows"]): p["after"] for p in run["perplexity"]}
         table.add_row(
             Text(run["name"]),
-            format.count(run["params"]["block_after"]),
-            format.percent(run["ratio"]["achieved"]),
+            "—" if (block := run["params"]["block_after"]) is None else format.count(block),
+            "—" if (share := run["ratio"]["achieved"]) is None else format.percent(share),
             *(format.perplexity(after.get(text)) for text in texts),
             format.duration(run["seconds"]),
         )
