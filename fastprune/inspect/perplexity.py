@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
 from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_model
+from fastprune.models.quantised import quantise
 from fastprune.models.seq2seq import halves, is_seq2seq, response_states
 from fastprune.models.vocabulary import check_largest
 from fastprune.progress import track
@@ -98,6 +99,9 @@ class EvalConfig(TaskOptions, CommonConfig):
     """windows, or requests of a task, per forward pass (default: about 2048 tokens, 8 requests)"""
     adapter: Path | None = None
     """folder with a LoRA adapter, evaluated on the model without being merged"""
+    quantize: Literal[8, 4] | None = None
+    """hold the weights of the layers in 8 or 4 bits: less memory, somewhat worse answers; needs
+    fastprune[quantize]"""
     tokenizer: str | None = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
@@ -125,6 +129,12 @@ def run_eval(config: EvalConfig) -> Evaluation:
         adapter=config.adapter,
         tokenizer=config.tokenizer,
     )
+    params = {
+        "total": sum(p.numel() for p in model.parameters()),
+        "block": layer_parameters(model),
+    }
+    if config.quantize is not None:
+        quantise(model, config.quantize)
     seq_len = window_length(model, "--seq-len", config.seq_len, SEQ_LEN)
     windows = text_windows(tokenizer, documents, seq_len, config.windows)
     check_largest(model, tokenizer, int(windows.max()), config.text)
@@ -135,7 +145,6 @@ def run_eval(config: EvalConfig) -> Evaluation:
         tasks = evaluate_tasks(
             model, tokenizer, config, seed=config.seed, batch_size=config.batch_size
         )
-    params = {"total": sum(p.numel() for p in model.parameters()), "block": layer_parameters(model)}
     return Evaluation(
         **asdict(result), tasks=tasks, model=config.model, text=config.text, params=params
     )
