@@ -94,7 +94,7 @@ COMMANDS = {
         "fastprune.report.tables:show_merge",
     ),
     "compare": Command(
-        "pruning runs side by side: a table and a Pareto plot",
+        "runs side by side: a table and a Pareto plot",
         "fastprune.report.compare:CompareConfig",
         "fastprune.report.compare:run_compare",
         "fastprune.report.tables:show_compare",

@@ -23,11 +23,13 @@ FORMS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".npy": "tokens",
+    ".bin": "tokens",
 }
 """What a file is read as, by its suffix, in capitals or not."""
 PACKED = ".gz"
 """May follow the suffix of a file of text."""
-BINARY = ("parquet", "arrow")
+BINARY = ("parquet", "arrow", "tokens")
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 """Files of a data set's folder that describe it."""
 SAVED = "state.json"
@@ -70,11 +72,15 @@ def checked_form(path: Path) -> str:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """The files of data in `folder` and the folders in it, sorted. Raises InputError for none."""
+    """The files of data in `folder` and the folders in it, sorted. Raises InputError for none.
+
+    Files of token ids count where there are no others.
+    """
     found = [file for file in folder.rglob("*") if _is_data(file, folder) and file.is_file()]
     if not found:
         raise InputError(f"{folder}: no {' '.join(FORMS)} files in this folder")
-    return sorted(found)
+    texts = [file for file in found if form_of(file) != "tokens"]
+    return sorted(texts or found)  # token ids beside texts are most likely made of them
 
 
 def split_of(name: str) -> str:

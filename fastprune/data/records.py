@@ -23,6 +23,7 @@ from typing import Any
 
 from fastprune.data.builtin import BUILTIN, builtin_documents
 from fastprune.data.files import checked_form, folder_files, is_packed, split_of
+from fastprune.data.shards import TokenShard
 from fastprune.errors import InputError
 
 SELF = "self"
@@ -142,6 +143,8 @@ def read_file(
             return _csv(path, name, DELIMITERS)
         case "tsv":
             return _csv(path, name, "\t")
+        case "tokens":
+            return iter([Record(TokenShard(path), name)])
     return _plain(path, name)
 
 
@@ -365,7 +368,7 @@ def _hub(spec: str, rows: int) -> Iterator[Record]:
     except ImportError as error:
         raise InputError(
             f"text {spec!r} comes from the hub and needs the package datasets: "
-            f"pip install datasets; or give a local file, or {', '.join(BUILTIN)}"
+            f"pip install 'fastprune[train]'; or give a local file, or {', '.join(BUILTIN)}"
         ) from error
     source: dict[str, Any] = {"path": name, "name": config or None, "split": split}
     if name in SCRIPTED:

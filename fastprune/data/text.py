@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastprune.data.records import read_source, source_names
+from fastprune.data.shards import TokenShard
 from fastprune.errors import InputError
 
 CHARACTERS_PER_TOKEN = 6  # more than English takes, so that one try is enough
@@ -32,10 +34,13 @@ PART_FIELDS = (
 )
 """Fields of an instruction record; those it has are joined in this order."""
 
+Document = str | TokenShard
+"""A text, or the token ids of one."""
+
 log = logging.getLogger("fastprune")
 
 
-def load_documents(spec: str | Path) -> list[str]:
+def load_documents(spec: str | Path) -> list[Document]:
     """The documents that `spec` names, none of them blank, in the order of the sources.
 
     Raises InputError for a source that is missing, unreadable, binary, or empty.
@@ -43,25 +48,49 @@ def load_documents(spec: str | Path) -> list[str]:
     return [text for documents in load_sources(spec).values() for text in documents]
 
 
-def load_sources(spec: str | Path) -> dict[str, list[str]]:
+def load_sources(spec: str | Path) -> dict[str, list[Document]]:
     """The documents of each source that `spec` names, by its name; one named twice counts once.
 
     Raises InputError for a source that is missing, unreadable, binary, or empty.
     """
-    sources: dict[str, list[str]] = {}
+    sources: dict[str, list[Document]] = {}
     for part in source_names(spec):
-        sources[part] = [text for text in _documents(part) if text.strip()]
+        sources[part] = [
+            text for text in _documents(part) if isinstance(text, TokenShard) or text.strip()
+        ]
         if not sources[part]:
             raise InputError(f"{part}: no text in it")
     return sources
 
 
-def token_stream(tokenizer: Any, documents: Iterable[str], limit: int | None = None) -> Tensor:
-    """All documents, joined by a blank line, as one stream of token ids (tokens,), int64.
+def token_stream(tokenizer: Any, documents: Iterable[Document], limit: int | None = None) -> Tensor:
+    """All documents as one stream of token ids (tokens,), int64; texts are joined by a blank line.
 
     No special tokens are added. `limit` stops after that many tokens; they are the first ones of
-    the whole stream, found without tokenising much more of the text than they cover.
+    the whole stream, found without tokenising much more of the text than they cover. Raises
+    InputError for token ids that `tokenizer` does not have.
     """
+    parts = [torch.empty(0, dtype=torch.long)]
+    for _, run in groupby(documents, lambda document: isinstance(document, TokenShard)):
+        for part in _streams(tokenizer, list(run), limit):
+            parts.append(part)
+            limit = None if limit is None else limit - len(part)
+    return torch.cat(parts)
+
+
+def _streams(tokenizer: Any, documents: list[Document], limit: int | None) -> Iterator[Tensor]:
+    """The streams of documents that are all texts, which make one, or all token ids."""
+    texts = [document for document in documents if isinstance(document, str)]
+    if texts:
+        yield _text_stream(tokenizer, texts, limit)
+    for shard in documents:
+        if isinstance(shard, TokenShard) and limit != 0:
+            ids = torch.from_numpy(shard.ids(tokenizer, limit))
+            limit = None if limit is None else limit - len(ids)
+            yield ids
+
+
+def _text_stream(tokenizer: Any, documents: list[str], limit: int | None) -> Tensor:
     text = "\n\n".join(documents)
     size = len(text) if limit is None else limit * CHARACTERS_PER_TOKEN
     while limit is not None and size < len(text):
@@ -145,9 +174,12 @@ def _tokenise(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(encoded, dtype=torch.long)
 
 
-def _documents(name: str) -> Iterator[str]:
+def _documents(name: str) -> Iterator[Document]:
     pieces: list[str] = []
     for record in read_source(name):
+        if isinstance(record.value, TokenShard):
+            yield record.value
+            continue
         pieces.append(document(record.value, record.where))
         if not record.more:
             yield "".join(pieces)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastprune.data.cache import (
     LAYOUT,
     SHARD_TOKENS,
@@ -28,7 +30,7 @@ from fastprune.data.checks import Finding, Findings, Unusable, encoding_problems
 from fastprune.data.columns import Columns
 from fastprune.data.encode import Encoder
 from fastprune.data.examples import Example, detect_kind, example_of, text_of
-from fastprune.data.files import without_held_out
+from fastprune.data.files import form_of, without_held_out
 from fastprune.data.records import (
     Broken,
     Record,
@@ -37,6 +39,7 @@ from fastprune.data.records import (
     source_files,
     source_names,
 )
+from fastprune.data.shards import TokenShard
 from fastprune.errors import InputError
 from fastprune.models.foreign import cached_folder
 from fastprune.progress import track
@@ -60,6 +63,11 @@ class Source:
     """what positions call the file, where its own name says nothing"""
     held_out: tuple[Path, ...] = ()
     """files of other splits than train, which are left alone"""
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether its files hold token ids."""
+        return bool(self.files) and form_of(self.files[0]) == "tokens"
 
     def records(self, broken: Broken | None = None) -> Iterator[Record]:
         if not self.files:
@@ -151,6 +159,9 @@ def _write(folder: Path, sources: list[Source], encoder: Encoder, kind: str | Co
     seen: set[int] = set()
     parts = []
     for number, source in enumerate(sources):
+        if source.of_tokens:
+            parts.append(_copy_tokens(folder / str(number), source, encoder, kind))
+            continue
         reader = _Reader(source, kind, findings, seen)
         if encoder.seq2seq and reader.kind == "text":
             raise InputError(
@@ -177,6 +188,39 @@ def _write(folder: Path, sources: list[Source], encoder: Encoder, kind: str | Co
         parts.append({"name": source.name, **about})
     content = {"parts": parts, "findings": [vars(finding) for finding in findings]}
     (folder / "corpus.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _copy_tokens(
+    folder: Path, source: Source, encoder: Encoder, kind: str | Columns
+) -> dict[str, Any]:
+    """Token ids that are there already, into the store `folder`; what is said of the part."""
+    if encoder.seq2seq or kind not in ("auto", "text"):
+        raise InputError(
+            f"{source.name}: token ids of a text, which say nothing of prompts and answers; give "
+            "the data itself, or leave out what says that they are not text"
+        )
+    tokenizer, largest = encoder.tokenizer, 0
+    vocabulary = 1 + max(tokenizer.get_vocab().values())
+    with StoreWriter(
+        folder, vocabulary=vocabulary, masked=False, shard_tokens=SHARD_TOKENS["text"]
+    ) as writer:
+        for file in track(source.files, f"reading {source.name}"):
+            for ids, more in _with_more(TokenShard(file).pieces(tokenizer)):
+                writer.add(ids, None, Record(None, str(file), more=more))
+                largest = max(largest, int(ids.max()))
+    count = len(source.files)
+    return {"name": source.name, "kind": "text", "records": count, "largest": largest}
+
+
+def _with_more(pieces: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
+    """Each of `pieces`, and whether another follows."""
+    waiting = None
+    for piece in pieces:
+        if waiting is not None:
+            yield waiting, True
+        waiting = piece
+    if waiting is not None:
+        yield waiting, False
 
 
 class _Reader:

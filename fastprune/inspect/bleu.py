@@ -62,7 +62,7 @@ class Answer:
 def check_installed() -> None:
     """InputError, saying what to install, where sacrebleu is missing."""
     if importlib.util.find_spec("sacrebleu") is None:
-        raise InputError("BLEU needs the package sacrebleu: pip install sacrebleu")
+        raise InputError("BLEU needs the package sacrebleu: pip install 'fastprune[train]'")
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> Bleu:

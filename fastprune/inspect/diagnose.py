@@ -21,7 +21,7 @@ from tyro.conf import Positional
 
 from fastprune.config import CommonConfig
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import load_documents, token_stream
+from fastprune.data.text import Document, load_documents, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
 from fastprune.inspect import findings as say
 from fastprune.inspect.against import Comparison, check_comparable, compare, kept_layers
@@ -86,6 +86,9 @@ class DiagnoseConfig(CommonConfig):
     maximum)"""
     windows: int = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
     trust_remote_code: bool = False
@@ -216,7 +219,7 @@ def _measure(
     config: DiagnoseConfig,
     model: nn.Module,
     tokenizer: Any,
-    documents: list[str],
+    documents: list[Document],
     origin: Origin | None,
     clock: Clock,
 ) -> None:
@@ -280,7 +283,19 @@ def _case(found: Diagnosis, config: DiagnoseConfig, origin: Origin | None) -> Ca
         made_by=read_metrics(Path(config.model).expanduser()).get("command"),
         removed=removed,
         masked=any(layer.dead_heads or layer.dead_channels for layer in found.layers),
+        flags=loading_flags(config),
     )
+
+
+def loading_flags(config: DiagnoseConfig) -> tuple[str, ...]:
+    """The flags of ``config`` that decide how the model is loaded, as they were given."""
+    flags = []
+    if config.tokenizer is not None:
+        flags += ["--tokenizer", config.tokenizer]
+    if config.dtype != "auto":
+        flags += ["--dtype", config.dtype]
+    flags += ["--allow-pickle"] if config.allow_pickle else []
+    return (*flags, *(["--trust-remote-code"] if config.trust_remote_code else []))
 
 
 def _overflow_dtype(found: Diagnosis) -> str | None:
@@ -301,10 +316,11 @@ def _load(config: DiagnoseConfig, name: str) -> tuple[nn.Module, Any]:
         device=config.device,
         allow_pickle=config.allow_pickle,
         trust_remote_code=config.trust_remote_code,
+        tokenizer=config.tokenizer,
     )
 
 
-def _first_tokens(tokenizer: Any, documents: list[str] | None) -> Tensor:
+def _first_tokens(tokenizer: Any, documents: list[Document] | None) -> Tensor:
     """Token ids (1, s) of the text's beginning, for the forward pass."""
     if documents is None:
         documents = load_documents(EVALUATION_TEXT)

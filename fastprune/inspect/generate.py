@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.forward import finite_logits
 from fastprune.models.gpt2 import learned_positions
 from fastprune.models.load import load_model
+from fastprune.models.quantised import quantise
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import is_seq2seq, with_end
 from fastprune.models.vocabulary import check_largest, embedding_rows
@@ -54,6 +55,12 @@ class SamplingConfig(CommonConfig):
     """0 takes the likeliest token each time; higher draws more freely"""
     adapter: Path | None = None
     """folder with a LoRA adapter, put onto the model without being merged"""
+    quantize: Literal[8, 4] | None = None
+    """hold the weights of the layers in 8 or 4 bits: less memory, somewhat worse answers; needs
+    fastprune[quantize]"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
     trust_remote_code: bool = False
@@ -268,14 +275,18 @@ def chat(
 
 
 def _load(config: SamplingConfig) -> tuple[nn.Module, Any]:
-    return load_model(
+    model, tokenizer = load_model(
         config.model,
         dtype=config.dtype,
         device=config.device,
         allow_pickle=config.allow_pickle,
         trust_remote_code=config.trust_remote_code,
         adapter=config.adapter,
+        tokenizer=config.tokenizer,
     )
+    if config.quantize is not None:
+        quantise(model, config.quantize)
+    return model, tokenizer
 
 
 def stop_at_end_of_turn(model: nn.Module, tokenizer: Any) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,15 @@ from tyro.conf import Positional
 from fastprune import distributed
 from fastprune.config import CommonConfig
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import eval_windows, load_documents, token_stream
+from fastprune.data.text import Document, eval_windows, load_documents, token_stream
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
 from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
+from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_model
+from fastprune.models.quantised import quantise
 from fastprune.models.seq2seq import halves, is_seq2seq, response_states
 from fastprune.models.vocabulary import check_largest
 from fastprune.progress import track
@@ -74,6 +76,10 @@ class Evaluation(Perplexity):
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """by name, as `evaluate_tasks` gives them"""
+    model: str = ""
+    text: str = ""
+    params: dict[str, int] = field(default_factory=dict)
+    """of the model: in `total`, and in its layers (`block`)"""
 
 
 @dataclass(kw_only=True)
@@ -93,6 +99,12 @@ class EvalConfig(TaskOptions, CommonConfig):
     """windows, or requests of a task, per forward pass (default: about 2048 tokens, 8 requests)"""
     adapter: Path | None = None
     """folder with a LoRA adapter, evaluated on the model without being merged"""
+    quantize: Literal[8, 4] | None = None
+    """hold the weights of the layers in 8 or 4 bits: less memory, somewhat worse answers; needs
+    fastprune[quantize]"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
     trust_remote_code: bool = False
@@ -115,7 +127,14 @@ def run_eval(config: EvalConfig) -> Evaluation:
         allow_pickle=config.allow_pickle,
         trust_remote_code=config.trust_remote_code,
         adapter=config.adapter,
+        tokenizer=config.tokenizer,
     )
+    params = {
+        "total": sum(p.numel() for p in model.parameters()),
+        "block": layer_parameters(model),
+    }
+    if config.quantize is not None:
+        quantise(model, config.quantize)
     seq_len = window_length(model, "--seq-len", config.seq_len, SEQ_LEN)
     windows = text_windows(tokenizer, documents, seq_len, config.windows)
     check_largest(model, tokenizer, int(windows.max()), config.text)
@@ -126,7 +145,9 @@ def run_eval(config: EvalConfig) -> Evaluation:
         tasks = evaluate_tasks(
             model, tokenizer, config, seed=config.seed, batch_size=config.batch_size
         )
-    return Evaluation(**asdict(result), tasks=tasks)
+    return Evaluation(
+        **asdict(result), tasks=tasks, model=config.model, text=config.text, params=params
+    )
 
 
 def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:
@@ -136,7 +157,7 @@ def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:
     return found
 
 
-def text_windows(tokenizer: Any, documents: list[str], seq_len: int, windows: int) -> Tensor:
+def text_windows(tokenizer: Any, documents: list[Document], seq_len: int, windows: int) -> Tensor:
     """The first `windows` windows (n, seq_len) of `documents`; n is less for a short text."""
     stream = token_stream(tokenizer, documents, limit=max(seq_len, 1) * max(windows, 1))
     return eval_windows(stream, seq_len, windows)

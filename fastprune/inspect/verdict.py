@@ -32,6 +32,9 @@ HOPELESS = 100.0
 """A ratio to the dense perplexity from which a model is beyond any use."""
 
 
+CODE = "--trust-remote-code"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was seen. ``broken`` makes the model unhealthy."""
@@ -141,6 +144,8 @@ class Case:
     """the dtype that activations leave, though weights and sizes are sound"""
     known: Windows | None = None
     """windows in which the dense perplexity is known"""
+    flags: tuple[str, ...] = ()
+    """what was needed to load the model, and is again"""
 
 
 def advise(case: Case) -> list[Advice]:
@@ -149,7 +154,7 @@ def advise(case: Case) -> list[Advice]:
         return [_remake(case, "Values that are NaN or Inf cannot be trained away")]
     if case.overflows == "float16":
         text = "Nothing is wrong with the weights: run it in a dtype of larger range"
-        return [Advice(text, command("diagnose", case.model, "--dtype", "bfloat16"))]
+        return [Advice(text, _command(case, "diagnose", case.model, "--dtype", "bfloat16"))]
     if not case.whole:
         return [_remake(case, "The checkpoint is damaged or was cut wrongly")]
     advice = [_by_band(case) if case.measured else _measure(case)]
@@ -163,7 +168,7 @@ def _measure(case: Case) -> Advice:
     against = ["--dense", case.dense] if case.dense else []
     return Advice(
         "Sound weights say little about quality: measure it",
-        command("diagnose", case.model, "--text", EVALUATION_TEXT, *against),
+        _command(case, "diagnose", case.model, "--text", EVALUATION_TEXT, *against),
     )
 
 
@@ -171,14 +176,14 @@ def _by_band(case: Case) -> Advice:
     out = f"{case.model.rstrip('/')}-recovered"
     recover = ("finetune", case.model, "--out", out)
     if case.band == "careful":
-        return Advice("Usable, but it lost quality: finetune it", command(*recover))
+        return Advice("Usable, but it lost quality: finetune it", _command(case, *recover))
     if case.band == "too high":
         if case.dense is None:
             return Advice("Finetune it in stages, with a gate after each",
-                          command(*recover, "--recipe", "staged"))  # fmt: skip
+                          _command(case, *recover, "--recipe", "staged"))  # fmt: skip
         return Advice(
             "It lost much: finetune it with the dense model as the teacher",
-            command(*recover, "--recipe", "distill", "--teacher", case.dense),
+            _command(case, *recover, "--recipe", "distill", "--teacher", case.dense),
         )
     if case.band == "broken":
         text = "Too much was lost for finetuning to be the first remedy"
@@ -189,13 +194,13 @@ def _by_band(case: Case) -> Advice:
         ratio = max(0.05, round(case.removed / 2 if done else case.removed, 2))
         return Advice(
             f"{text}: {'remove less' if done else 'prune again, with search and compensation'}",
-            command("prune", case.dense, "--out", f"{case.model.rstrip('/')}-again", "--ratio",
-                     f"{ratio:g}", *careful),
+            _command(case, "prune", case.dense, "--out", f"{case.model.rstrip('/')}-again",
+                     "--ratio", f"{ratio:g}", *careful),
         )  # fmt: skip
     if case.band == "unknown":
         return _judgeable(case)
     return Advice("Nothing needs to be done; try it",
-                  command("generate", case.model, "--prompt", "The river"))  # fmt: skip
+                  _command(case, "generate", case.model, "--prompt", "The river"))  # fmt: skip
 
 
 def _judgeable(case: Case) -> Advice:
@@ -204,13 +209,13 @@ def _judgeable(case: Case) -> Advice:
         text, seq_len, windows = case.known
         return Advice(
             "The dense model was measured in other windows: measure in those",
-            command("diagnose", case.model, "--text", text, "--seq-len", str(seq_len),
+            _command(case, "diagnose", case.model, "--text", text, "--seq-len", str(seq_len),
                     "--windows", str(windows)),
         )  # fmt: skip
     compared = case.dense is not None and case.dense != case.model
     return Advice(
         "Only beside the dense model can it be judged: name that one",
-        command("diagnose", case.model, "--dense", str(case.dense)) if compared else None,
+        _command(case, "diagnose", case.model, "--dense", str(case.dense)) if compared else None,
     )
 
 
@@ -218,8 +223,19 @@ def _remake(case: Case, why: str) -> Advice:
     if case.made_by:
         return Advice(f"{why}: check the dense model, then make it again", case.made_by)
     if case.dense and case.dense != case.model:
-        return Advice(f"{why}: check what it was made of", command("diagnose", case.dense))
+        return Advice(f"{why}: check what it was made of", _command(case, "diagnose", case.dense))
     return Advice(f"{why}: go back to the last good checkpoint, or fetch the model again", None)
+
+
+def _command(case: Case, *words: str) -> str:
+    """A command line, with the flags that the model of ``case`` needs to be loaded."""
+    flags = list(case.flags)
+    if "--dtype" in words and "--dtype" in flags:
+        place = flags.index("--dtype")
+        del flags[place : place + 2]
+    if words[0] == "prune" and CODE in flags:
+        flags.remove(CODE)  # it takes no models that bring their own code
+    return command(*words, *flags)
 
 
 def command(*words: str) -> str:

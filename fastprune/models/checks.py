@@ -23,6 +23,11 @@ TRUST = "trust_remote_code"
 log = logging.getLogger("fastprune")
 
 
+def layer_parameters(model: Any) -> int:
+    """Parameters inside the layers of `model`, of whatever family."""
+    return sum(p.numel() for name, p in model.named_parameters() if DECODER_LAYER.search(name))
+
+
 def unwrapped(name: str) -> str:
     """The name of a weight without what wrappers of the model put into it, in whatever order."""
     for wrapper in INNER_WRAPPERS:

@@ -188,6 +188,10 @@ class _Unknown(nn.Module):
         if isinstance(state, Mapping):
             self.__dict__.update(state)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Entries of what was a mapping are its fields."""
+        self.__dict__[str(key)] = value
+
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:

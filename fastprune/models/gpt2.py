@@ -44,6 +44,12 @@ def is_gpt2(state: Mapping[str, Tensor]) -> bool:
     return {FIRST, "wte.weight", "wpe.weight"} <= set(map(bare, state))
 
 
+def is_linear(state: Mapping[str, Tensor]) -> bool:
+    """Whether the GPT-2 in `state` keeps its projections (out, in), as linear layers do."""
+    weight = next(value for name, value in state.items() if bare(name) == FIRST)
+    return weight.shape[0] > weight.shape[1]
+
+
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions `model` has learnt, beyond which it fails; None where there is no end."""
     return model.config.n_positions if model.config.model_type == "gpt2" else None

@@ -45,6 +45,7 @@ from fastprune.models.states import (
     resized,
     state_of,
     tokenizer_beside,
+    tokenizer_in,
 )
 from fastprune.precision import convert_weights
 
@@ -67,6 +68,7 @@ def load_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     adapter: str | Path | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[nn.Module, Any]:
     """The language model and the tokenizer that `source` names, ready for inference.
 
@@ -74,18 +76,20 @@ def load_model(
     reads a foreign `.bin` file, which may run any code it contains; `trust_remote_code` runs the
     Python code in the model's folder where transformers has none for it. `adapter` is a folder with
     a LoRA adapter, put onto the model unmerged; one that resizes the vocabulary brings its
-    tokenizer, if it has one. Raises InputError when the source is missing,
-    incomplete or broken, or is not the model the adapter was trained on.
+    tokenizer, if it has one. `tokenizer` is a folder or a hub id whose tokenizer takes the place of
+    the model's own. Raises InputError when the source is missing, incomplete or broken, or is not
+    the model the adapter was trained on.
     """
     wanted = _dtype(dtype)
     target = resolve_device(device) if isinstance(device, str) else device
+    given = None if tokenizer is None else named_tokenizer(tokenizer)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in STATE_SUFFIXES:
-        model, tokenizer = _load_file(path, allow_pickle)
+        model, words = _load_file(path, allow_pickle, given)
         if wanted is not None:
             convert_weights(model, wanted)
     else:
-        model, tokenizer = _load_resolved(source, wanted, trust_remote_code)
+        model, words = _load_resolved(source, wanted, trust_remote_code, given)
     model = model.to(target).eval()
     settle_tie(model)
     use_attention(model)
@@ -96,8 +100,8 @@ def load_model(
         model = load_adapter(model, adapter)
         folder = Path(adapter).expanduser()
         if len(model.get_input_embeddings().weight) != own and _has_tokenizer(folder):
-            tokenizer = _read_tokenizer(folder)
-    return model, tokenizer
+            words = _read_tokenizer(folder) if given is None else given
+    return model, words
 
 
 def load_or_start(
@@ -106,6 +110,7 @@ def load_or_start(
     dtype: str | torch.dtype = "auto",
     device: torch.device,
     trust_remote_code: bool = False,
+    tokenizer: str | Path | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Any]:
     """As `load_model`; random weights, after a warning, where `source` is a folder without any.
@@ -114,13 +119,17 @@ def load_or_start(
     """
     folder = Path(source).expanduser()
     if not (folder / "config.json").is_file() or _has_weights(folder):
-        options["trust_remote_code"] = trust_remote_code
+        options |= {"trust_remote_code": trust_remote_code, "tokenizer": tokenizer}
         return load_model(source, dtype=dtype, device=device, **options)
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = _read_config(folder, trust_remote_code)
     check_family(config, str(folder))
-    tokenizer = _read_tokenizer(folder, trust_remote_code)
+    words = (
+        _read_tokenizer(folder, trust_remote_code)
+        if tokenizer is None
+        else named_tokenizer(tokenizer)
+    )
     log.warning("%s holds a config and no weights: training starts from random ones", folder)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with quiet_libraries():
@@ -128,7 +137,7 @@ def load_or_start(
             config, dtype=_dtype(dtype) or torch.float32, trust_remote_code=trust_remote_code
         ).to(device)
     use_attention(model)
-    return model, tokenizer
+    return model, words
 
 
 def load_config(source: str | Path) -> Any:
@@ -142,6 +151,20 @@ def load_tokenizer(source: str | Path) -> Any:
     if path.is_file() and path.suffix in STATE_SUFFIXES:
         return tokenizer_beside(path, _read_state(path))
     return _read_tokenizer(resolve_source(source))
+
+
+def named_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of the folder or hub id `name`, whatever model it belongs to. InputError."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or folder.is_absolute() or not HUB_ID.fullmatch(str(name)):
+            raise InputError(f"--tokenizer {name}: no such folder; name one, or a hub id as gpt2")
+        folder = _fetch(str(name), weights=False)
+    if (folder / "config.json").is_file() and _has_tokenizer(folder):
+        return _read_tokenizer(folder)
+    if (found := tokenizer_in(folder)) is None:
+        raise InputError(f"--tokenizer {name}: no tokenizer in it (tokenizer.json is missing)")
+    return found
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -180,15 +203,16 @@ def _demo_file() -> Path:
     return Path(package.origin).with_name(DEMO_FILE)
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, *, weights: bool = True) -> Path:
     """Download the hub model `name`, or find it in the hub's local cache."""
     from huggingface_hub import snapshot_download
 
-    texts = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors"]
+    texts = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+    texts += ["*.safetensors"] if weights else []
     try:
         with quiet_libraries():
             folder = Path(snapshot_download(name, allow_patterns=texts))
-            if not any(folder.glob("*.safetensors")):
+            if weights and not any(folder.glob("*.safetensors")):
                 folder = Path(snapshot_download(name, allow_patterns=[*texts, "*.bin"]))
     except Exception as error:  # the hub client raises errors of four libraries
         raise InputError(
@@ -199,22 +223,24 @@ def _fetch(name: str) -> Path:
 
 
 def _load_resolved(
-    source: str | Path, dtype: torch.dtype | None, trust: bool
+    source: str | Path, dtype: torch.dtype | None, trust: bool, given: Any
 ) -> tuple[nn.Module, Any]:
     folder = resolve_source(source)
     try:
-        return _load_folder(folder, dtype, trust)
+        return _load_folder(folder, dtype, trust, given)
     except InputError:
         if not discard(folder):  # not a converted copy of ours: the fault is the user's to mend
             raise
     log.info("the converted copy of %s was damaged; converting again", source)
-    return _load_folder(resolve_source(source), dtype, trust)
+    return _load_folder(resolve_source(source), dtype, trust, given)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None, trust: bool) -> tuple[nn.Module, Any]:
+def _load_folder(
+    folder: Path, dtype: torch.dtype | None, trust: bool, given: Any
+) -> tuple[nn.Module, Any]:
     config = _read_config(folder, trust)
     _check_weights(folder)
-    tokenizer = _read_tokenizer(folder, trust)
+    tokenizer = _read_tokenizer(folder, trust) if given is None else given
     return _read_weights(folder, config, dtype, trust), tokenizer
 
 
@@ -293,7 +319,10 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     if not _has_tokenizer(folder):
-        raise InputError(f"{folder}: no tokenizer in this folder (tokenizer.json is missing)")
+        raise InputError(
+            f"{folder}: no tokenizer in this folder (tokenizer.json is missing); copy its own "
+            "there, or name one with --tokenizer"
+        )
     for name in TOKENIZER_FILES:
         check_pointer(folder / name)
     try:
@@ -350,7 +379,7 @@ def _read_files(folder: Path) -> dict[str, torch.Tensor]:
     return without_wrappers(weights, folder)
 
 
-def _load_file(path: Path, allow_pickle: bool) -> tuple[nn.Module, Any]:
+def _load_file(path: Path, allow_pickle: bool, given: Any) -> tuple[nn.Module, Any]:
     """A file of weights alone; or, when allowed, one that pickles the model itself."""
     try:
         saved = read_state(path)
@@ -363,7 +392,7 @@ def _load_file(path: Path, allow_pickle: bool) -> tuple[nn.Module, Any]:
             if holds_model(content):
                 return revive(path, content)
         saved = state_of(path, content)
-    tokenizer = tokenizer_beside(path, saved)
+    tokenizer = tokenizer_beside(path, saved) if given is None else given
     return build(path, saved, tokenizer), tokenizer
 
 

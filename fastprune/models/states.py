@@ -1,8 +1,9 @@
 """Weights alone in a `.pt` or `.bin` file, as training scripts write them.
 
 Such a file holds a state dict, or `{"model": state dict}` with what else the script kept:
-optimizer, step, val_loss, its own settings. It is read with `weights_only=True`, so it can run no
-code. The tokenizer, and the config of anything but a GPT-2, lie beside it.
+optimizer, step, val_loss, its own settings, states of random generators. It is read with
+`weights_only=True`, so it can run no code; objects of the script's own classes become records of
+their fields. The tokenizer, and the config of anything but a GPT-2, lie beside it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fastprune.models.checks import (
 )
 from fastprune.models.families import PRUNED_PREFIX, SUPPORTED
 from fastprune.models.gpt2 import bare, build_gpt2, is_gpt2
+from fastprune.models.inert import Record, fields_of, plain, read_inert
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
 
@@ -43,7 +45,7 @@ log = logging.getLogger("fastprune")
 
 
 class NeedsPickle(Exception):
-    """The file holds objects other than tensors, numbers, strings and their containers."""
+    """The file holds objects that can only be had by running their code."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class SavedState:
 
     weights: dict[str, Tensor]
     settings: dict[str, Any]
+    optimizer: Any = None
+    """what the script kept of its optimizer"""
 
 
 def read_state(path: Path) -> SavedState:
@@ -61,12 +65,18 @@ def read_state(path: Path) -> SavedState:
     """
     check_pointer(path)
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        if zipfile.is_zipfile(path):
+            content = read_inert(path)
+        else:  # as torch wrote until 1.5
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "is blocked" in str(error):
+            raise InputError(
+                f"{path}: calls functions of the operating system when it is read, which no "
+                "checkpoint needs; do not load it"
+            ) from error
         raise NeedsPickle(_cause(error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as many kinds as there are ways to damage a file
         raise InputError(
             f"{path}: truncated or corrupt ({type(error).__name__}); copy it again"
         ) from error
@@ -74,25 +84,42 @@ def read_state(path: Path) -> SavedState:
 
 
 def state_of(path: Path, content: Any) -> SavedState:
-    """The weights and settings in `content`, read from `path`. InputError when it has none."""
-    outer = content if isinstance(content, Mapping) else {}
-    state = next((outer[key] for key in STATES if isinstance(outer.get(key), Mapping)), outer)
+    """The weights and settings in `content`, read from `path`. InputError when it has none.
+
+    Raises NeedsPickle where it holds a whole model and its tokenizer as objects.
+    """
+    outer = fields_of(content)
+    kept = [fields_of(outer[key]) for key in STATES if key in outer]
+    if any("_modules" in fields for fields in (outer, *kept)):
+        _refuse_module(path, outer)
+    state = next((fields for fields in kept if fields), outer)
     weights = {
         key: value.detach().clone()  # the file may be overwritten while the model is used
-        for key, value in state.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
+        for key, given in state.items()
+        if isinstance(key, str) and isinstance(value := _weight(given), Tensor)
     }
     if not weights:
         raise InputError(f"{path}: holds no weights, neither itself nor under {', '.join(STATES)}")
     settings: dict[str, Any] = {}
     for key in SETTINGS:
-        said = outer.get(key)
-        settings |= said if isinstance(said, Mapping) else getattr(said, "__dict__", {})
-    steps = [f"{k} {outer[k]}" for k in ("step", "iter_num", "val_loss") if k in outer]
+        settings |= {str(k): plain(v) for k, v in fields_of(outer.get(key)).items()}
+    steps = [f"{k} {plain(outer[k])}" for k in ("step", "iter_num", "val_loss") if k in outer]
     log.info("%s: %d tensors, %s", path, len(weights), ", ".join(steps) or "no step named")
-    if "optimizer" in outer:
-        log.info("%s: its optimizer's state is not used", path)
-    return SavedState(weights, settings)
+    return SavedState(weights, settings, outer.get("optimizer"))
+
+
+def _weight(value: Any) -> Any:
+    return plain(value) if isinstance(value, Record) else value
+
+
+def _refuse_module(path: Path, outer: Mapping[Any, Any]) -> None:
+    """Raise for a model that was pickled as an object: only its own code can make it again."""
+    if "model" in outer and "tokenizer" in outer:
+        raise NeedsPickle("a model and a tokenizer as objects")
+    raise InputError(
+        f"{path}: holds a model as an object, not its weights; where its code is at hand, save "
+        "model.state_dict() instead"
+    )
 
 
 def build(path: Path, saved: SavedState, tokenizer: Any) -> nn.Module:
@@ -112,9 +139,29 @@ def tokenizer_beside(path: Path, saved: SavedState) -> Any:
 
     Raises InputError that says what to put there.
     """
+    from transformers import GPT2Tokenizer
+
+    if (found := tokenizer_in(path.parent)) is not None:
+        return found
+    if is_gpt2(saved.weights) and _vocabulary(saved) >= GPT2_VOCABULARY:
+        try:
+            with quiet_libraries():
+                return GPT2Tokenizer.from_pretrained("openai-community/gpt2", local_files_only=True)
+        except Exception:  # not in the hub's cache: the message below says what to do
+            log.info("GPT-2's tokenizer is not in the hub's cache either")
+    raise InputError(
+        f"{path}: no tokenizer beside it; name one with --tokenizer (a folder, or gpt2 on the "
+        "hub), or copy its tokenizer.json, or vocab.json and merges.txt, into the same folder"
+    )
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer whose files lie in `folder`, GPT-2's where they do not say; None without any.
+
+    Raises InputError for broken files.
+    """
     from transformers import AutoTokenizer, GPT2Tokenizer
 
-    folder = path.parent
     try:
         with quiet_libraries():
             if (folder / "tokenizer_config.json").is_file():
@@ -125,16 +172,7 @@ def tokenizer_beside(path: Path, saved: SavedState) -> Any:
                 return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise refusal(folder, "broken tokenizer", error) from error
-    if is_gpt2(saved.weights) and _vocabulary(saved) >= GPT2_VOCABULARY:
-        try:
-            with quiet_libraries():
-                return GPT2Tokenizer.from_pretrained("openai-community/gpt2", local_files_only=True)
-        except Exception:  # not in the hub's cache: the message below says what to do
-            log.info("GPT-2's tokenizer is not in the hub's cache either")
-    raise InputError(
-        f"{path}: no tokenizer beside it; copy its tokenizer.json, or vocab.json and merges.txt "
-        "(GPT-2's: from openai-community/gpt2 on the hub), into the same folder"
-    )
+    return None
 
 
 def _vocabulary(saved: SavedState) -> int:
@@ -232,5 +270,5 @@ def resized_config(path: Path, config: Any, shapes: Mapping[str, Any]) -> Any:
 def _cause(error: BaseException) -> str:
     """What torch says was refused, out of its page of advice."""
     text = str(error)
-    start = text.find("Unsupported ")
+    start = max(text.find("Unsupported "), text.find("Can only "))
     return text[start:].split(" was not an allowed", 1)[0].splitlines()[0] if start >= 0 else ""

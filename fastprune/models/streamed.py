@@ -21,7 +21,7 @@ from fastprune.models.blocks import Blocks
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
 from fastprune.models.families import decoder_layers, family_of_config
-from fastprune.models.load import load_config, load_tokenizer, resolve_source
+from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
@@ -37,17 +37,25 @@ class StreamedModel:
     """The causal language model that ``source`` names, read from its safetensors piece by piece.
 
     ``model`` is on the meta device but for its final norm and rotary embedding, which are small.
-    ``device`` is where pieces are loaded to. Raises InputError when the source is missing,
-    incomplete or broken, of an unsupported family, or not in safetensors.
+    ``device`` is where pieces are loaded to, ``tokenizer`` names one to use instead of its
+    own. Raises InputError when the source is missing, incomplete or broken, of an unsupported
+    family, or not in safetensors.
     """
 
-    def __init__(self, source: str | Path, *, dtype: str = "auto", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        tokenizer: str | None = None,
+    ) -> None:
         folder = resolve_source(source)
         config = load_config(folder)
         family_of_config(config)
         check_unquantised(config, str(folder))
         self.shards = ShardReader(folder)
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):

@@ -124,6 +124,9 @@ class PruneConfig(CommonConfig):
     """load the result from its files and compare its logits before it counts as written"""
     stream: bool = False
     """for a model larger than memory: keep its weights on disk, one layer at a time in memory"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
 
@@ -191,7 +194,7 @@ class PruneConfig(CommonConfig):
     def inputs(self) -> list[str | Path]:
         """What the command reads, as it was named; --out must lie apart from it."""
         texts = [*source_names(self.calib), *source_names(self.eval)]
-        files: list[str | Path] = [] if self.plan is None else [self.plan]
+        files: list[str | Path] = [p for p in (self.plan, self.tokenizer) if p is not None]
         if self.layer_importance not in ("removal", "activation"):
             files.append(self.layer_importance)
         return [self.model, *texts, *files]

@@ -71,7 +71,12 @@ def run_prune(config: PruneConfig) -> PruneResult:
         with clock("load"):
             source = None
             if config.stream:
-                source = StreamedModel(config.model, dtype=config.dtype, device=config.device)
+                source = StreamedModel(
+                    config.model,
+                    dtype=config.dtype,
+                    device=config.device,
+                    tokenizer=config.tokenizer,
+                )
                 model, tokenizer = source.model, source.tokenizer
             else:
                 model, tokenizer = load_model(
@@ -79,6 +84,7 @@ def run_prune(config: PruneConfig) -> PruneResult:
                     dtype=config.dtype,
                     device=str(resolve_device(config.device)),
                     allow_pickle=config.allow_pickle,
+                    tokenizer=config.tokenizer,
                 )
         if config.out is None:
             return prune(model, tokenizer, config, clock=clock, source=source)

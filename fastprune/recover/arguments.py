@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from fastprune import distributed
 from fastprune.config import resolve_device
 from fastprune.recover.config import FinetuneConfig
-from fastprune.recover.loggers import run_name
+from fastprune.recover.loggers import run_name, set_project
 from fastprune.recover.recipes import Stage
 
 USUAL_WARMUP, USUAL_BATCH = (0.10, 0.15), (64, 96)
@@ -103,6 +103,7 @@ def training_arguments(
         torch.cuda.set_device(device)
     elif device.type == "cuda" and device.index:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # the library would take cuda:0
+    set_project(config.logger_project)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=stage.batch_size,
@@ -125,6 +126,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         report_to=config.log_to,
         run_name=run_name(folder),
+        **({"project": config.logger_project} if config.logger_project else {}),
         disable_tqdm=True,
         log_level="critical",
         log_level_replica="critical",

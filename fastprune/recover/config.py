@@ -6,6 +6,7 @@ applies to every stage, what is left out is the recipe's, and what neither says 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,11 @@ from fastprune.data.records import source_names
 from fastprune.errors import InputError
 
 Method = Literal["full", "lora"]
-Freeze = Literal["none", "most", "half", "ends", "attention", "mlp"]
+FROZEN = ("none", "most", "half", "ends", "attention", "mlp")
+PROJECTS = ("wandb", "trackio")
+"""Loggers that know projects."""
+LAST = re.compile(r"last:([1-9]\d*)")
+"""What `--freeze` takes besides."""
 Schedule = Literal["constant", "linear", "cosine", "one-cycle"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -42,9 +47,10 @@ class FinetuneConfig(CommonConfig):
 
     method: Method | None = None
     """full trains the weights themselves (default), lora small matrices beside them"""
-    freeze: Freeze | None = None
-    """what stays as it is: most (all but the last 5 layers), half (the first half), ends (the outer
-    quarters), attention, mlp; each freezes the embeddings and the head too (default: none)"""
+    freeze: str | None = None
+    """what stays as it is: most (all but the last 5 layers), last:N (all but the last N layers),
+    half (the first half), ends (the outer quarters), attention, mlp; each freezes the embeddings
+    and the head too (default: none)"""
     lr: float | None = None
     """learning rate (default: 2e-5)"""
     find_lr: bool = False
@@ -117,6 +123,10 @@ class FinetuneConfig(CommonConfig):
     too few; the new rows begin near the mean of the others"""
     val_size: float | None = None
     """samples held out for validation: a number, or a share below 1 (default: 0)"""
+    val_data: str | None = None
+    """validation data of its own, named as --data is; instead of --val-size"""
+    test_data: str | None = None
+    """data to measure the finished model on, once, named as --data is"""
     eval: str = EVALUATION_TEXT
     """text whose perplexity is measured before, between the stages and after"""
     eval_seq_len: int | None = None
@@ -158,6 +168,8 @@ class FinetuneConfig(CommonConfig):
     """steps per line of train_log.jsonl (default: at most 200 lines a stage)"""
     log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """also send the log to this logger"""
+    logger_project: str | None = None
+    """the project of wandb or trackio that the run belongs to"""
 
     optimizer_master: Literal["fp32", "stochastic", "none"] = "fp32"
     """half-precision weights: an fp32 copy in the optimizer, stochastic rounding, or neither"""
@@ -176,6 +188,9 @@ class FinetuneConfig(CommonConfig):
     that learns, twice that until the next sound step); 0: only at the start and when saving"""
     read_back: bool = True
     """load the result from its files and compare its logits before it counts as written"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
     trust_remote_code: bool = False
@@ -203,14 +218,19 @@ class FinetuneConfig(CommonConfig):
                 raise InputError("--gate-ppl-ratio needs a perplexity: leave out --eval-windows 0")
             if self.keep_worse:
                 raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
+        if self.val_data is not None and self.val_size:
+            raise InputError("--val-data is the validation set: leave out --val-size")
+        if self.logger_project is not None and self.log_to not in PROJECTS:
+            raise InputError(f"--logger-project needs --log-to {' or '.join(PROJECTS)}")
 
     def inputs(self) -> list[str | Path]:
         """What the command reads, as it was named; --out must lie apart from it.
 
         The checkpoint to resume from is not among them, for it may be the run's own.
         """
-        texts = [*source_names(self.data), *source_names(self.eval)]
-        files = [self.teacher] if self.teacher is not None else []
+        data = [s for s in (self.data, self.val_data, self.test_data) if s is not None]
+        texts = [name for spec in (*data, self.eval) for name in source_names(spec)]
+        files = [name for name in (self.teacher, self.tokenizer) if name is not None]
         if self.prompt is not None and self.prompt.endswith(".txt"):
             files.append(self.prompt)
         if Path(self.recipe).expanduser().is_file():

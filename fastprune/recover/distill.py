@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fastprune.errors import InputError
 from fastprune.inspect import perplexity
 from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.kernels.ops import cross_entropy
-from fastprune.models.load import load_model
+from fastprune.models.load import STATE_SUFFIXES, load_model
 from fastprune.recover.align import align_layers
 from fastprune.recover.loss import head_loss, product_dtype, scored_tokens
 from fastprune.sharding import inside, spread, whole
@@ -41,12 +42,14 @@ def load_teacher(
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    words: str | None = None,
     shard: bool = False,
 ) -> nn.Module:
     """The teacher that `source` names, in eval mode and without gradients.
 
-    With `shard` it is spread over all processes, which must all call this. Raises InputError when
-    it cannot be loaded or reads other tokens than the student's `tokenizer`.
+    Weights alone in a file take the tokenizer that `words` names. With `shard` it is spread over
+    all processes, which must all call this. Raises InputError when it cannot be loaded or reads
+    other tokens than the student's `tokenizer`.
     """
     place = "cpu" if shard else device
     teacher, own = load_model(
@@ -55,6 +58,7 @@ def load_teacher(
         device=place,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
+        tokenizer=words if Path(source).suffix in STATE_SUFFIXES else None,
     )
     if tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
         raise InputError(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastprune.errors import InputError
+from fastprune.recover.config import LAST
 from fastprune.recover.recipes import Stage
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
@@ -44,12 +45,15 @@ def depth_of(model: nn.Module) -> int:
 def freeze(model: nn.Module, strategy: str) -> int:
     """Set `requires_grad` of what learns now as `strategy` says; the parameters left to learn.
 
-    most: all but the last 5 layers are frozen; half: the first half; ends: the outer quarters;
-    attention, mlp: these in every layer. Each freezes the embeddings and the head too; the final
-    norm learns. none leaves everything as it is. Raises InputError when nothing would learn.
+    most: all but the last 5 layers are frozen, last:N: all but the last N; half: the first half;
+    ends: the outer quarters; attention, mlp: these in every layer. Each freezes the embeddings and
+    the head too; the final norm learns. none leaves everything as it is. Raises InputError when
+    nothing would learn, and for more layers than there are.
     """
     if strategy != "none":
         depth = depth_of(model)
+        if (last := LAST.fullmatch(strategy)) and int(last[1]) > depth:
+            raise InputError(f"--freeze {strategy}: the model has {depth} layers")
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and _frozen(name, strategy, depth):
                 parameter.requires_grad_(False)
@@ -65,6 +69,8 @@ def _frozen(name: str, strategy: str, depth: int) -> bool:
         return "norm" not in name and "ln_f" not in name
     if strategy == "most":
         return layer < depth - TRAINED_BY_MOST
+    if last := LAST.fullmatch(strategy):
+        return layer < depth - int(last[1])
     if strategy == "half":
         return layer < depth // 2
     if strategy == "ends":

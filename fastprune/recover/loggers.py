@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from fastprune.data.records import source_names
 from fastprune.errors import InputError
 
 EVENTS = "tensorboard"  # in DIR/fastprune
@@ -25,6 +28,26 @@ def check_logger(name: str) -> None:
     """InputError where the package of the logger `name` is missing; none needs none."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise InputError(f"--log-to {name}: it is not installed; run: pip install {name}")
+
+
+def set_project(name: str | None) -> None:
+    """Runs from now on belong to the project `name` of wandb, which the library reads from the
+    environment; trackio's is one of its arguments."""
+    if name is not None:
+        os.environ["WANDB_PROJECT"] = name
+
+
+def perplexity_key(text: str) -> str:
+    """What loggers call the perplexity on `text` while training: `eval/wikitext2_ppl`.
+
+    Several texts joined by commas are one; a path gives the name of its file.
+    """
+    names = []
+    for name in source_names(text):
+        place = name.removeprefix("hf:").partition(":")[0] if name.startswith("hf:") else name
+        stem = Path(place.removeprefix("builtin:")).name
+        names.append(re.sub(r"[^\w-]+", "_", stem.partition(".")[0] or stem))
+    return f"eval_{'+'.join(names)}_ppl"  # the library puts the slash
 
 
 def run_name(folder: Path) -> str:

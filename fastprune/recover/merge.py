@@ -28,6 +28,7 @@ from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.inspect.record import Origin
 from fastprune.models.adapter import read_fingerprint
 from fastprune.models.checkpoint import check_savable, save_checkpoint
+from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_model, load_tokenizer
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.readback import check_read_back
@@ -65,6 +66,9 @@ class MergeConfig(CommonConfig):
     """replace what an earlier run left in --out"""
     read_back: bool = True
     """load the result from its files and compare its logits before it counts as written"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
     allow_pickle: bool = False
     """read a pickled .bin file; it can run any code it contains"""
     trust_remote_code: bool = False
@@ -96,7 +100,8 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     """
     if not 0 < config.strength < math.inf:
         raise InputError(f"--strength must be above 0, got {config.strength:g}")
-    check_out(config.out, config.overwrite, (config.model, config.adapter))
+    words = [] if config.tokenizer is None else [config.tokenizer]
+    check_out(config.out, config.overwrite, [config.model, config.adapter, *words])
     clock = Clock()
     with RunLog() as run_log:
         with clock("load"):
@@ -107,6 +112,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
                 allow_pickle=config.allow_pickle,
                 trust_remote_code=config.trust_remote_code,
                 adapter=config.adapter,
+                tokenizer=config.tokenizer,
             )
             check_savable(adapted.get_base_model(), tokenizer)
             scale(adapted, config.strength)
@@ -120,6 +126,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
             "base_proven": read_fingerprint(config.adapter.expanduser()) is not None,
             "params": {
                 "model": sum(p.numel() for p in merged.parameters()),
+                "block": layer_parameters(merged),
                 "adapter": trained,
             },
             **_origin(config.model, merged),

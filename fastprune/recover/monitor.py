@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import mean, pstdev
 from typing import Any
+
+from fastprune.report import format
 
 SMOOTHING = 0.9  # weight of the past in the running mean of the loss
 WINDOW = 20  # logged losses that flatness and oscillation are judged by
@@ -103,6 +106,19 @@ class Monitor:
         )
         worse = min(self.since_best, self.since_lowest) >= 2
         return self._say("overfitting" if learning and worse else None, step)
+
+    def evaluation(self, step: int, line: Mapping[str, Any]) -> str:
+        """What to say of the evaluation `line` of a step, as train_log.jsonl has it."""
+        loss, bleu = line.get("eval_loss"), line.get("eval_bleu")
+        perplexity = line.get("eval_perplexity")
+        found = [
+            f"step {step}",
+            "" if loss is None else f"validation loss {loss:.4f}",
+            "" if perplexity is None else f"perplexity {perplexity:.4f}",
+            "" if bleu is None else f"BLEU-4 {format.bleu(bleu)}",
+            "the best so far" if self.best_step == step else "",
+        ]
+        return ", ".join(filter(None, found))
 
     def sound(self) -> bool:
         """Whether the training is in a state worth coming back to."""

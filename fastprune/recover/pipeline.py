@@ -29,6 +29,7 @@ from fastprune.inspect.perplexity import (
 )
 from fastprune.inspect.record import Origin
 from fastprune.models.checkpoint import check_savable, save_checkpoint
+from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_or_start
 from fastprune.models.readback import check_read_back
 from fastprune.models.seq2seq import is_seq2seq
@@ -46,9 +47,11 @@ from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.guard import bits
+from fastprune.recover.held_out import held_out_figures
 from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.merge import fold
+from fastprune.recover.moments import left_moments
 from fastprune.recover.objective import autocast_dtype, warn_of_slow
 from fastprune.recover.outcome import (
     check_changed,
@@ -111,6 +114,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
                 device=torch.device("cpu") if shards(config) else own_device(config.device),
                 allow_pickle=config.allow_pickle,
                 trust_remote_code=config.trust_remote_code,
+                tokenizer=config.tokenizer,
             )
         check_savable(model, tokenizer)
         result = _finetune(model, tokenizer, config, recipe, folder, clock)
@@ -204,6 +208,7 @@ def _finetune(
         origin=Origin.of(config.model),
         sample=lambda m, step: _continue(m, course, step),
         gradient_hook=gradient_hook,
+        moments=left_moments(model, config.model) if _begins_full(recipe, folder) else {},
     )
     with clock("data"):
         _prepare(model, course, recipe.stages[folder.record["stage"] :])
@@ -215,10 +220,12 @@ def _finetune(
             measured = evaluate(course.placed(model), windows)
             record["before"] = sound(measured, model, "the loss before any training").perplexity
         warn_of_broken(model, course, record["before"])
+    block = layer_parameters(model)
     model = _stages(model, recipe, course, clock)
     check_gates(config, folder)
     if config.prompt is not None:
         course.sample(course.placed(model), None)
+    test = _tested(model, course, recipe.stages[-1])
     check_weights(model)
     check_gain(config, record.get("before"), folder.perplexity())
     adapter = hasattr(model, "peft_config")
@@ -226,6 +233,9 @@ def _finetune(
         convert_weights(model, saved_dtype)
         check_changed(model, given, record["results"])
     metrics = _metrics(model, recipe, course, clock)
+    metrics["params"]["block"] = block
+    if test is not None:
+        metrics["test"] = test
     for line in (*recovery_lines(metrics), *verdict_lines(metrics)):
         log.info("%s", line)
     return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
@@ -244,6 +254,7 @@ def _teacher(
             device=device,
             allow_pickle=config.allow_pickle,
             trust_remote_code=config.trust_remote_code,
+            words=config.tokenizer,
             shard=shards(config),
         )
 
@@ -284,6 +295,30 @@ def _metrics(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> 
         "command": command_line(),
         "settings": settings(config),
     }
+
+
+def _begins_full(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether the first stage is yet to come, and trains the weights themselves."""
+    return folder.record["stage"] == 0 and recipe.stages[0].method == "full"
+
+
+def _tested(model: nn.Module, course: Course, stage: Stage) -> dict[str, Any] | None:
+    """The figures of the finished `model` on --test-data, in windows of the last `stage`."""
+    data = course.test_data(stage)
+    if data is None:
+        return None
+    for part in data.parts:
+        check_largest(model, course.tokenizer, part.largest, part.name)
+    figures = held_out_figures(
+        course.placed(model),
+        course.tokenizer,
+        data,
+        dtype=autocast_dtype(stage.precision, course.device),
+        batch_size=stage.batch_size,
+        bleu_samples=stage.bleu_samples,
+    )
+    log.info("%s: loss %s on %d samples", course.config.test_data, figures["loss"], len(data.train))
+    return {"data": course.config.test_data, **figures}
 
 
 def _fitted(recipe: Recipe, config: FinetuneConfig, model: nn.Module) -> Recipe:

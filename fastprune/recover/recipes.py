@@ -23,7 +23,7 @@ import yaml
 
 from fastprune.errors import InputError
 from fastprune.flags import typed_values
-from fastprune.recover.config import FinetuneConfig, Freeze, Method, Precision, Schedule
+from fastprune.recover.config import FROZEN, LAST, FinetuneConfig, Method, Precision, Schedule
 
 FOLDER = Path(__file__).with_name("recipes")
 NAMES = tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
@@ -39,7 +39,7 @@ class Stage:
     on_worse: Literal["stop", "continue"] = "stop"
     """after a stage was rolled back: skip the stages that follow, or go on with them"""
     method: Method = "full"
-    freeze: Freeze = "none"
+    freeze: str = "none"
     lr: float = 2e-5
     find_lr: bool = False
     layer_lr_decay: float = 1.0
@@ -75,8 +75,13 @@ class Stage:
     save_steps: int = 500
     keep_last: int = 2
 
-    def check(self) -> None:
-        """InputError when a value is out of range or two contradict each other."""
+    def check(self, *, validated: bool = False) -> None:
+        """InputError when a value is out of range or two contradict each other.
+
+        `validated`: there is validation data besides what `val_size` says.
+        """
+        if self.freeze not in FROZEN and not LAST.fullmatch(self.freeze):
+            raise InputError(f"--freeze {self.freeze}: give one of {', '.join(FROZEN)}, last:N")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -100,7 +105,7 @@ class Stage:
             raise InputError("--minutes and --max-steps both say when to stop: give one of them")
         if self.early_stop is not None and self.eval_steps is None:
             raise InputError("--early-stop counts evaluations: give --eval-steps too")
-        if self.bleu_samples and not (self.val_size and self.eval_steps):
+        if self.bleu_samples and not ((validated or self.val_size) and self.eval_steps):
             raise InputError("--bleu-samples are validation's: give --val-size and --eval-steps")
         if self.best_by == "bleu" and not self.bleu_samples:
             raise InputError("--best-by bleu needs BLEU measured: give --bleu-samples too")
@@ -157,7 +162,9 @@ def load_recipe(config: FinetuneConfig) -> Recipe:
         if "warmup_steps" in given or "warmup_ratio" in given:
             own.pop("warmup_steps", None)
         stage = Stage(**{"name": f"stage {number}"} | own | given)
-        stage.check()
+        if config.val_data is not None:
+            stage = dataclasses.replace(stage, val_size=0.0)
+        stage.check(validated=config.val_data is not None)
         stages.append(stage)
     if content.get("needs_teacher") and not config.teacher:
         raise InputError(f"recipe {config.recipe} needs --teacher MODEL, the dense model")

@@ -20,6 +20,7 @@ from fastprune.inspect.findings import LARGE
 from fastprune.inspect.generate import pad_token
 from fastprune.inspect.record import Origin
 from fastprune.models.families import PRUNED_PREFIX
+from fastprune.models.script_optimizer import Moments
 from fastprune.progress import log as progress_log
 from fastprune.recover.arguments import (
     describe,
@@ -74,6 +75,8 @@ class Course:
     """the dense model that the model goes back to, where that is known"""
     seq2seq: bool = False
     """the model reads prompts with an encoder: its data are pairs"""
+    moments: Moments = field(default_factory=dict)
+    """where the optimizer of the first stage begins, by the name of a parameter"""
     data: dict[tuple[Any, ...], TrainingData] = field(default_factory=dict)
 
     def data_of(self, stage: Stage) -> TrainingData:
@@ -84,17 +87,34 @@ class Course:
         key = (stage.seq_len, stage.samples, stage.val_size)
         if key not in self.data:
             with first_of_node_first(self.device):
-                self.data[key] = training_data(
-                    self.config.data,
-                    self.tokenizer,
-                    seq_len=stage.seq_len,
-                    samples=stage.samples,
-                    val_size=stage.val_size,
-                    kind=data_kind(self.config),
-                    seed=self.config.seed,
-                    seq2seq=self.seq2seq,
-                )
+                found = self._read(self.config.data, stage, stage.samples, stage.val_size)
+                if self.config.val_data is not None:
+                    held_out = self._read(self.config.val_data, stage)
+                    parts = [*found.parts, *held_out.parts]
+                    found = replace(found, validation=held_out.train, parts=parts)
+                self.data[key] = found
         return self.data[key]
+
+    def test_data(self, stage: Stage) -> TrainingData | None:
+        """What the finished model is measured on, in windows of `stage`; None without any."""
+        if self.config.test_data is None:
+            return None
+        with first_of_node_first(self.device):
+            return self._read(self.config.test_data, stage)
+
+    def _read(
+        self, spec: str, stage: Stage, samples: int | None = None, val_size: float = 0
+    ) -> TrainingData:
+        return training_data(
+            spec,
+            self.tokenizer,
+            seq_len=stage.seq_len,
+            samples=samples,
+            val_size=val_size,
+            kind=data_kind(self.config),
+            seed=self.config.seed,
+            seq2seq=self.seq2seq,
+        )
 
     def placed(self, model: nn.Module) -> nn.Module:
         """`model` where it can run: itself, or under --shard a copy spread over the processes.
@@ -164,6 +184,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         on_line=_line_writer(course.folder, number),
         on_sample=lambda step: course.sample(trained, step),
         gradient_hook=course.gradient_hook,
+        moments=course.moments if number == 0 and stage.method == "full" else {},
     )
     steps = total_steps(stage, len(data.train))
     if checkpoint is None:

@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from fastprune.errors import InputError, NumericalError
-from fastprune.inspect.bleu import measure_bleu
 from fastprune.inspect.perplexity import evaluate
 from fastprune.kernels.optim import AdamW
-from fastprune.kernels.reference import IGNORED
+from fastprune.models.script_optimizer import Moments
 from fastprune.progress import log as progress_log
 from fastprune.recover.callbacks import Watch
 from fastprune.recover.checkpoints import OPTIMIZER, OWN_STATE, SCHEDULE, WEIGHTS, checkpoints
@@ -39,11 +38,12 @@ from fastprune.recover.collate import Counted
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.freeze import make_schedule, pace, parameter_groups, rates_of, reschedule
 from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, poison
-from fastprune.recover.loggers import as_input_error, end_run, keep_events
+from fastprune.recover.held_out import bleu_of
+from fastprune.recover.loggers import as_input_error, end_run, keep_events, perplexity_key
+from fastprune.recover.moments import take_over
 from fastprune.recover.monitor import ADVICE, Monitor
 from fastprune.recover.objective import Objective, loss_inside
 from fastprune.recover.recipes import Stage
-from fastprune.report import format
 from fastprune.report.run import write_json
 from fastprune.sharding import collected, is_sharded, local, shard_of
 
@@ -69,6 +69,7 @@ class FinetuneTrainer(Trainer):
         on_line: called with every line of the training log.
         on_sample: called with the step when prompts are due.
         gradient_hook: to look at or tamper with gradients, for tests and experiments.
+        moments: of AdamW, to begin with, by the name of a parameter.
     """
 
     optimizer: Any
@@ -90,12 +91,13 @@ class FinetuneTrainer(Trainer):
         on_line: Callable[[dict[str, Any]], None] = lambda line: None,
         on_sample: Callable[[int], None] = lambda step: None,
         gradient_hook: GradientHook | None = None,
+        moments: Moments | None = None,
     ) -> None:
         self.objective, self.stage, self.config = objective, stage, config
         self.monitor, self.guard_state = Monitor(), GuardState()
         self.guard: Guard | None = None
         self.windows, self.on_line, self.on_sample = windows, on_line, on_sample
-        self.gradient_hook, self.tokenizer = gradient_hook, tokenizer
+        self.gradient_hook, self.tokenizer, self.moments = gradient_hook, tokenizer, moments
         self.tokens = 0
         self.masked_batches = 0
         self.seconds = 0.0
@@ -190,6 +192,9 @@ class FinetuneTrainer(Trainer):
                 loss_scale="dynamic" if scaled else None,
                 seed=self.config.seed,
             )
+            if self.moments:
+                take_over(self.optimizer, self.moments)
+                self.moments = None  # they take memory
         return self.optimizer
 
     @property
@@ -302,12 +307,13 @@ class FinetuneTrainer(Trainer):
         """Validation loss, or perplexity of the windows; the best weights go to the disk."""
         step = self.state.global_step
         self._evaluated_step = step
+        line: dict[str, Any] = {"step": step}
         if self.eval_dataset is not None:
-            name, figure = "eval_loss", self.validation_loss()
-        else:
-            assert self.windows is not None  # Watch asks only where there is something to measure
-            name, figure = "eval_perplexity", evaluate(self.model, self.windows).perplexity
-        line: dict[str, Any] = {"step": step, name: figure}
+            line["eval_loss"] = self.validation_loss()
+        if self.windows is not None:
+            line["eval_perplexity"] = evaluate(self.model, self.windows).perplexity
+        name = "eval_loss" if self.eval_dataset is not None else "eval_perplexity"
+        figure = line[name]  # Watch asks only where there is something to measure
         if (bleu := self._measure_bleu()) is not None:
             line["eval_bleu"] = bleu
         by_bleu = bleu is not None and self.stage.best_by == "bleu"
@@ -317,17 +323,11 @@ class FinetuneTrainer(Trainer):
             self._write_learning(Path(self.args.output_dir) / BEST, {"step": str(step)})
         self.evaluated = line
         self.on_line(line)
-        progress_log.info(
-            "%s: step %d, %s %.4f%s%s",
-            self.stage.name,
-            step,
-            "validation loss" if name == "eval_loss" else "perplexity",
-            figure,
-            "" if bleu is None else f", BLEU-4 {format.bleu(bleu)}",
-            ", the best so far" if self.monitor.best_step == step else "",
-        )
+        progress_log.info("%s: %s", self.stage.name, self.monitor.evaluation(step, line))
         self._say(finding)
         metrics = {key: value for key, value in line.items() if key != "step"}
+        if self.windows is not None:
+            metrics[perplexity_key(self.config.eval)] = line["eval_perplexity"]
         super().log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -353,19 +353,15 @@ class FinetuneTrainer(Trainer):
     def _measure_bleu(self) -> float | None:
         """BLEU-4 of the answers to the first validation prompts, where it is asked for.
 
-        Every process answers the same prompts, so all judge alike. Answers end where the longest
-        reference does: what is longer is wrong, and costs time.
+        Every process answers the same prompts, so all judge alike.
         """
         if not self.stage.bleu_samples or self.eval_dataset is None:
             return None
-        count = min(self.stage.bleu_samples, len(self.eval_dataset))
-        examples = [self.eval_dataset[i] for i in range(count)]
-        longest = max(int((example["labels"] != IGNORED).sum()) for example in examples)
-        measured, _ = measure_bleu(
+        measured = bleu_of(
             self.objective.model,
             self.tokenizer,
-            examples,
-            max_new_tokens=max(1, longest),
+            self.eval_dataset,
+            samples=self.stage.bleu_samples,
             batch_size=self.stage.batch_size,
         )
         self.bleu = {"step": self.state.global_step, **measured.to_dict()}

@@ -1,4 +1,7 @@
-"""Runs of `prune` side by side: a table, and a Pareto plot for each text they were measured on."""
+"""Runs side by side: a table, and a Pareto plot for each text they were measured on.
+
+A run is what `prune`, `finetune` or `merge` left, or the JSON of an `eval`.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,19 @@ NOT_SHOWN = (
         "eval_seq_len",
         "eval_windows",
     ),
-    *("out", "overwrite", "json", "quiet", "verbose", "allow_pickle", "trust_remote_code"),
+    *("out", "overwrite", "json", "quiet", "verbose"),
+    *("tokenizer", "allow_pickle", "trust_remote_code"),
 )
 """Settings that the other columns show, and those that leave the result as it is."""
 SAME_TEXT = 0.01
 """The perplexity of one model on one text differs by less than this share between precisions."""
-PAGE = re.compile(rb"<title>\d+ pruning runs compared</title>")
+PAGE = re.compile(rb"<title>\d+ (?:pruning )?runs? compared</title>")
 """What a page begins with, within its first kilobyte."""
 UNITS = ("ratio", "parameters", "bytes", "ms/token")
 """Units of a run's budget."""
+WANTED = "name folders that prune, finetune or merge wrote, or the --json of an eval"
+KINDS = ("prune", "finetune", "merge", "eval")
+"""Commands whose runs compare."""
 SIZES = ("before", "after", "block_before", "block_after")
 LARGEST = 2**63  # of any whole number
 
@@ -52,10 +59,11 @@ Measurement = tuple[str, int, int]
 
 @dataclass(kw_only=True)
 class CompareConfig(CommonConfig):
-    """Put pruning runs side by side: a table and a Pareto plot in one HTML file, and as JSON."""
+    """Put runs side by side: a table and a Pareto plot in one HTML file, and as JSON."""
 
     runs: Positional[tuple[Path, ...]] = ()
-    """one or more folders that prune wrote, or metrics.json files"""
+    """one or more folders that prune, finetune or merge wrote, metrics.json files, or what eval
+    wrote with --json"""
     out: Path
     """the .html file to write; a .json file of the same name goes beside it"""
 
@@ -67,7 +75,7 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
     cannot be written or would replace something else; both files are complete or untouched.
     """
     if not config.runs:
-        raise InputError("no run given: name one or more folders that `fastprune prune` wrote")
+        raise InputError(f"no run given: {WANTED}")
     _check_out(config)
     result = marked({"out": str(config.out), **compare(config.runs)})
     files = {
@@ -96,7 +104,10 @@ def compare(runs: Iterable[Path]) -> dict[str, Any]:
             raise InputError(f"{run}: the same run as {first}; name each run once")
     found = [_read(file) for file in files.values()]
     names = _names(files)
-    differing = _differing([metrics["settings"] for metrics in found])
+    differing: dict[str, None] = {}  # each command has settings of its own
+    for kind in KINDS:
+        same = [metrics["settings"] for metrics in found if metrics["made_by"] == kind]
+        differing.update(dict.fromkeys(_differing(same)))
     rows = [
         {
             "name": name,
@@ -126,6 +137,7 @@ def render_comparison(result: dict[str, Any]) -> str:
             }
             for run in runs
         ],
+        kinds=len({run["made_by"] for run in runs}) > 1,
         budgets=any(run["budget"] and run["budget"]["unit"] != "ratio" for run in runs),
         settings=[key.replace("_", "-") for key in runs[0]["settings"]],
         models=sorted({run["model"] for run in runs}),
@@ -140,10 +152,11 @@ def _measurement(key: Measurement, rows: list[dict[str, Any]]) -> dict[str, Any]
         (row["name"], row["model"], (row["params"]["block_after"], p["after"]))
         for row, p in measured
         if p and p["after"] is not None and math.isfinite(p["after"])
+        if row["params"]["block_after"] is not None
     ]
     before: dict[tuple[str, int], list[float]] = {}
     for row, p in measured:
-        if p and p["before"] is not None:
+        if p and p["before"] is not None and row["params"]["block_before"] is not None:
             before.setdefault((row["model"], row["params"]["block_before"]), []).append(p["before"])
     disagreeing = [
         model
@@ -200,7 +213,7 @@ def _measured(run: dict[str, Any], key: Measurement) -> dict[str, Any] | None:
 def _differing(settings: list[dict[str, Any]]) -> list[str]:
     """Names of the settings that are not the same in all runs."""
     names = dict.fromkeys(name for one in settings for name in one)
-    first = settings[0]
+    first = settings[0] if settings else {}
     return [
         name
         for name in names
@@ -245,7 +258,7 @@ def _metrics_file(run: Path) -> Path:
     for file in (run / "fastprune" / "metrics.json", run / "metrics.json"):
         if file.is_file():
             return file
-    raise InputError(f"{run}: no metrics.json in it; name a folder that `fastprune prune` wrote")
+    raise InputError(f"{run}: no metrics.json in it; {WANTED}")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -257,23 +270,71 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON, or damaged: {error}") from error
+    kind = _kind(metrics)
     try:
         read = _Reader(metrics)
         return {
+            "made_by": kind,
             "model": read("model", str),
-            "params": {size: read.count(f"params.{size}") for size in SIZES},
-            "ratio": {
-                "requested": read.number("ratio.requested", optional=True),
-                "achieved": read.number("ratio.achieved"),
-            },
-            "budget": _budget(_Reader(metrics["budget"])) if metrics.get("budget") else None,
-            "perplexity": [_perplexity(_Reader(p)) for p in read("perplexity", list)],
-            "seconds": read.number("seconds.total"),
+            **{"prune": _pruned, "eval": _evaluated}.get(kind, _trained)(read),
             "peak_memory_bytes": read.number("peak_memory_bytes", optional=True),
             "settings": read("settings", dict) if "settings" in metrics else {},
         }
     except InputError as error:
-        raise InputError(f"{file}: not the metrics of a prune run: {error}") from error
+        wanted = "an eval" if kind == "eval" else f"a {kind}"
+        raise InputError(f"{file}: not the metrics of {wanted} run: {error}") from error
+
+
+def _kind(metrics: Any) -> str:
+    """The command that wrote `metrics`; prune where they do not look like another's."""
+    if not isinstance(metrics, dict) or "ratio" in metrics:
+        return "prune"
+    if isinstance(metrics.get("perplexity"), (int, float)):
+        return "eval"
+    return "merge" if "adapter" in metrics else "finetune" if "stages" in metrics else "prune"
+
+
+def _pruned(read: _Reader) -> dict[str, Any]:
+    budget = read.data.get("budget")
+    return {
+        "params": {size: read.count(f"params.{size}") for size in SIZES},
+        "ratio": {
+            "requested": read.number("ratio.requested", optional=True),
+            "achieved": read.number("ratio.achieved"),
+        },
+        "budget": _budget(_Reader(budget)) if budget else None,
+        "perplexity": [_perplexity(_Reader(p)) for p in read("perplexity", list)],
+        "seconds": read.number("seconds.total"),
+    }
+
+
+def _trained(read: _Reader) -> dict[str, Any]:
+    """Of a finetuning or a merge, which leave the sizes as they are."""
+    params = read("params", dict)
+    measured = read("perplexity", list) if "perplexity" in read.data else []
+    return {
+        **_same_size(read, "params.total" if "total" in params else "params.model"),
+        "perplexity": [_perplexity(_Reader(p)) for p in measured],
+        "seconds": read.number("seconds.total"),
+    }
+
+
+def _evaluated(read: _Reader) -> dict[str, Any]:
+    found = {"text": read("text", str), "before": None, "after": read("perplexity", int, float)}
+    found |= {key: read(key, int) for key in ("seq_len", "windows")}
+    return {
+        **_same_size(read, "params.total"),
+        "perplexity": [_perplexity(_Reader(found))],
+        "seconds": read.number("seconds"),
+    }
+
+
+def _same_size(read: _Reader, total: str) -> dict[str, Any]:
+    """The parameters of a run that removes none; those of the blocks where they were counted."""
+    whole = read.count(total)
+    block = read.count("params.block") if "block" in read("params", dict) else None
+    sizes = {"before": whole, "after": whole, "block_before": block, "block_after": block}
+    return {"params": sizes, "ratio": {"requested": None, "achieved": None}, "budget": None}
 
 
 def _budget(read: _Reader) -> dict[str, Any]:

@@ -197,6 +197,12 @@ def show_finetune(result: dict[str, Any]) -> None:
             out.print(Text(f"{stage['name']}: BLEU-4 {measured}"), soft_wrap=True)
     for line in recovery_lines(result):
         out.print(Text(line), soft_wrap=True)
+    if test := result.get("test"):
+        loss = "—" if test["loss"] is None else f"{test['loss']:.3f}"
+        figures = f"loss {loss}, perplexity {format.perplexity(test['perplexity'])}"
+        if "bleu" in test:
+            figures += f", BLEU-4 {format.bleu(test['bleu']['bleu'])}"
+        out.print(Text(f"test  {test['data']}, {test['items']} samples: {figures}"), soft_wrap=True)
     for sample in result["samples"]:
         if sample["step"] is None:
             out.print(Text(f"{sample['prompt']} → {sample['text']}"), soft_wrap=True)
@@ -215,8 +221,8 @@ def show_compare(result: dict[str, Any]) -> None:
         after = {(p["text"], p["seq_len"], p["windows"]): p["after"] for p in run["perplexity"]}
         table.add_row(
             Text(run["name"]),
-            format.count(run["params"]["block_after"]),
-            format.percent(run["ratio"]["achieved"]),
+            "—" if (block := run["params"]["block_after"]) is None else format.count(block),
+            "—" if (share := run["ratio"]["achieved"]) is None else format.percent(share),
             *(format.perplexity(after.get(text)) for text in texts),
             format.duration(run["seconds"]),
         )

@@ -134,6 +134,10 @@ def test_run_eval_reports_every_key(tmp_path):
         "seconds",
         "tokens_per_second",
         "peak_memory_bytes",
+        "tasks",
+        "model",
+        "text",
+        "params",
     ]
     assert (result.windows, result.seq_len) == (4, 32)
 

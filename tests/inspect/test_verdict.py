@@ -129,6 +129,22 @@ def test_where_search_and_compensation_were_not_enough_less_is_removed():
     assert "--ratio 0.1 --allocation search" in less.command
 
 
+@pytest.mark.parametrize("band", ["good", "careful", "too high", "broken", None])
+def test_advice_carries_what_loading_needed(band):
+    flags = ("--tokenizer", "gpt2", "--dtype", "float16", "--allow-pickle", "--trust-remote-code")
+    found = case(band=band, measured=band is not None, flags=flags)
+    _, name, *args = shlex.split(advise(found)[0].command)
+    config = parse(cli._load(cli.COMMANDS[name].config), args, "fastprune")
+    assert (config.tokenizer, config.dtype, config.allow_pickle) == ("gpt2", "float16", True)
+    assert getattr(config, "trust_remote_code", True)
+
+
+def test_another_dtype_is_not_said_twice():
+    found = case(whole=False, overflows="float16", flags=("--dtype", "float16", "--allow-pickle"))
+    (advice,) = advise(found)
+    assert shlex.split(advice.command)[2:] == [found.model, "--dtype", "bfloat16", "--allow-pickle"]
+
+
 def test_advice_without_any_record():
     assert advise(case(finite=False, dense=None, made_by=None))[0].command is None
     known = advise(case(finite=False, made_by=None))[0]

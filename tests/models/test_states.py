@@ -1,7 +1,16 @@
 """A `.pt` of a training script becomes the GPT-2 it was, whatever wrapped it."""
 
+import _codecs
+import argparse
+import functools
+import importlib
 import json
+import pickle
+import random
+import subprocess
 import sys
+import zipfile
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -142,7 +151,6 @@ def refusals():
     cut = {k: v for k, v in state.items() if "h.1.mlp.c_fc.weight" not in k}
     odd = state | {"transformer.h.1.mlp.c_fc.weight": torch.ones(3, 5)}
     strange = state | {"transformer.h.0.attn.c_attn.weight": torch.ones(64, 64)}
-    yield "objects", {"model": state, "config": Config()}, r"holds more than weights .*Config"
     yield "nothing", {"step": 3}, "holds no weights"
     yield "missing", {"model": cut, "config": SETTINGS}, r"1 weights are missing, .*h\.1\.mlp\.c_fc"
     yield "shape", {"model": odd, "config": SETTINGS}, "fits no GPT-2"
@@ -150,20 +158,183 @@ def refusals():
     yield "heads", {"model": state, "config": {"n_head": 5}}, "do not make 5 heads"
 
 
-@pytest.mark.parametrize("kind", ["object", "unknown class", "numpy"])
-def test_other_objects_beside_the_weights_are_read_where_allowed(folder, kind, monkeypatch):
+@dataclass
+class Slotted:
+    n_head: int
+    __slots__ = ("n_head",)
+
+
+class Settings(dict):
+    """A script's settings as a mapping of its own."""
+
+
+def foreign_settings(kind):
+    config = Config()
+    vars(config).update(SETTINGS)
+    return {
+        "object": config,
+        "unknown class": config,
+        "slots": Slotted(4),
+        "namespace": argparse.Namespace(**SETTINGS),
+        "numpy": {name: np.int64(value) for name, value in SETTINGS.items()},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["object", "unknown class", "slots", "namespace", "numpy"])
+def test_other_objects_beside_the_weights_need_no_permission(folder, kind, monkeypatch, caplog):
     model = tiny_gpt2()
-    content = {"model": script_state(model), "config": Config(), "step": 5}
-    vars(content["config"]).update(SETTINGS)
-    if kind == "numpy":
-        content |= {"config": SETTINGS, "val_loss": np.float64(3.2)}
+    content = {
+        "model": script_state(model),
+        "config": foreign_settings(kind),
+        "step": 5,
+        "val_loss": np.float64(3.25),
+        "rng_state": (np.random.RandomState(1).get_state(), random.getstate()),
+    }
     torch.save(content, folder / "m.pt")
     if kind == "unknown class":
         monkeypatch.delattr(sys.modules[__name__], "Config")
-    with pytest.raises(InputError, match="--allow-pickle"):
+    loaded, _ = load_model(folder / "m.pt")
+    assert torch.equal(logits(loaded), logits(model))
+    assert "step 5, val_loss 3.25" in caplog.text
+    assert "of size 64 taken" not in caplog.text  # the settings were understood
+
+
+def test_weights_may_be_arrays(folder):
+    model = tiny_gpt2()
+    state = {name: value.numpy() for name, value in script_state(model).items()}
+    torch.save({"model": state, "config": SETTINGS}, folder / "m.pt")
+    assert torch.equal(logits(load_model(folder / "m.pt")[0]), logits(model))
+
+
+def test_what_only_its_own_code_can_read_needs_permission(folder):
+    model = tiny_gpt2()
+    torch.save({"model": script_state(model), "config": Settings(SETTINGS)}, folder / "m.pt")
+    with pytest.raises(InputError, match="pass --allow-pickle"):
         load_model(folder / "m.pt")
     loaded, _ = load_model(folder / "m.pt", allow_pickle=True)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_permission_is_not_asked_for_where_it_cannot_help(folder, allow):
+    for content in (tiny_gpt2(), {"model": tiny_gpt2()}):
+        torch.save(content, folder / "m.pt")
+        with pytest.raises(InputError, match=r"save model\.state_dict\(\) instead") as error:
+            load_model(folder / "m.pt", allow_pickle=allow)
+        assert "--allow-pickle" not in str(error.value)
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+class Build:
+    """Pickles as the result of a call, to which a state is then given."""
+
+    def __init__(self, function, state):
+        self.call = (function, (), state)
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(mark):
+    touch = f"open({str(mark)!r}, 'w').close()"
+    yield "eval", Calls(eval, touch)
+    yield "exec", Calls(exec, touch)
+    yield "getattr", Calls(getattr, Calls(__import__, "pathlib"), "Path")
+    yield "import", Calls(importlib.import_module, "this")
+    yield "partial", Calls(functools.partial(eval, touch))
+    yield "subprocess", Calls(subprocess.Popen, ["touch", str(mark)])
+    yield "codecs", Calls(_codecs.lookup, "this")
+    yield "load", Calls(pickle.loads, pickle.dumps(Calls(eval, touch)))
+    yield "file", Calls(open, str(mark), "w")
+    yield "state", Build(print, {"__call__": Calls(eval, touch)})
+    yield "defaults", Build(torch.load, (None, {"__defaults__": (1,)}))
+
+
+@pytest.mark.parametrize("name", [name for name, _ in hostile("x")])
+def test_nothing_in_a_file_is_called_or_imported(folder, name):
+    model, mark = tiny_gpt2(), folder / "mark"
+    attack = dict(hostile(mark))[name]
+    content = {"attack": attack, "model": script_state(model), "config": SETTINGS}
+    torch.save(content, folder / "m.pt")
+    before = set(sys.modules)
+    if name == "partial":  # the result of a call is called
+        with pytest.raises(InputError):
+            load_model(folder / "m.pt")
+    else:
+        assert torch.equal(logits(load_model(folder / "m.pt")[0]), logits(model))
+    assert not mark.exists()
+    assert "this" not in set(sys.modules) - before
+    assert torch.load.__defaults__ != (1,)
+
+
+def forged(path, stream):
+    """A file of torch.save with another pickle in it."""
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as old:
+        content = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in content.items():
+            new.writestr(name, stream if name.endswith("data.pkl") else data)
+
+
+STREAMS = {
+    "getattr": b"\x80\x02cbuiltins\ngetattr\ncpathlib\nPath\nX\x03\x00\x00\x00cwd\x86R)R.",
+    "system": b"cos\nsystem\n(X\x04\x00\x00\x00truetR.",
+    "module": b"cos.path\nexists\n(X\x04\x00\x00\x00truetR.",
+    "memo": b"\x80\x02}r\xff\xff\xff\x7f.",
+    "persistent": b"\x80\x02X\x06\x00\x00\x00moduleQ.",
+    "persistent call": b"\x80\x02(X\x07\x00\x00\x00storagecbuiltins\neval\nX\x01\x00\x00\x000"
+    b"X\x03\x00\x00\x00cpuK\x01tQ.",
+    "extension": b"\x80\x02\x82\x01.",
+    "length": b"\x80\x02X\xff\xff\xff\xff.",
+    "many": b"\x80\x02]q\x00(" + b"h\x00h\x00" * 9 + b"e.",
+    "array": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "stack": b"\x80\x02RRRR.",
+    "endless": b"\x80\x02" + b"(" * 100,
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_forged_streams_are_refused(folder, name):
+    forged(folder / "m.pt", STREAMS[name])
+    with pytest.raises(InputError) as error:
+        load_model(folder / "m.pt")
+    assert "\n" not in str(error.value)
+    if name in ("system", "module"):
+        assert "truncated" not in str(error.value)
+
+
+def test_the_operating_system_is_never_called(folder):
+    forged(folder / "m.pt", STREAMS["system"])
+    with pytest.raises(InputError, match="do not load it") as error:
+        load_model(folder / "m.pt")
+    assert "--allow-pickle" not in str(error.value)
+
+
+def test_a_tokenizer_may_be_named(tmp_path, capsys):
+    words = tmp_path / "words"
+    tiny_tokenizer().save_pretrained(words)
+    torch.save({"model": script_state(tiny_gpt2()), "config": SETTINGS}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="name one with --tokenizer"):
+        load_model(tmp_path / "m.pt")
+    (tmp_path / "t.txt").write_text(TEXT * 4)
+    call = ["eval", str(tmp_path / "m.pt"), "--text", str(tmp_path / "t.txt")]
+    call += ["--seq-len", "32", "--windows", "2"]
+    assert cli.main([*call, "--tokenizer", str(words)]) == 0
+    capsys.readouterr()
+    assert cli.main([*call, "--tokenizer", str(tmp_path / "none")]) == 2
+    assert "--tokenizer" in capsys.readouterr().err
+    assert cli.main([*call, "--tokenizer", str(tmp_path)]) == 2
+    assert "no tokenizer in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

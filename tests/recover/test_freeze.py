@@ -29,7 +29,13 @@ def learning(strategy):
 
 @pytest.mark.parametrize(
     ("strategy", "layers"),
-    [("most", {3, 4, 5, 6, 7}), ("half", {4, 5, 6, 7}), ("ends", {2, 3, 4, 5})],
+    [
+        ("most", {3, 4, 5, 6, 7}),
+        ("half", {4, 5, 6, 7}),
+        ("ends", {2, 3, 4, 5}),
+        ("last:2", {6, 7}),
+        ("last:8", set(range(8))),
+    ],
 )
 def test_depth(strategy, layers):
     names = learning(strategy)
@@ -56,6 +62,17 @@ def test_nothing_left_is_an_error():
     model.requires_grad_(False)
     with pytest.raises(InputError, match="nothing of this model"):
         freeze(model, "half")
+
+
+@pytest.mark.parametrize("strategy", ["last", "last:0", "last:-1", "first:2", "last:2x"])
+def test_a_strategy_that_is_none_is_refused(strategy):
+    with pytest.raises(InputError, match="last:N"):
+        Stage(freeze=strategy).check()
+
+
+def test_more_layers_than_there_are():
+    with pytest.raises(InputError, match="last:9: the model has 8 layers"):
+        learning("last:9")
 
 
 def rates(stage, model=None):

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import sys
 from types import ModuleType
 
 import pytest
+import torch
 
 from fastprune.recover import loggers
 
@@ -54,8 +56,9 @@ def test_tensorboard_gets_every_line_of_every_stage(finetune, two_stages, tmp_pa
         logged = {event.step: event.value for event in events.Scalars("train/loss")}
         mine = [line for line in lines if line["stage"] == stage and "loss" in line]
         assert logged == {line["step"]: pytest.approx(line["loss"]) for line in mine}
-    validation = EventAccumulator(str(folders[0])).Reload().Scalars("eval/loss")
-    assert [event.step for event in validation] == [2, 3]
+    first = EventAccumulator(str(folders[0])).Reload()
+    assert [event.step for event in first.Scalars("eval/loss")] == [2, 3]
+    assert [event.step for event in first.Scalars("eval/eval_ppl")] == [2, 3]  # of eval.txt
 
 
 @pytest.mark.skipif(not installed("wandb"), reason="wandb is not installed")
@@ -76,6 +79,36 @@ def test_trackio_gets_a_run_a_stage(finetune, two_stages, tmp_path, monkeypatch)
     assert len(created) == 2
 
 
+def test_every_figure_reaches_the_loggers(finetune, monkeypatch, tmp_path):
+    """Whatever the logger: what the library's callbacks are given."""
+    seen = []
+    monkeypatch.setattr(
+        "fastprune.recover.callbacks.Watch.on_log",
+        lambda self, args, state, control, logs=None, **_: seen.append(dict(logs or {})),
+    )
+    status, _, err = finetune("--max-steps", "2", "--eval-steps", "1", "--val-size", "2")
+    assert status == 0, err
+    assert sum("eval_eval_ppl" in logs and "eval_loss" in logs for logs in seen) == 2
+
+
+@pytest.mark.parametrize("name", ["none", "tensorboard"])
+def test_a_project_needs_a_logger_that_has_some(finetune, name):
+    status, _, err = finetune("--log-to", name, "--logger-project", "p")
+    assert status == 2 and "--logger-project needs --log-to wandb or trackio" in err
+
+
+def test_the_project_reaches_both_loggers(tmp_path, monkeypatch):
+    from fastprune.recover.arguments import training_arguments
+    from fastprune.recover.config import FinetuneConfig
+    from fastprune.recover.recipes import Stage
+
+    monkeypatch.setenv("WANDB_PROJECT", "before")
+    config = FinetuneConfig(log_to="none", logger_project="mine")
+    folder = tmp_path / "a/b/c"
+    arguments = training_arguments(Stage(), config, folder, torch.device("cpu"), 8)
+    assert arguments.project == os.environ["WANDB_PROJECT"] == "mine"
+
+
 def test_what_a_logger_refuses_is_one_line(finetune, tmp_path, monkeypatch):
     """As wandb does where no one is logged in."""
     from transformers.integrations import WandbCallback
@@ -93,6 +126,5 @@ def test_what_a_logger_refuses_is_one_line(finetune, tmp_path, monkeypatch):
     status, _, stderr = finetune("--max-steps", "1", "--log-to", "wandb")
     assert status == 2
     line = "--log-to wandb: No API key configured. (WANDB_MODE=offline needs no account)"
-    assert line in stderr
-    assert stderr.count("\n") == 2  # and what is to be done
+    assert stderr.endswith(f"error: {line}\n")
     assert not (tmp_path / "out/config.json").exists()

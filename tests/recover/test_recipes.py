@@ -163,3 +163,10 @@ def test_auto_finds_a_rate_and_leaves_the_weights(finetune, tmp_path):
     first = json.loads((tmp_path / "out/fastprune/train_log.jsonl").read_text().splitlines()[0])
     # the test's steps are undone: training begins at the loss the test began at, another batch's
     assert first["loss"] == pytest.approx(stage["range_test"]["before"], rel=0.2)
+
+
+def test_the_cautious_ones_are_the_scripts_own():
+    (frozen,) = stages("frozen")
+    assert (frozen.lr, frozen.max_grad_norm, frozen.epochs) == (1e-7, 0.1, 2)
+    (cycle,) = stages("sft-onecycle")
+    assert cycle.seq_len == 256
