@@ -351,10 +351,7 @@ class FinetuneTrainer(Trainer):
         return float(sums[0] / sums[1].clamp(min=1))
 
     def _measure_bleu(self) -> float | None:
-        """BLEU-4 of the answers to the first validation prompts, where it is asked for.
-
-        Every process answers the same prompts, so all judge alike.
-        """
+        """BLEU-4 on the first validation prompts, where asked for; alike in all processes."""
         if not self.stage.bleu_samples or self.eval_dataset is None:
             return None
         measured = bleu_of(
