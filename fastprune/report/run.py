@@ -70,6 +70,10 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         log.removeHandler(self._handler)
+        if error is not None:  # into this file alone: stderr has it from the command line
+            ended = (type(error).__name__, error)
+            record = log.makeRecord(log.name, logging.ERROR, "", 0, "ended by %s: %s", ended, None)
+            self._handler.handle(record)
         self._handler.close()
 
     def save(self, path: Path) -> None:

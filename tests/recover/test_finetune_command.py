@@ -66,7 +66,9 @@ def test_broken_weights_are_named(finetune, tmp_path):
     status, _, stderr = finetune("--max-steps", "2", source=model)
     assert status == 4
     assert "model.layers.1.mlp.up_proj.weight" in stderr
-    assert not (tmp_path / "out").exists()
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert files == [tmp_path / "out/fastprune/run.log"]
+    assert "model.layers.1.mlp.up_proj.weight" in files[0].read_text()
 
 
 def test_a_gate_that_is_not_met_writes_no_checkpoint(finetune, tmp_path):
