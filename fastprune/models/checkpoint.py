@@ -209,9 +209,16 @@ def has_stock_form(model: nn.Module, size: Geometry) -> bool:
 
 def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     """The config of a model like that of `settings`, of a supported family, whose layers have the
-    sizes of the tensors `state`. Only their shapes are looked at."""
+    sizes of the tensors `state`. Only their shapes are looked at. InputError where the query heads
+    of a layer cannot share its KV heads evenly."""
     config_class, _ = modeling.FAMILIES[settings["model_type"].removeprefix(PRUNED_PREFIX)]
     sizes = _sizes_of(settings, state)
+    for layer, size in enumerate(sizes):
+        if size.kv_heads and size.query_heads % size.kv_heads:
+            raise InputError(
+                f"layer {layer}: {size.query_heads} query heads cannot share {size.kv_heads} KV "
+                "heads evenly; the checkpoint was cut wrongly"
+            )
     bare = {k: v for k, v in settings.items() if k not in ("model_type", "per_layer_config")}
     return modeling.per_layer_config(
         config_class(**bare | {"num_hidden_layers": len(sizes)}), sizes
