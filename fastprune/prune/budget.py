@@ -33,6 +33,7 @@ from fastprune.prune.sizes import (
     LayerSize,
     Limits,
     Removal,
+    check_align,
     parameters,
     reachable,
     smallest_unit,
@@ -102,6 +103,7 @@ class Budget:
     def check_removes(self, model: nn.Module, config: PruneConfig) -> None:
         """InputError for a saving of parameters that is nearer to none than to one unit."""
         sizes, limits = layer_sizes(model, config), limits_of(config)
+        check_align(sizes, limits)
         least = smallest_unit(sizes, limits)
         none_must_go = reachable(sizes, limits)[0] == 0
         if self.table is None and not self.at_least and none_must_go and self.need < least / 2:

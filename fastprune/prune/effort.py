@@ -50,7 +50,7 @@ def decided(config: PruneConfig, model: nn.Module, share: float) -> PruneConfig:
 
     ``share`` is the part of the block parameters that the budget takes. What was given stays.
     """
-    layers = range(len(decoder_layers(model)))
+    layers = config.selected_layers(len(decoder_layers(model)))
     structures = config.structures or _structures(model, share, layers)
     channels_alone = tuple(structures) == ("mlp",)
     allocation: Any = config.allocation

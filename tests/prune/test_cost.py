@@ -46,6 +46,9 @@ aten = torch.ops.aten
 WINDOWS = token_ids(9, 256)  # a full batch of eight, and one more
 SETTINGS = {
     "ratio": 0.2,
+    "structures": ("attention", "mlp"),
+    "exchange_rounds": 2,
+    "compensate": "none",
     "calib_samples": 9,
     "calib_seq_len": 256,
     "sensitivity_samples": 3,
@@ -281,6 +284,7 @@ class TestDryRun:
 
     def test_sizes_are_those_of_the_run(self, folder, tmp_path):
         settings = {"ratio": 0.3, "layout": "uniform", "importance": "magnitude-l2"}
+        settings["structures"] = ("attention", "mlp")
         metrics = self.run(folder, **settings)
         assert metrics["layout"] == {
             "kind": "uniform",

@@ -128,7 +128,8 @@ def test_a_pruned_model_again(both, tmp_path):
     first, _ = both(source, ratio=0.3, allocation="global")
     assert first.out is not None
     first.out.rename(tmp_path / "again")
-    assert_same(*both(tmp_path / "again", ratio=0.2, overwrite=True))
+    again = {"ratio": 0.2, "allocation": "uniform", "overwrite": True}
+    assert_same(*both(tmp_path / "again", **again))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
