@@ -38,6 +38,7 @@ REACHED_BY = {
     "inspect/verdict.py": {"diagnose"},
     "models": MODEL,
     "models/adapter.py": {"eval", "generate", "chat", "merge"},
+    "models/quantised.py": {"eval", "generate", "chat"},
     "models/checkpoint.py": {"prune", "finetune", "merge"},
     "data": MODEL,
     "data/columns.py": TRAINING,
