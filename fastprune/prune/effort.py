@@ -86,7 +86,8 @@ def _structures(model: nn.Module, share: float, layers: range) -> tuple[str, ...
 def _allocation(config: PruneConfig, structures: tuple[str, ...]) -> Allocation:
     if config.layout == "uniform" or "sublayer" in structures:
         return "uniform"
-    if config.effort != "fast" and not config.stream:
+    judged = config.calib_samples is None or config.calib_samples > 1  # by windows of their own
+    if config.effort != "fast" and judged and not config.stream:
         return "search"
     return "uniform" if tuple(structures) == ("mlp",) else "global"
 

@@ -137,6 +137,7 @@ def test_a_dry_run_writes_the_plan_that_prune_applies(prune, tmp_path):
 def test_a_dry_run_of_a_config_alone_prints_what_the_run_would_cost(prune, tmp_path):
     tiny_config("llama").save_pretrained(tmp_path / "bare")
     flags = ("--ratio", "0.2", "--dry-run", "--ranks", "4", "--layout", "uniform")
+    flags += ("--structures", "attention,mlp")
     status, stdout, stderr = prune(*flags, source=tmp_path / "bare", out=None)
     assert (status, stderr) == (0, "")
     assert "layout   uniform: MistralForCausalLM in float32" in stdout
