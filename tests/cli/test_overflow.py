@@ -1,5 +1,6 @@
 """A sound model whose activations leave float16: every command says so, and that bfloat16 helps."""
 
+import io
 import json
 
 import pytest
@@ -60,11 +61,11 @@ def flags_of(command, text, out):
     "eval", "generate", "chat", "diagnose", "prune", "prune --dry-run", "finetune",
 ])  # fmt: skip
 def test_float16_is_named_and_not_the_weights(tmp_path, folder, text, capsys, monkeypatch, command):
-    monkeypatch.setattr("builtins.input", lambda prompt: "The river")
+    monkeypatch.setattr("sys.stdin", io.StringIO("The river\n"))
     flags = flags_of(command, text, tmp_path / "out")
     status = cli.main([command.split()[0], str(folder), *flags, "--dtype", "float16"])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert status == 4
+    assert status == 4, error
     assert "overflows in float16; use --dtype bfloat16" in error
     assert "broken" not in error
     assert not (tmp_path / "out/config.json").exists()

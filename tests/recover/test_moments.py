@@ -100,7 +100,7 @@ def test_the_command_begins_with_them(folder, finetune):
     state = {name: p.detach() for name, p in parameters.items()}
     content = {"model": state, "model_args": SETTINGS, "optimizer": optimizer.state_dict()}
     torch.save(content, folder / "m.pt")
-    flags = ["--max-steps", "1", "--samples", "4", "--precision", "fp32", "--no-read-back"]
+    flags = ["--max-steps", "1", "--samples", "4", "--precision", "fp32", "--keep-worse"]
     status, _, err = finetune(*flags, source=folder / "m.pt", out="with")
     assert status == 0, err
     assert f"moments of {len(parameters)} tensors, after 3 steps" in err

@@ -17,7 +17,7 @@ def stages(name, **flags):
 def test_all_are_there():
     assert set(NAMES) == {
         "plain", "ultra-low", "staged", "frozen", "segmented", "layer-lr", "lora", "instruct",
-        "sft-onecycle", "distill", "auto",
+        "sft-onecycle", "distill", "auto", "recover",
     }  # fmt: skip
     for name in NAMES:
         assert stages(name, teacher="dense")
