@@ -215,11 +215,7 @@ def _finetune(
     record = folder.record
     if is_first_process():
         folder.begin()
-    if windows is not None and "before" not in record:
-        with clock("evaluate"):
-            measured = evaluate(course.placed(model), windows)
-            record["before"] = sound(measured, model, "the loss before any training").perplexity
-        warn_of_broken(model, course, record["before"])
+    _measure_before(model, course, clock)
     block = layer_parameters(model)
     model = _stages(model, recipe, course, clock)
     check_gates(config, folder)
@@ -234,11 +230,21 @@ def _finetune(
         check_changed(model, given, record["results"])
     metrics = _metrics(model, recipe, course, clock)
     metrics["params"]["block"] = block
-    if test is not None:
-        metrics["test"] = test
+    metrics |= {} if test is None else {"test": test}
     for line in (*recovery_lines(metrics), *verdict_lines(metrics)):
         log.info("%s", line)
     return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
+
+
+def _measure_before(model: nn.Module, course: Course, clock: Clock) -> None:
+    """Note the perplexity before any training, unless a run that is continued has it."""
+    windows, record = course.windows, course.folder.record
+    if windows is None or "before" in record:
+        return
+    with clock("evaluate"):
+        measured = evaluate(course.placed(model), windows)
+        record["before"] = sound(measured, model, "the loss before any training").perplexity
+    warn_of_broken(model, course, record["before"])
 
 
 def _teacher(

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -196,13 +197,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if is_first_process():
         course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
     before = bits(p for p in trained.parameters() if p.requires_grad)
-    try:
-        trainer.run(checkpoint)
-    except NumericalError as error:
-        kept = checkpoints(folder)
-        if not (course.folder.lasting and kept):
-            raise
-        raise NumericalError(f"{error}, in {kept[-1]}") from error
+    _train(trainer, checkpoint, folder if course.folder.lasting else None)
     if not trainer.interrupted:
         _check_learnt(trainer, before)
         trainer.finish()
@@ -376,6 +371,17 @@ def _find_rate(
         if is_first_process():
             course.folder.save()
     return replace(stage, lr=found["chosen"]), found
+
+
+def _train(trainer: FinetuneTrainer, checkpoint: Path | None, folder: Path | None) -> None:
+    """Take the steps that are left. An error names the newest checkpoint in `folder`, if any."""
+    try:
+        trainer.run(checkpoint)
+    except NumericalError as error:
+        kept = [] if folder is None else checkpoints(folder)
+        if not kept:
+            raise
+        raise NumericalError(f"{error}, in {kept[-1]}") from error
 
 
 def _first_batch(
