@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= dev
 
 # The demo's time and place.
-MINUTES ?= 7.5
+MINUTES ?= 8
 OUT ?= runs/demo
 
 BIN := $(VENV)/bin
@@ -45,7 +45,8 @@ $(VENV)/.model: $(VENV)/.torch
 setup: $(VENV)/.built ## virtual environment with the compiled kernels and development tools
 
 demo: $(VENV)/.built $(VENV)/.model ## make SmolLM2-135M 20 % smaller, bring it back, in runs/demo
-	$(FASTPRUNE) compress smollm2-135m --ratio 0.2 --minutes $(MINUTES) --out $(OUT) --overwrite
+	$(FASTPRUNE) compress smollm2-135m --ratio 0.2 --minutes $(MINUTES) --eval-windows 8 \
+		--out $(OUT) --overwrite
 
 test: lint types ## everything that must pass before a change goes in
 	$(BIN)/python -m pytest
