@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fastprune.models.families import block_parameters
 from fastprune.prune.budget import Budget
 from fastprune.prune.config import PruneConfig
+from fastprune.prune.effort import decided
 from fastprune.prune.planning import make_plan
 from fastprune.prune.surgery import apply_plan
 from fastprune.report.run import Clock
@@ -58,7 +59,9 @@ def main() -> int:
     torch.cuda.reset_peak_memory_stats()
 
     clock = Clock()
-    config = PruneConfig(ratio=RATIO, importance="taylor-first")
+    plain = {"structures": ("attention", "mlp"), "allocation": "uniform", "compensate": "none"}
+    config = PruneConfig(ratio=RATIO, importance="taylor-first", align=1, layers="all", **plain)
+    config = decided(config, model, RATIO)
     budget = Budget("ratio", RATIO, round(RATIO * before))
     plan = make_plan(model, windows, budget, config, clock).plan
     with clock("surgery"):

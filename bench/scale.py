@@ -17,6 +17,10 @@ from fastprune.report.format import duration
 
 MODELS = Path(__file__).parent.parent / "docs/models"
 SETTINGS: dict[str, Any] = {
+    "structures": ("attention", "mlp"),
+    "align": 1,
+    "calib_samples": 128,
+    "calib_seq_len": 128,
     "ratio": 0.2,
     "layout": "uniform",
     "compensate": "least-squares",
