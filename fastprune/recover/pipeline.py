@@ -228,9 +228,8 @@ def _finetune(
     if not adapter:
         convert_weights(model, saved_dtype)
         check_changed(model, given, record["results"])
-    metrics = _metrics(model, recipe, course, clock)
+    metrics = _metrics(model, recipe, course, clock) | ({} if test is None else {"test": test})
     metrics["params"]["block"] = block
-    metrics |= {} if test is None else {"test": test}
     for line in (*recovery_lines(metrics), *verdict_lines(metrics)):
         log.info("%s", line)
     return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
