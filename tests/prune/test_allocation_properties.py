@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastprune.prune.allocation import allocate, allocate_same
@@ -51,19 +51,28 @@ def problems(draw) -> tuple[list[LayerSize], Limits, int]:
 
 
 def check(sizes: list[LayerSize], limits: Limits, target: int, removals: list[Removal]) -> None:
-    """Counts within bounds, alignment kept, and the budget met to half a unit."""
+    """Counts within bounds, alignment kept, and the budget met to half a unit.
+
+    A layer may pass its limits by less than its coarsest unit. Where the limits leave less room
+    than that in every layer, the budget may be missed by as much.
+    """
     unit = 2 * half_unit(sizes, limits)
+    coarsest = max([unit, *(s.group_cost for s in sizes if s.groups)])
+    room = len(sizes) * coarsest
+    low, high = reachable(sizes, limits)
+    roomy = low + room <= target <= high - room
     for size, removal in zip(sizes, removals, strict=True):
         assert 0 <= removal.groups <= max(size.groups - 1, 0)
         assert 0 <= removal.channels <= max(size.channels - 1, 0)
         assert (size.channels - removal.channels) % limits.align == 0
         unaligned = size.channels % limits.align * size.channel_cost
         most = max(limits.highest * size.prunable, unaligned)
-        assert parameters(size, removal) <= most + unit
+        assert parameters(size, removal) <= most + coarsest
         able = max(size.groups - 1, 0) * size.group_cost
         able += max(size.channels - limits.align, 0) * size.channel_cost
-        assert parameters(size, removal) >= min(limits.lowest * size.prunable, able) - unit
-    assert abs(removed_parameters(sizes, removals) - target) <= unit / 2 + 1e-6
+        assert parameters(size, removal) >= min(limits.lowest * size.prunable, able) - coarsest
+    missed = abs(removed_parameters(sizes, removals) - target)
+    assert missed <= (unit / 2 + 1e-6 if roomy else room)
 
 
 @given(problems(), st.data())
@@ -89,8 +98,9 @@ def test_global(problem, data, alpha) -> None:
 @given(problems(), st.integers(1, 6))
 def test_the_same_in_every_layer(problem, count) -> None:
     (size, *_), limits, _ = problem
-    low, high = reachable([size], limits)
-    share = round((low + high) / 2)
+    low, high = reachable([size] * count, limits)
+    share = round((low + high) / 2 / count)
+    assume(low <= share * count <= high)  # a number of parameters may lie in no narrow limits
     removals = allocate_same([size] * count, share * count, limits)
     assert len(set(removals)) == 1
     check([size], limits, share, removals[:1])
