@@ -34,6 +34,8 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
     """fraction of the block parameters to remove"""
     minutes: float | None = None
     """time for the whole command, loading and measuring included (default: by --effort)"""
+    rounds: int = 1
+    """prune and recover in so many rounds, each of which removes an equal part"""
     effort: Effort = "auto"  # type: ignore[assignment]
     """how much time pruning may take (auto: by --minutes, balanced without)"""
     overwrite: bool = False
@@ -66,6 +68,10 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
         ):
             if unusable:
                 raise InputError(f"compress does not take {flag}; use prune and finetune by hand")
+        if self.rounds < 1:
+            raise InputError(f"--rounds must be at least 1, not {self.rounds}")
+        if self.rounds > 1 and (self.ratio is None or self.ratio_of != "block"):
+            raise InputError("--rounds takes its parts of --ratio R, a share of the whole block")
         self.prune_config().check()
         self.finetune_config().check()
         self.check_tasks()

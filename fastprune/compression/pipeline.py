@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fastprune.models.load import load_model
 from fastprune.output import RECORDS, replacing, staged
 from fastprune.progress import log as progress_log
 from fastprune.prune.pipeline import PruneResult, write_result
+from fastprune.prune.plan import Plan
 from fastprune.prune.run import PruneRun
 from fastprune.prune.subject import Subject
 from fastprune.recover.merge import MergeConfig, run_merge
@@ -40,7 +42,6 @@ from fastprune.report.record import CompressRecord, write_record
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions
 
 PRUNED, ADAPTER, MERGED = "pruned", "recovered", "merged"
-KEPT_RECORDS = ("plan.json", "layer_importance.json")
 NOT_ASKED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "minutes",
     "gate_ppl_ratio", "log_to", "log_steps", "read_back", "save_steps", "keep_last",
@@ -74,9 +75,10 @@ def run_compress(config: CompressConfig) -> CompressResult:
     run = CompressRun(config, steps)
     with _log(steps) as run_log:
         dense = run.measure_dense()
-        pruned = run.prune(dense)
-        recovered = run.recover(dense)
-        small = run.measure_small(dense, recovered)
+        for number in range(config.rounds):
+            pruned = run.prune(dense, number)
+            recovered = run.recover(dense, number)
+        small = run.measure_small()
         record = run.record(dense, pruned, recovered, small)
         run.finish(record, run_log)
     return CompressResult(record, Path(run.steps.out))
@@ -121,44 +123,55 @@ class CompressRun:
             model, tokenizer = self._load(config.model)
             family_of(model)
             guessed = probe(model)
-            schedule.check_minutes(config.minutes, Pace(guessed, guessed), sure=False)
+            schedule.check_minutes(
+                config.minutes, Pace(guessed, guessed), config.rounds, sure=False
+            )
             self.steps.begin()
             found = figures(model, tokenizer, config)
             found["answers"] = answers(model, tokenizer)
             text = found["perplexity"][0]
             pace = Pace(schedule.UNIT_TOKENS / text["tokens_per_second"], time.monotonic() - start)
-            schedule.check_minutes(config.minutes, pace)
+            schedule.check_minutes(config.minutes, pace, config.rounds)
             return {**found, "unit": pace.unit, "measuring": pace.measuring}
 
         asked = {"model": config.model, "texts": config.texts(), "seq_len": config.eval_seq_len}
         tasks = [*config.tasks, config.task_limit, config.task_fewshot, config.dtype, config.seed]
         return self.steps.do("dense", asked | {"tasks": tasks}, work)
 
-    def prune(self, dense: dict[str, Any]) -> dict[str, Any]:
-        """Prune; the figures of the result, and what `prune` recorded."""
-        effort = self.config.effort
+    def prune(self, dense: dict[str, Any], number: int) -> dict[str, Any]:
+        """Prune for the round `number`; the figures of the result, and what `prune` recorded."""
+        config, name = self.config, self._name(PRUNED, number)
+        effort = config.effort
         if effort == "auto":
-            effort = schedule.effort_for(self.config.minutes, _pace(dense))
-        folder = self.steps.folder(PRUNED)
+            effort = schedule.effort_for(config.minutes, _pace(dense), config.rounds)
+        folder = self.steps.folder(name)
+        changes: dict[str, Any] = {"effort": effort}
+        if number:
+            changes["model"] = str(self._recovered(number - 1))
+        if config.rounds > 1:
+            changes["ratio"] = self._part(dense, number)
 
         def work() -> dict[str, Any]:
             progress_log.info("pruning, effort %s", effort)
             if folder.exists():
                 shutil.rmtree(folder)  # of an attempt that was killed after it had written
             known = Perplexity(**_without_text(dense["perplexity"][0]))
-            config = self.config.prune_config(effort=effort, out=folder, gate_ppl_ratio=None)
-            return self._prune(config, known)
+            return self._prune(
+                config.prune_config(out=folder, gate_ppl_ratio=None, **changes), known
+            )
 
-        return self.steps.do(PRUNED, _asked(self.config.prune_config(effort=effort)), work)
+        asked = _asked(config.prune_config(**changes)) | {"rounds": config.rounds}
+        return self.steps.do(name, asked, work)
 
-    def recover(self, dense: dict[str, Any]) -> dict[str, Any]:
-        """Finetune, and merge what is an adapter; what both recorded."""
+    def recover(self, dense: dict[str, Any], number: int) -> dict[str, Any]:
+        """Finetune after the pruning `number`, and merge what is an adapter; what both recorded."""
         steps, config = self.steps, self.config
-        pruned, adapter, merged = map(steps.folder, (PRUNED, ADAPTER, MERGED))
+        names = [self._name(part, number) for part in (PRUNED, ADAPTER, MERGED)]
+        pruned, adapter, merged = map(steps.folder, names)
 
         def train() -> dict[str, Any]:
             if not is_complete(adapter):
-                changes = steps.decide(ADAPTER, lambda: self._length(dense))
+                changes = steps.decide(names[1], lambda: self._length(dense, number))
                 run_finetune(
                     config.finetune_config(
                         model=str(pruned),
@@ -182,11 +195,11 @@ class CompressRun:
             return _metrics(merged)
 
         asked = _asked(config.finetune_config()) | {"minutes": config.minutes}
-        found = steps.do(ADAPTER, asked, train)
-        steps.do(MERGED, {}, merge)
+        found = steps.do(names[1], asked, train)
+        steps.do(names[2], {}, merge)
         return found
 
-    def measure_small(self, dense: dict[str, Any], recovered: dict[str, Any]) -> dict[str, Any]:
+    def measure_small(self) -> dict[str, Any]:
         """The figures of the recovered model, its answers, and the speed of both."""
         config = self.config
 
@@ -236,17 +249,20 @@ class CompressRun:
 
     def finish(self, record: CompressRecord, run_log: RunLog) -> None:
         """Put the checkpoint and the records in the place of --out, in one step."""
-        source = self._recovered() if record.kept == "recovered" else self.steps.folder(PRUNED)
-        plan = self.steps.folder(PRUNED) / RECORDS
+        pruned = [self.steps.folder(self._name(PRUNED, n)) for n in range(self.config.rounds)]
+        source = self._recovered() if record.kept == "recovered" else pruned[-1]
         with replacing(self.steps.out) as fresh:
             skip = shutil.ignore_patterns(RECORDS)
             shutil.copytree(source, fresh, ignore=skip, copy_function=_link, dirs_exist_ok=True)
             records = fresh / RECORDS
             records.mkdir()
-            for name in KEPT_RECORDS:
-                if (plan / name).is_file():
-                    _link(plan / name, records / name)
-            lines = self.steps.folder(ADAPTER) / RECORDS / "train_log.jsonl"
+            plans = [Plan.load(folder / RECORDS / "plan.json") for folder in pruned]
+            reduce(Plan.then, plans).save(records / "plan.json")
+            importance = pruned[0] / RECORDS / "layer_importance.json"  # of the dense model
+            if importance.is_file():
+                _link(importance, records / importance.name)
+            last = self._name(ADAPTER, self.config.rounds - 1)
+            lines = self.steps.folder(last) / RECORDS / "train_log.jsonl"
             if lines.is_file():
                 _link(lines, records / lines.name)
             write_record(records, record)
@@ -268,9 +284,25 @@ class CompressRun:
             trust_remote_code=self.config.trust_remote_code,
         )
 
-    def _recovered(self) -> Path:
-        merged = self.steps.folder(MERGED)
-        return merged if is_complete(merged) else self.steps.folder(ADAPTER)
+    def _name(self, part: str, number: int) -> str:
+        """What the step `part` of the round `number` is called; of the last one, as if alone."""
+        return part if number == self.config.rounds - 1 else f"{part}-{number + 1}"
+
+    def _part(self, dense: dict[str, Any], number: int) -> float:
+        """What the round `number` removes of the block parameters that it finds."""
+        config, now = self.config, dense["block"]
+        assert config.ratio is not None  # the config was checked
+        if number:
+            before = self._name(PRUNED, number - 1)
+            now = self.steps.record["steps"][before]["result"]["figures"]["block"]
+        left = 1 - config.ratio * (number + 1) / config.rounds
+        return 1 - left * dense["block"] / now
+
+    def _recovered(self, number: int | None = None) -> Path:
+        """What the round `number`, or the last one, ends with."""
+        number = self.config.rounds - 1 if number is None else number
+        merged = self.steps.folder(self._name(MERGED, number))
+        return merged if is_complete(merged) else self.steps.folder(self._name(ADAPTER, number))
 
     def _prune(self, config: Any, dense: Perplexity) -> dict[str, Any]:
         """Score, cut and write; the figures of the result, and what prune recorded."""
@@ -296,8 +328,8 @@ class CompressRun:
         found["bytes"] = result.record.bytes["after"]
         return {"figures": found, "metrics": result.metrics}
 
-    def _length(self, dense: dict[str, Any]) -> dict[str, Any]:
-        """How long the recovery takes: minutes, steps, or what the recipe says."""
+    def _length(self, dense: dict[str, Any], number: int) -> dict[str, Any]:
+        """How long the recovery `number` takes: minutes, steps, or what the recipe says."""
         config = self.config
         if config.max_steps is not None or config.epochs is not None:
             return {}
@@ -307,9 +339,11 @@ class CompressRun:
             effort: Any = "balanced" if config.effort == "auto" else config.effort
             (stage,) = load_recipe(config.finetune_config()).stages
             tokens = stage.seq_len * stage.batch_size * stage.grad_accum
-            return {"max_steps": max(1, schedule.TOKENS[effort] // tokens)}
-        after = schedule.afterwards(_pace(dense))
-        left = schedule.recovery_minutes(config.minutes, self.elapsed(), after)
+            return {"max_steps": max(1, schedule.TOKENS[effort] // tokens // config.rounds)}
+        later = config.rounds - 1 - number
+        pruning = self.steps.record["steps"][self._name(PRUNED, number)]["seconds"]
+        after = schedule.afterwards(_pace(dense)) + later * pruning
+        left = schedule.recovery_minutes(config.minutes, self.elapsed(), after) / (later + 1)
         if left <= 0:
             raise InputError(
                 f"--minutes {config.minutes:g} are spent before the recovery could begin; give "

@@ -33,25 +33,26 @@ class Pace:
     measuring: float
 
 
-def effort_for(minutes: float | None, pace: Pace) -> Effort:
+def effort_for(minutes: float | None, pace: Pace, rounds: int = 1) -> Effort:
     """The most thorough pruning that leaves most of the minutes for the recovery."""
     if minutes is None:
         return "balanced"
     for effort in ("thorough", "balanced"):
-        if PRUNING[effort] * pace.unit <= SHARE * 60 * minutes:
+        if rounds * PRUNING[effort] * pace.unit <= SHARE * 60 * minutes:
             return effort
     return "fast"
 
 
-def least_minutes(pace: Pace) -> float:
+def least_minutes(pace: Pace, rounds: int = 1) -> float:
     """What the whole command takes with the quickest pruning and the shortest useful recovery."""
     # Measured are the dense, the pruned and the recovered model, the latter with its speed.
-    return (3 * pace.measuring + (PRUNING["fast"] + LEAST_RECOVERY) * pace.unit) / 60
+    each = pace.measuring + (PRUNING["fast"] + LEAST_RECOVERY) * pace.unit
+    return (2 * pace.measuring + rounds * each) / 60
 
 
-def check_minutes(minutes: float | None, pace: Pace, sure: bool = True) -> None:
+def check_minutes(minutes: float | None, pace: Pace, rounds: int = 1, *, sure: bool = True) -> None:
     """InputError where `minutes` are too few; by half at least where `pace` is a guess."""
-    least = least_minutes(pace)
+    least = least_minutes(pace, rounds)
     if minutes is not None and minutes < (least if sure else least / 2):
         raise InputError(
             f"--minutes {minutes:g} is too short for this model here: about {least:.1f} are enough"

@@ -66,6 +66,25 @@ class Plan:
             )
             raise InputError(f"the plan was made for another model: {detail}")
 
+    def then(self, later: Plan) -> Plan:
+        """This plan followed by ``later``, made for its result, as one plan.
+
+        A layer of which this plan leaves nothing may be missing in ``later``.
+        """
+        left = [i for i, size in enumerate(self.result()) if size.query_heads or size.channels]
+        if len(later.layers) == len(self.layers):
+            left = list(range(len(self.layers)))
+        later.check_model([self.result()[i] for i in left])
+        layers = list(self.layers)
+        for index, second in zip(left, later.layers, strict=True):
+            first = layers[index]
+            layers[index] = LayerPlan(
+                index,
+                tuple(first.kv_groups[i] for i in second.kv_groups),
+                tuple(first.channels[i] for i in second.channels),
+            )
+        return Plan(self.geometries, tuple(layers))
+
     def to_dict(self) -> dict[str, object]:
         """The plan as JSON-ready data."""
         return {

@@ -13,7 +13,9 @@ from fastprune import cli, progress
 from fastprune.compression import measure, pipeline
 from fastprune.compression.schedule import Pace, check_minutes, effort_for, least_minutes
 from fastprune.errors import InputError
+from fastprune.models.families import geometries
 from fastprune.models.load import load_model
+from fastprune.prune.plan import Plan
 
 FLAGS = ["--ratio", "0.2", "--effort", "fast", "--calib-samples", "4", "--calib-seq-len", "32"]
 FLAGS += ["--eval-windows", "2", "--eval-seq-len", "32", "--eval-also", "none", "--no-speed"]
@@ -120,6 +122,39 @@ def test_finished_steps_are_not_repeated_when_a_later_setting_changes(
     assert metrics_of(tmp_path / "out")["finetune"]["stages"][0]["steps"] == 6
 
 
+def test_in_two_rounds_half_goes_each_time(compress, files, tmp_path):
+    status, stderr = compress("--rounds", "2", "--max-steps", "2")
+    assert status == 0, stderr
+    out = tmp_path / "out"
+    found = metrics_of(out)
+    assert found["recovered"]["block"] / found["dense"]["block"] == pytest.approx(0.8, abs=0.01)
+    assert found["prune"]["ratio"]["achieved"] == pytest.approx(1 - 0.8 / 0.9, abs=0.01)
+    dense, small = load_model(files[0])[0], load_model(out)[0]
+    plan = Plan.load(out / "fastprune/plan.json")
+    plan.check_model(geometries(dense))
+    assert plan.result() == geometries(small)
+    assert {"pruned-1", "recovered-1", "merged-1", "pruned"} <= found["seconds"].keys()
+
+
+def test_stopped_in_the_second_round_the_first_is_not_repeated(compress, tmp_path, monkeypatch):
+    flags = ("--rounds", "2", "--max-steps", "2")
+    assert compress(*flags, out=tmp_path / "whole")[0] == 0
+    real, runs = pipeline.PruneRun, []
+
+    def second_fails(*args):
+        runs.append(args)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(pipeline, "PruneRun", second_fails)
+    assert compress(*flags)[0] == 130
+    assert compress(*flags)[0] == 0
+    assert len(runs) == 3
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_recovery_that_makes_it_worse_is_left_out(compress, tmp_path):
     status, stderr = compress("--lr", "10", "--guard-rollbacks", "50")
     assert status == 0, stderr
@@ -152,6 +187,8 @@ def test_a_gate_that_is_not_met_writes_no_model(compress, tmp_path):
         (["--minutes", "1e-6"], "is too short"),
         (["--dry-run"], "does not take --dry-run"),
         (["--stream"], "does not take --stream"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--rounds", "2", "--ratio-of", "structures"], "a share of the whole block"),
         (["--ratio", "1.5"], "--ratio must lie between 0 and 1"),
         (["--recipe", "nonsense"], "no recipe"),
         (["--eval", "nowhere.txt"], "nowhere.txt"),

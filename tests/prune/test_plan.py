@@ -25,6 +25,22 @@ def test_result_keeps_the_ratio() -> None:
     assert keep_all(SIZES).result() == list(SIZES)
 
 
+def test_one_plan_after_another() -> None:
+    later = Plan(tuple(PLAN.result()), (LayerPlan(0, (1,), (0, 2)), LayerPlan(1, (), (0,))))
+    both = PLAN.then(later)
+    assert both == Plan(SIZES, (LayerPlan(0, (2,), (1, 9)), LayerPlan(1, (), (0,))))
+    assert both.result() == later.result()
+
+
+def test_a_plan_for_what_is_left_without_its_empty_layers() -> None:
+    first = Plan(SIZES, (LayerPlan(0, (), ()), LayerPlan(1, (1, 3), (0, 4, 5))))
+    later = Plan((first.result()[1],), (LayerPlan(0, (0,), (1, 2)),))
+    kept = LayerPlan(0, (), ()), LayerPlan(1, (1,), (4, 5))
+    assert first.then(later) == Plan(SIZES, kept)
+    with pytest.raises(InputError, match="another model"):
+        first.then(Plan(SIZES[:1], (LayerPlan(0, (0,), (1,)),)))
+
+
 @pytest.mark.parametrize(
     "layer", [LayerPlan(0, (2, 0), ()), LayerPlan(0, (0, 4), ()), LayerPlan(0, (), (1, 1))]
 )
