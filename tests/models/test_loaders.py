@@ -19,11 +19,24 @@ from fastprune.models.load import load_model
 
 SIZES = [(0, 0, 96), (6, 3, 50), (8, 4, 0), (2, 1, 32)]
 REMOTE = """
-import sys
+import json, sys
 sys.modules["fastprune"] = None  # importing it fails from here on
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-folder = sys.argv[1]
+folder, work, text = sys.argv[1:]
+ids = torch.load(work + "/ids.pt")
+with torch.no_grad():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    bare = AutoModel.from_config(model.config, trust_remote_code=True)
+    assert type(bare).__name__ == "FastpruneLlamaModel"
+    bare = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(bare(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    torch.save(model(ids).logits, work + "/logits.pt")
+tokens = [
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)(text)["input_ids"]
+    for trust in (True, False)
+]
+json.dump(tokens, open(work + "/tokens.json", "w"))
 """
 
 
@@ -39,21 +52,6 @@ def folder(tmp_path_factory) -> Path:
 def logits(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
         return model(token_ids() if ids is None else ids).logits
-
-
-def run(code: str, *arguments: Path, answer: str | None = None) -> str:
-    """What `code` prints in a fresh process with `answer` on stdin; AssertionError if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE + code, *map(str, arguments)],
-        input=answer,
-        stdin=subprocess.DEVNULL if answer is None else None,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"HF_MODULES_CACHE": str(arguments[0].parent / "modules")},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def test_the_config_is_what_transformers_describes(folder):
@@ -106,29 +104,15 @@ def test_features_and_text_by_pipelines(folder):
     assert torch.tensor(features).shape == (1, len(tiny_tokenizer()(text).input_ids), 64)
 
 
-def test_without_fastprune_models_load_by_the_code_beside_them(folder, tmp_path):
+def test_without_fastprune_the_code_beside_the_model_is_used(folder, tmp_path):
+    """Told to run that code or not to, the tokenizer loads either way, and nobody is asked."""
     torch.save(token_ids(), tmp_path / "ids.pt")
-    code = """
-ids = torch.load(sys.argv[2] + "/ids.pt")
-with torch.no_grad():
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    bare = AutoModel.from_config(model.config, trust_remote_code=True)
-    assert type(bare).__name__ == "FastpruneLlamaModel"
-    bare = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert torch.equal(bare(ids).last_hidden_state, model.model(ids).last_hidden_state)
-    torch.save(model(ids).logits, sys.argv[2] + "/logits.pt")
-"""
-    run(code, folder, tmp_path)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    code = [sys.executable, "-c", REMOTE, str(folder), str(tmp_path), TEXT]
+    subprocess.run(code, check=True, stdin=subprocess.DEVNULL, env=environment, timeout=120)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(load_model(folder)[0]))
-
-
-@pytest.mark.parametrize("trust", [True, False])
-def test_without_fastprune_the_tokenizer_loads_unasked(folder, trust):
-    code = f"""
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code={trust})
-print(tokenizer({TEXT!r})["input_ids"])
-"""
-    assert json.loads(run(code, folder)) == tiny_tokenizer()(TEXT)["input_ids"]
+    for tokens in json.loads((tmp_path / "tokens.json").read_text()):
+        assert tokens == tiny_tokenizer()(TEXT).input_ids
 
 
 def test_with_fastprune_the_tokenizer_loads_unasked(folder, monkeypatch):
@@ -137,6 +121,7 @@ def test_with_fastprune_the_tokenizer_loads_unasked(folder, monkeypatch):
     assert tokenizer(TEXT)["input_ids"] == tiny_tokenizer()(TEXT)["input_ids"]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_lora_adapter_by_peft(folder, tmp_path):
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
@@ -166,6 +151,30 @@ def test_a_compiled_model(folder):
     )
 
 
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+@pytest.mark.parametrize("by", ["path", "object"])
+def test_lm_evaluation_harness(folder, by):
+    """Its `hf` model, of the folder and of a model in memory, finds the model's likelihoods."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = load_model(folder)
+    if by == "path":
+        options = {"trust_remote_code": True, "device": "cpu", "dtype": "float32"}
+        harness = huggingface.HFLM(pretrained=str(folder), **options)
+    else:
+        harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer)
+    context, continuation = "The river runs past the old", " mill turns its wheel"
+    request = Instance("loglikelihood", {}, (context, continuation), 0)
+    [(found, _)] = harness.loglikelihood([request], disable_tqdm=True)
+    start = len(tokenizer(context).input_ids)
+    ids = torch.tensor([tokenizer(context + continuation).input_ids])
+    scores = logits(model, ids)[0, start - 1 : -1].log_softmax(-1)
+    expected = scores.gather(1, ids[0, start:, None]).sum().item()
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
 def test_eight_bits_by_torchao(folder):
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig
