@@ -155,9 +155,9 @@ class PerLayerModel:
 class PerLayerConfig:
     """Mixin before a stock config: sizes layer by layer, as written now and by older releases.
 
-    The global value of a size that layers override may be read. It is the dense model's, the
-    largest that a layer can have. Rotary embeddings (dynamic, yarn, longrope) and tools that size
-    caches read the global number of heads.
+    The global value of a size that layers override may be read. It is the dense model's, and no
+    layer has more. Rotary embeddings (dynamic, yarn, longrope) and tools that size caches read the
+    global number of heads.
     """
 
     allow_global_per_layer_attribute_access = True
@@ -168,7 +168,9 @@ class PerLayerConfig:
             if not isinstance(layers, Mapping):
                 layers = dict(enumerate(layers))
             per_layer_config = {index: with_skips(own) for index, own in layers.items()}
-        super().__post_init__(per_layer_config=per_layer_config, **settings)
+        super().__post_init__(  # type: ignore[misc]  # the stock config's
+            per_layer_config=per_layer_config, **settings
+        )
 
 
 def with_skips(overrides: Mapping[str, Any]) -> dict[str, Any]:
