@@ -4,9 +4,10 @@
 
 Tiny models, dense and pruned, are written by the installed release; each VERSION (default: 4.57.6
 5.15.0 5.20.0 and the installed one) is fetched with pip into a folder of its own, reads every
-checkpoint in a fresh process, without fastprune, and compares logits and token ids. Per-layer
-checkpoints need transformers 5.15, which knows `per_layer_config`. Prints a table; exits 1 on any
-difference. Needs the package index.
+checkpoint in a fresh process, without fastprune, and compares logits, token ids, the model without
+its head, and what is generated with and without a KV cache. Per-layer checkpoints need transformers
+5.15, which knows `per_layer_config`. Prints a table; exits 1 on any difference. Needs the package
+index.
 """
 
 import argparse
@@ -30,7 +31,7 @@ TOLERANCE = 1e-4
 READ = """
 import json, sys
 import torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 found = {"version": transformers.__version__}
 for folder in sys.argv[1:]:
     try:
@@ -39,10 +40,20 @@ for folder in sys.argv[1:]:
             folder, trust_remote_code=True, attn_implementation="eager")
         with torch.no_grad():
             logits = model(expected["ids"]).logits.float()
+            bare = AutoModel.from_pretrained(
+                folder, trust_remote_code=True, attn_implementation="eager")
+            hidden = bare(expected["ids"]).last_hidden_state
+        options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+        written = [
+            model.generate(expected["ids"], use_cache=cache, **options) for cache in (True, False)]
         error = ((logits - expected["logits"]).norm() / expected["logits"].norm()).item()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         same = tokenizer(expected["text"])["input_ids"] == expected["tokens"]
-        found[folder] = error if same else "other token ids"
+        found[folder] = (
+            "other token ids" if not same
+            else "other text with a cache" if not torch.equal(*written)
+            else "other hidden states" if not torch.equal(model.lm_head(hidden), logits)
+            else error)
     except Exception as error:
         found[folder] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
 print("RESULT" + json.dumps(found))
@@ -95,7 +106,7 @@ def write_checkpoints(root: Path) -> list[str]:
     }
     shapes = {
         "uniform": [(6, 3, 48)] * 4,
-        "per-layer": [(6, 3, 50), (8, 4, 96), (0, 0, 70), (2, 1, 0)],
+        "per-layer": [(0, 0, 50), (8, 4, 96), (6, 3, 70), (2, 1, 0)],
     }
     folders = []
     for family in FAMILIES:

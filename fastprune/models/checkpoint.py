@@ -154,9 +154,9 @@ def stock_form(model: nn.Module) -> Form | None:
         "intermediate_size": size.channels,
         "head_dim": size.head_dim,
     }
-    config_class, model_class = (c.__bases__[-1] for c in modeling.FAMILIES[family])
-    config = config_class(**settings)
-    config.architectures = [model_class.__name__]
+    classes = modeling.FAMILIES[family]
+    config = classes.config.__bases__[-1](**settings)
+    config.architectures = [classes.causal_lm.__bases__[-1].__name__]
     layers = {old: new for new, old in enumerate(kept)}
     return Form(config, _state(model, layers), layers, False)
 
@@ -166,12 +166,11 @@ def per_layer_form(model: nn.Module) -> Form:
     sizes = geometries(model)
     config = modeling.per_layer_config(model.config, sizes)
     classes = modeling.FAMILIES[config.model_type.removeprefix(PRUNED_PREFIX)]
-    names = [c.__name__ for c in classes]
-    config.architectures = [names[1]]
+    config.architectures = [classes.causal_lm.__name__]
     module = Path(CODE_FILE).stem
+    autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     config.auto_map = {
-        "AutoConfig": f"{module}.{names[0]}",
-        "AutoModelForCausalLM": f"{module}.{names[1]}",
+        auto: f"{module}.{own.__name__}" for auto, own in zip(autos, classes, strict=True)
     }
     layers = {index: index for index in range(len(sizes))}
     return Form(config, _state(model, layers), layers, True)
@@ -187,7 +186,7 @@ def rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Modu
     if family not in SUPPORTED:
         raise InputError(f"model type '{family}' is not supported here")
     config = sized_config(settings, state)
-    model_class = modeling.FAMILIES[family][1]
+    model_class = modeling.FAMILIES[family].causal_lm
     weights = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
     with quiet_libraries():
         model, found = model_class.from_pretrained(
@@ -215,7 +214,7 @@ def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     Raises InputError when one layer has other query heads to a KV head than the rest: which of them
     share a KV head cannot be told then.
     """
-    config_class, _ = modeling.FAMILIES[settings["model_type"].removeprefix(PRUNED_PREFIX)]
+    config_class = modeling.FAMILIES[settings["model_type"].removeprefix(PRUNED_PREFIX)].config
     sizes = _sizes_of(settings, state)
     attentions = {i: s for i, s in enumerate(sizes) if s.query_heads or s.kv_heads}
     usual = mode([s.query_heads / max(1, s.kv_heads) for s in attentions.values()] or [1])

@@ -16,15 +16,15 @@ from fastprune.models.blocks import Blocks
 from fastprune.models.modeling import RemovedAttention, RemovedMLP
 from fastprune.progress import track
 
-MODULES = {"attention": ("self_attn", RemovedAttention), "mlp": ("mlp", RemovedMLP)}
+MODULES = {"attention": "self_attn", "mlp": "mlp"}
 
 
 @contextmanager
 def without(layer: nn.Module, kind: str) -> Iterator[None]:
     """``layer`` runs without its attention or its mlp (``kind``) while the block runs."""
-    name, stand_in = MODULES[kind]
+    name = MODULES[kind]
     module = getattr(layer, name)
-    setattr(layer, name, stand_in())
+    setattr(layer, name, RemovedMLP() if kind == "mlp" else RemovedAttention(module.layer_idx))
     try:
         yield
     finally:

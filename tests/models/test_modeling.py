@@ -5,38 +5,13 @@ import sys
 
 import pytest
 import torch
-from tiny import FAMILIES, compute_activations_twice, tiny_config, tiny_model, token_ids
+from per_layer import NO_ATTENTION, per_layer_config, per_layer_model
+from tiny import FAMILIES, compute_activations_twice, tiny_model, token_ids
 from torch import nn
+from transformers import AutoModel
 
 from fastprune.models import modeling
 from fastprune.models.families import Geometry
-
-SIZES = {
-    0: {"num_attention_heads": 0, "num_key_value_heads": 0},
-    1: {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 50},
-    3: {"intermediate_size": 0},
-}
-
-
-def per_layer_model(family: str, sizes: dict = SIZES, **options) -> nn.Module:
-    config_class, model_class = modeling.FAMILIES[family]
-    settings = tiny_config(family, **options).to_dict()
-    settings.pop("model_type")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return model_class(config_class(**settings, per_layer_config=sizes)).eval()
-
-
-def greedy(model: nn.Module, ids: torch.Tensor, *, cache: bool) -> torch.Tensor:
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=8,
-        do_sample=False,
-        use_cache=cache,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,29 +40,9 @@ def test_removed_sublayers_add_nothing(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("removed", [[0], [0, 1, 3], [1, 2], [0, 1, 2, 3]])
-def test_cached_generation_equals_uncached(family, removed):
-    none = {"num_attention_heads": 0, "num_key_value_heads": 0}
-    model = per_layer_model(family, dict.fromkeys(removed, none))
-    ids = token_ids()
-    assert torch.equal(greedy(model, ids, cache=True), greedy(model, ids, cache=False))
-
-
-@pytest.mark.parametrize("removed", [0, 1, 2, 3])
-def test_cached_generation_with_mixed_windows(removed):
-    """Sliding-window and full layers have caches of their own kinds; neither may lose its first."""
-    none = {"num_attention_heads": 0, "num_key_value_heads": 0}
-    model = per_layer_model(
-        "qwen2", {removed: none}, use_sliding_window=True, sliding_window=8, max_window_layers=2
-    )
-    ids = token_ids()
-    assert torch.equal(greedy(model, ids, cache=True), greedy(model, ids, cache=False))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_conformed_model_equals_one_built_at_that_size(family):
     stock = tiny_model(family)
-    built = per_layer_model(family, {1: {"num_attention_heads": 0, "num_key_value_heads": 0}})
+    built = per_layer_model(family, {1: NO_ATTENTION})
     sizes = [Geometry(8, 4, 96, 16) for _ in range(4)]
     sizes[1] = Geometry(0, 0, 96, 16)
     modeling.conform(stock, sizes)
@@ -97,7 +52,8 @@ def test_conformed_model_equals_one_built_at_that_size(family):
     ids = token_ids()
     with torch.no_grad():
         assert torch.equal(stock(ids).logits, built(ids).logits)
-    assert torch.equal(greedy(stock, ids, cache=True), greedy(built, ids, cache=True))
+    tokens = [m.generate(ids, max_new_tokens=8, do_sample=False) for m in (stock, built)]
+    assert torch.equal(*tokens)
 
 
 def test_conformed_model_follows_a_change_of_attention():
@@ -124,6 +80,55 @@ def test_gradients_with_checkpointing_equal_those_without(family):
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+OLD = [
+    {"num_attention_heads": 0, "num_key_value_heads": 0, "intermediate_size": 96},
+    {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 50},
+    {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96},
+    {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 0},
+]
+
+
+@pytest.mark.parametrize("old", [OLD, {str(index): layer for index, layer in enumerate(OLD)}])
+def test_zeros_and_dense_lists_of_older_checkpoints_are_read(old):
+    config = per_layer_config("llama", old)
+    assert config.to_dict()["per_layer_config"] == {
+        "0": {"skip": ["attention"]},
+        "1": {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 50},
+        "3": {"skip": ["mlp"]},
+    }
+    assert config.to_dict() == per_layer_config("llama").to_dict()
+
+
+def test_a_sublayer_that_does_not_exist_cannot_be_skipped():
+    with pytest.raises(ValueError, match=r"skips \['experts'\]"):
+        per_layer_config("llama", {1: {"skip": ["experts"]}})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tools_that_size_caches_read_the_global_settings(family):
+    """They hold for every layer: no layer has more."""
+    config = per_layer_config(family)
+    text = config.get_text_config(decoder=True)
+    assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (8, 4, 16)
+    assert (text.num_hidden_layers, text.intermediate_size) == (4, 96)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_without_its_head(family):
+    """AutoModel builds it, with the weights of the whole model."""
+    modeling.register()
+    whole = per_layer_model(family)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        bare = AutoModel.from_config(whole.config).eval()
+    assert type(bare) is modeling.FAMILIES[family].model
+    bare.load_state_dict(whole.model.state_dict())
+    ids = token_ids()
+    with torch.no_grad():
+        hidden = whole.model(ids).last_hidden_state
+        assert torch.equal(bare(ids).last_hidden_state, hidden)
 
 
 @pytest.mark.parametrize("first", ["", "import transformers.models.auto.configuration_auto"])
