@@ -18,6 +18,7 @@ LINES = 500
 LEVELS = (
     ("cli", "__main__"),
     ("compression",),
+    ("export",),
     ("prune", "recover"),
     ("inspect", "report"),
     ("models", "data"),
