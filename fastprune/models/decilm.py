@@ -20,20 +20,20 @@ def obstacle(config: Any) -> str | None:
 
     Raises InputError for a family that is not supported.
     """
-    family = family_of_config(config)
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    queries_per_kv = heads // config.num_key_value_heads
+    family, settings = family_of_config(config), config.to_dict()
+    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+    head_dim = settings.get("head_dim") or hidden // heads
+    queries_per_kv = heads // settings["num_key_value_heads"]
     if family == "qwen2":
         return "its readers have no biases of q, k and v, which Qwen2 has"
     if family == "qwen3":
         return "its readers have no norms of q and k, which Qwen3 has"
-    if getattr(config, "sliding_window", None):
+    if settings.get("sliding_window"):
         return "its readers have no sliding window"
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+    if settings.get("attention_bias") or settings.get("mlp_bias"):
         return "not all of its readers have biases"
-    if config.hidden_act != "silu":
-        return f"not all of its readers have the activation {config.hidden_act}, only silu"
+    if settings["hidden_act"] != "silu":
+        return f"not all of its readers have the activation {settings['hidden_act']}, only silu"
     if hidden % head_dim or (hidden // head_dim) % queries_per_kv:
         return (
             f"its readers take as many query heads as fill the hidden size, and {hidden} is no "
