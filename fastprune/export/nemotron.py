@@ -5,8 +5,8 @@ What each reader asks for, and so what is written for all of them:
 - `ffn_mult` alone gives the feed-forward's width. MLX-LM refuses fields it does not know, and vLLM
   prefers `ffn_mult` where there is one, so no `intermediate_size` stands beside it.
 - a field that `no_op` makes meaningless is null and not left out: TensorRT-LLM reads it.
-- the first layer has an attention: vLLM and SGLang begin the residual stream there, and caches count
-  tokens by it. One that was removed is written as zeros, with as many KV heads as others have.
+- the first layer has an attention: vLLM and SGLang begin the residual stream there, and caches
+  count tokens by it. One that was removed is written as zeros, with as many KV heads as others.
 - a layer of which nothing is left is dropped.
 """
 
@@ -50,11 +50,15 @@ def check(model: nn.Module, options: Any) -> None:
     """InputError when `model` has no DeciLM form, or has one only with `options.pad`."""
     if reason := obstacle(model.config):
         raise InputError(f"nemotron-nas: {reason}; {INSTEAD}")
-    sizes, heads = geometries(model), _query_heads(model)
+    sizes = geometries(model)
     if not any(size.kv_heads for size in sizes):
-        raise InputError(f"nemotron-nas: its readers need an attention somewhere; {INSTEAD}")
+        raise InputError(
+            "nemotron-nas: its readers need an attention, and no layer of this model has one left; "
+            "use --format hf"
+        )
+    heads = _query_heads(model)
     for index, size in enumerate(sizes):
-        if heads % max(1, size.queries_per_kv):
+        if size.kv_heads and heads % size.queries_per_kv:
             raise InputError(
                 f"nemotron-nas: layer {index} has {size.queries_per_kv} query heads to a KV head, "
                 f"which is no divisor of {heads}; {INSTEAD}"
