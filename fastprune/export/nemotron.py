@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from fastprune.errors import InputError
-from fastprune.export.decilm import configuration_decilm, modeling_decilm
 from fastprune.export.decilm.configuration_decilm import DeciLMConfig
 from fastprune.export.decilm.modeling_decilm import DeciLMForCausalLM
 from fastprune.export.padding import added_bytes, padded_state
@@ -39,7 +38,7 @@ from fastprune.models.quiet import quiet_libraries
 from fastprune.models.readback import check_same
 
 INSTEAD = "use --format gguf or hf-uniform"
-CODE = (configuration_decilm, modeling_decilm)
+CODE = Path(__file__).parent / "decilm"
 AUTO_MAP = {
     "AutoConfig": "configuration_decilm.DeciLMConfig",
     "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
@@ -101,8 +100,8 @@ def write(model: nn.Module, tokenizer: Any, path: Path, options: Any) -> dict[st
     with quiet_libraries():
         config.save_pretrained(path)
         write_weights(form, path)
-    for module in CODE:
-        shutil.copy(module.__file__, path)
+    for name in ("configuration_decilm.py", "modeling_decilm.py"):
+        shutil.copyfile(CODE / name, path / name)
     save_surroundings(model, tokenizer, path)
     with quiet_libraries():
         read = DeciLMForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
