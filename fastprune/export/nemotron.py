@@ -175,7 +175,7 @@ def _notes(model: nn.Module, sizes: Sequence[Geometry], padding: int) -> list[st
         notes.append(f"{padding} bytes of it are zeros")
     own = geometries(model)
     if dropped := len(own) - len(sizes):
-        notes.append(f"{dropped} layers of which nothing was left are dropped")
+        notes.append(f"layers dropped because nothing is left of them: {dropped}")
     first = next(size for size in own if size.kv_heads or size.channels)
     if not first.kv_heads:
         notes.append("the first layer, which has no attention, has one of zeros: engines need it")

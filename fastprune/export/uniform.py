@@ -96,5 +96,5 @@ def _notes(size: Geometry, sizes: Sequence[Geometry], padding: int) -> list[str]
     )
     notes = [f"{every}; {padding} bytes of it are zeros" if padding else every]
     if dropped:
-        notes.append(f"{dropped} layers of which nothing was left are dropped")
+        notes.append(f"layers dropped because nothing is left of them: {dropped}")
     return notes

@@ -145,7 +145,8 @@ def test_a_first_layer_without_attention_gets_one_of_zeros(tmp_path):
 def test_empty_layers_are_dropped(tmp_path):
     model = cut(dense(), [(0, 0, 0), (4, 2, 256), (0, 0, 0), (4, 2, 512)])
     expected = logits(model)
-    _, config = export(model, tmp_path)
+    written, config = export(model, tmp_path)
+    assert "nothing is left of them: 2" in written["notes"][-1]
     assert config["num_hidden_layers"] == len(config["block_configs"]) == 2
     torch.testing.assert_close(logits(read(tmp_path)), expected, atol=1e-4, rtol=1e-4)
 
