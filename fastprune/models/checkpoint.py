@@ -55,9 +55,17 @@ def save_checkpoint(
             form = stock_form(model) or per_layer_form(model)
             form.config.dtype = model.dtype
             form.config.save_pretrained(directory)
-            (write or _write_weights)(form, directory)
+            (write or write_weights)(form, directory)
             if form.per_layer:
                 shutil.copyfile(modeling.__file__, directory / CODE_FILE)
+    save_surroundings(model, tokenizer, directory)
+
+
+def save_surroundings(model: nn.Module, tokenizer: Any, directory: Path) -> None:
+    """Write what lies beside config and weights into `directory`: generation settings, tokenizer,
+    and the keys that readers of transformers 4 look for.
+    """
+    with quiet_libraries():
         if getattr(model, "generation_config", None) is not None:
             write_generation_config(model.generation_config, directory)
         if tokenizer is not None:
@@ -255,7 +263,8 @@ def _state(model: nn.Module, layers: Mapping[int, int]) -> dict[str, Tensor]:
     return state
 
 
-def _write_weights(form: Form, directory: Path) -> None:
+def write_weights(form: Form, directory: Path) -> None:
+    """Write the weights of `form` as safetensors into `directory`, which has its config."""
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(form.state, directory, filename_pattern="model{suffix}.safetensors")

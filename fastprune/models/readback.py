@@ -37,12 +37,10 @@ def check_read_back(model: nn.Module, directory: Path, base: str | Path | None =
     """Load the checkpoint in `directory` and compare its logits with those of `model`.
 
     With `base`, `directory` holds a LoRA adapter, which is put onto the model that `base` names.
-    Tokens are random; two windows of 64. Raises ReadBackError.
+    Raises ReadBackError.
     """
     if is_sharded(model):  # its weights are gathered only while all processes call it
         return
-    training = model.training
-    model.eval()
     device = _room_for(model)
     try:
         read, _ = load_model(
@@ -56,6 +54,17 @@ def check_read_back(model: nn.Module, directory: Path, base: str | Path | None =
             f"the result was written but does not load again ({error}); nothing was kept. This is "
             "a fault of fastprune: please report it with the model's config.json"
         ) from error
+    check_same(model, read)
+
+
+@torch.no_grad()
+def check_same(model: nn.Module, read: nn.Module) -> None:
+    """Compare the logits of `read`, what was written and loaded again, with those of `model`.
+
+    Tokens are random; two windows of 64. Raises ReadBackError.
+    """
+    training = model.training
+    model.eval()
     windows = _windows(model)
     own, other = _logits(model, windows), _logits(read, windows)
     model.train(training)

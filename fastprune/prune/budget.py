@@ -136,13 +136,19 @@ def structure_parameters(model: nn.Module, config: PruneConfig) -> int:
 
 
 def layer_sizes(model: nn.Module, config: PruneConfig) -> list[LayerSize]:
-    """What ``config`` lets go of each layer of ``model``."""
+    """What ``config`` lets go of each layer of ``model``.
+
+    Readers of the deci layout need an attention in the first layer.
+    """
     layers = decoder_layers(model)
     selected = config.selected_layers(len(layers))
-    return [
+    sizes = [
         layer_size(layer, config.structures if i in selected else ())
         for i, layer in enumerate(layers)
     ]
+    if config.layout == "deci":
+        sizes[0] = replace(sizes[0], attention=0)
+    return sizes
 
 
 def limits_of(config: PruneConfig) -> Limits:

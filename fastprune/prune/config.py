@@ -84,11 +84,12 @@ class PruneConfig(CommonConfig):
     --effort)"""
     compensate: Literal["none", "least-squares"] = "least-squares"
     """refit what is kept to the outputs of what is removed"""
-    layout: Literal["per-layer", "uniform"] = "per-layer"
-    """uniform: every layer the same size, so that any engine loads the result"""
+    layout: Literal["per-layer", "uniform", "deci"] = "per-layer"
+    """uniform: every layer the same size, so that any engine loads the result; deci: heads stay and
+    channels go, or whole sublayers, as the engines that read DeciLM (nemotron-nas) ask for"""
     align: int | None = None
     """keep channels in multiples of this number (default: 32 where the model's own widths are
-    multiples of it and large, else 1)"""
+    multiples of it and large, else 1; with --layout deci 256)"""
     calib: str = TRAINING_TEXT
     """calibration text, or self for text that the model writes before it is pruned; several, joined
     by commas, give an equal share of the windows each"""
@@ -178,6 +179,12 @@ class PruneConfig(CommonConfig):
         self._check_stream()
         if self.iterations > 1 and self.plan is not None:
             raise InputError("--plan is applied as it is; leave --iterations out")
+        if self.layout == "deci" and "attention" in self.structures:
+            raise InputError(
+                "--layout deci keeps every query head, which engines that read DeciLM ask for, so "
+                "no KV group can go; use --structures mlp, sublayer or mlp,sublayer, or --layout "
+                "per-layer"
+            )
         if self.layout == "uniform" and "sublayer" in self.structures:
             raise InputError(
                 "--layout uniform makes every layer the same size, so no sublayer can go alone; "

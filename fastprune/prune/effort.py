@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fastprune.models.decilm import WIDTH_MULTIPLE
 from fastprune.models.families import (
     block_parameters,
     decoder_layers,
@@ -51,7 +52,7 @@ def decided(config: PruneConfig, model: nn.Module, share: float) -> PruneConfig:
     ``share`` is the part of the block parameters that the budget takes. What was given stays.
     """
     layers = config.selected_layers(len(decoder_layers(model)))
-    structures = config.structures or _structures(model, share, layers)
+    structures = config.structures or _structures(config, model, share, layers)
     channels_alone = tuple(structures) == ("mlp",)
     allocation: Any = config.allocation
     if allocation == "auto":
@@ -63,7 +64,7 @@ def decided(config: PruneConfig, model: nn.Module, share: float) -> PruneConfig:
         "alpha": BOTH_ALPHA if config.allocation == "auto" and allocation == "global" else 1.0,
         "max_layer_ratio": UNBOUNDED,
         "layers": ALL,
-        "align": _align(model),
+        "align": WIDTH_MULTIPLE if config.layout == "deci" else _align(model),
         "calib_samples": WINDOWS[config.effort],
     }
     if allocation == "search" and channels_alone and share >= BOUNDED_FROM:
@@ -76,11 +77,13 @@ def decided(config: PruneConfig, model: nn.Module, share: float) -> PruneConfig:
     return replace(config, **open_fields)
 
 
-def _structures(model: nn.Module, share: float, layers: range) -> tuple[str, ...]:
-    """Channels alone as far as they go, with room to choose; then KV groups too."""
+def _structures(
+    config: PruneConfig, model: nn.Module, share: float, layers: range
+) -> tuple[str, ...]:
+    """Channels alone as far as they go, with room to choose; then KV groups too, or sublayers."""
     if share <= CHANNELS_ALONE and _needed(model, share, layers) <= ROOM:
         return ("mlp",)
-    return ("attention", "mlp")
+    return ("mlp", "sublayer") if config.layout == "deci" else ("attention", "mlp")
 
 
 def _allocation(config: PruneConfig, structures: tuple[str, ...]) -> Allocation:
@@ -100,6 +103,9 @@ def _middle(config: PruneConfig, model: nn.Module, share: float) -> str:
     middle = range(ends, count - ends)
     if config.layout == "uniform" or not ends or _needed(model, share, middle) > limit:
         return ALL
+    multiple = config.align or WIDTH_MULTIPLE
+    if config.layout == "deci" and any(size.channels % multiple for size in geometries(model)):
+        return ALL  # the ends must be aligned too
     return f"{ends}:{count - ends}"
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
+from fastprune.errors import InputError
 from fastprune.inspect.perplexity import Perplexity, peak_memory_bytes
 from fastprune.inspect.record import Origin
+from fastprune.models.decilm import obstacle
 from fastprune.models.families import Geometry, block_parameters, family_of, geometries
 from fastprune.prune import latency
 from fastprune.prune.budget import Budget, budget_of, far_off, saved_bytes
@@ -43,7 +45,7 @@ class PruneRun:
     """
 
     def __init__(self, subject: Subject, tokenizer: Any, config: PruneConfig, clock: Clock) -> None:
-        family_of(subject.model)
+        check_layout(subject.model, config)
         self.subject, self.tokenizer, self.clock = subject, tokenizer, clock
         self.config = with_lengths(config, subject.model)
         self.model: nn.Module = subject.model.eval()
@@ -191,6 +193,15 @@ class PruneRun:
         for line in prune_lines(record.to_dict()):
             log.info("%s", line)
         return record
+
+
+def check_layout(model: nn.Module, config: PruneConfig) -> None:
+    """InputError when no model like ``model``, which must be of a supported family, can have the
+    layout that ``config`` asks for.
+    """
+    family_of(model)
+    if config.layout == "deci" and (reason := obstacle(model.config)):
+        raise InputError(f"--layout deci: {reason}; use --layout per-layer or uniform")
 
 
 def _ratio(budget: Budget | None, block: int) -> float | None:
