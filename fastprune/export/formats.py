@@ -48,6 +48,7 @@ class Format:
 
 FORMATS = {
     "hf": Format("fastprune.export.hf"),
+    "gguf": Format("fastprune.export.gguf", suffix=".gguf"),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,36 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.models.families import SUPPORTED
+from fastprune.models.families import (
+    DOWN,
+    GATE,
+    KEY,
+    OUTPUT,
+    QUERY,
+    SUPPORTED,
+    UP,
+    VALUE,
+)
 
+DECI = "deci"
+"""llama.cpp's architecture for Llamas whose layers differ in size."""
+LAYER_TENSORS = {
+    "input_layernorm": "attn_norm",
+    QUERY: "attn_q",
+    KEY: "attn_k",
+    VALUE: "attn_v",
+    OUTPUT: "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    GATE: "ffn_gate",
+    UP: "ffn_up",
+    DOWN: "ffn_down",
+}
+"""What the modules of a decoder layer are called in a file."""
+TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+PAIRED = {"llama": ("attn_q", "attn_k"), DECI: ("attn_q", "attn_k"), "qwen2": (), "qwen3": ()}
+"""Whose rotary embedding turns neighbouring values of a head together, not halves of it."""
 FREQUENCIES = "rope_freqs.weight"
 DEFAULT_THETA = 10000.0
 BIASES = {
@@ -53,6 +81,8 @@ class Header:
     settings: dict[str, Any]
     sizes: dict[str, int]
     frequencies: Tensor | None
+    words: dict[str, Any] = field(default_factory=dict)
+    """settings of the tokenizer, by their whole names"""
 
 
 def read_header(path: Path) -> Header:
@@ -62,15 +92,28 @@ def read_header(path: Path) -> Header:
     reader = GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
     prefix = f"{architecture}."
-    settings = {
-        key.removeprefix(prefix): field.contents()
-        for key, field in reader.fields.items()
-        if key.startswith(prefix)
-    }
+    settings, words = {}, {}
+    for key, one in reader.fields.items():
+        if key.startswith(prefix):
+            settings[key.removeprefix(prefix)] = one.contents()
+        elif key.startswith("tokenizer."):
+            words[key] = one.contents()
     sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     factors = next((t.data for t in reader.tensors if t.name == FREQUENCIES), None)
     frequencies = None if factors is None else torch.tensor(factors, dtype=torch.float32)
-    return Header(path, architecture, settings, sizes, frequencies)
+    return Header(path, architecture, settings, sizes, frequencies, words)
+
+
+def pair_neighbours(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads × head_dim, …) in the order of `PAIRED`: halves of a head become neighbours."""
+    halves = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def part_neighbours(weight: Tensor, head_dim: int) -> Tensor:
+    """The rows that `pair_neighbours` was given."""
+    pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def check_uniform(header: Header) -> None:
@@ -103,28 +146,33 @@ def complete_config(config: Any, header: Header) -> Any:
     return config
 
 
-def _complete_family(config: Any, header: Header) -> None:
-    settings = header.settings
-    for name, value in settings.items():
+def check_settings(header: Header) -> None:
+    """InputError where the file holds a setting of attention or rotary embedding not in `READ`."""
+    for name, value in header.settings.items():
         known = name in READ or value in INNOCUOUS.get(name, ())
         if name.startswith(("rope.", "attention.")) and not known:
             raise _not_read(header, name)
+
+
+def _complete_family(config: Any, header: Header) -> None:
+    check_settings(header)
+    settings = header.settings
     heads = settings.get("attention.head_count", config.num_attention_heads)
     head_dim = settings.get("attention.key_length", config.hidden_size // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if settings.get(name, head_dim) != head_dim:
             raise _not_read(header, name, f"heads have {head_dim} values")
     config.head_dim = head_dim
-    config.rope_parameters = _rope(header, head_dim)
-    for field, names in BIASES.items():
-        if hasattr(config, field):
-            setattr(config, field, any(name.endswith(names) for name in header.sizes))
+    config.rope_parameters = rope_parameters(header, head_dim)
+    for name, names in BIASES.items():
+        if hasattr(config, name):
+            setattr(config, name, any(key.endswith(names) for key in header.sizes))
     window = settings.get("attention.sliding_window")
     if window and window < config.max_position_embeddings:
         raise _not_read(header, "attention.sliding_window")
 
 
-def _rope(header: Header, head_dim: int) -> dict[str, Any]:
+def rope_parameters(header: Header, head_dim: int) -> dict[str, Any]:
     """The rotary embedding's parameters as transformers names them."""
     settings = header.settings
     theta = settings.get("rope.freq_base", DEFAULT_THETA)
