@@ -16,10 +16,20 @@ from fastprune.export.gguf_rope import rope
 from fastprune.export.gguf_types import Quant, check_range, find_quant, numbers
 from fastprune.export.gguf_words import words
 from fastprune.inspect.record import Origin
+from fastprune.models.gguf import read_header
+from fastprune.models.gguf_weights import read_weights
+from fastprune.models.readback import ReadBackError, logits_difference
 from fastprune.progress import track
 
 if TYPE_CHECKING:
     from fastprune.export.config import ExportConfig
+
+
+TOLERANCES = {"f32": 1e-4, "f16": 1e-2, "bf16": 8e-2}
+QUANTISED = 0.9
+"""Relative error of the logits that is allowed, by the type; of quantised types only nonsense is
+recognised, since how much they lose differs from model to model."""
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 def check(model: nn.Module, config: ExportConfig) -> None:
@@ -50,12 +60,32 @@ def write(model: nn.Module, tokenizer: Any, path: Path, config: ExportConfig) ->
         _add(writer, key, value)
     tensors = [*entries(model, found), *(whole(name, one) for name, one in factors.items())]
     _write_tensors(writer, tensors, quant, found)
-    return {
+    result: dict[str, Any] = {
         "bytes": size_of(path),
         "notes": [*found.notes(), *_window_notes(model.config)],
         "architecture": found.architecture,
         "quant": quant.name,
     }
+    if config.read_back:
+        result["logits_difference"] = _read_back(model, path, quant)
+    return result
+
+
+def _read_back(model: nn.Module, path: Path, quant: Quant) -> float:
+    """How far the logits of the file are from those of `model`, relative to their size.
+
+    Raises ReadBackError where they differ by more than rounding to the type explains.
+    """
+    difference = logits_difference(model, read_weights(read_header(path)))
+    dtype = str(model.dtype).removeprefix("torch.")
+    allowed = max(TOLERANCES.get(name, QUANTISED) for name in (quant.name, SHORT[dtype]))
+    if not difference <= allowed:
+        raise ReadBackError(
+            f"the file reads back as another model: logits differ by {difference:.1e} of their "
+            f"size, more than {quant.name} explains ({allowed:g}); nothing was kept. This is a "
+            "fault of fastprune: please report it with the model's config.json"
+        )
+    return difference
 
 
 def _add_general(writer: Any, quant: Quant, config: ExportConfig) -> None:

@@ -1,7 +1,7 @@
 """Which architecture of llama.cpp a model is written as, with which sizes, tensor by tensor.
 
-Layers of one size are written as the family's own architecture. Layers that differ need `deci`,
-whose loader has three peculiarities:
+Layers of one size are written as the family's own architecture, if that takes them. Others need
+`deci`, whose loader has three peculiarities:
 
 - a layer without feed-forward is left before its residual addition, so its attention would be lost:
   it gets a feed-forward of zeros
@@ -80,7 +80,7 @@ def layout(model: nn.Module, quant: Quant, pad: bool) -> Layout:
         raise InputError("the model has no attention left, which llama.cpp cannot run; prune less")
     grown = {index: _grown(index, size, quant.block, pad) for index, size in own.items()}
     whole = all(size.query_heads and size.channels for size in grown.values())
-    if len(set(grown.values())) == 1 and whole:
+    if len(set(grown.values())) == 1 and whole and _is_stock(family, grown, hidden):
         return Layout(ARCHITECTURES[family], grown, own)
     if family == "qwen3":
         raise InputError(
@@ -89,6 +89,12 @@ def layout(model: nn.Module, quant: Quant, pad: bool) -> Layout:
             "--layout uniform and without --structures sublayer, or export as hf"
         )
     return Layout(DECI, _filled(grown, quant.block), own)
+
+
+def _is_stock(family: str, sizes: dict[int, Geometry], hidden: int) -> bool:
+    """Whether the family's own loader takes the heads: Qwen2's are as wide as the model."""
+    size = next(iter(sizes.values()))
+    return family != "qwen2" or size.query_heads * size.head_dim == hidden
 
 
 def _grown(index: int, size: Geometry, block: int, pad: bool) -> Geometry:

@@ -37,7 +37,7 @@ from fastprune.models.gguf import (
     complete_config,
     read_header,
 )
-from fastprune.models.gguf_deci import read_deci
+from fastprune.models.gguf_weights import read_weights
 from fastprune.models.gguf_words import has_known_words, read_tokenizer
 from fastprune.models.quiet import quiet_libraries
 from fastprune.output import sync_folder
@@ -142,7 +142,7 @@ def _save_dequantised(path: Path, folder: Path) -> None:
                 tokenizer = AutoTokenizer.from_pretrained(
                     str(path.parent), gguf_file=path.name, trust_remote_code=False
                 )
-            model = read_deci(header) if header.architecture == DECI else _read_gguf(header)
+            model = read_weights(header) if header.architecture == DECI else _read_gguf(header)
     except InputError:
         raise
     except ImportError as error:

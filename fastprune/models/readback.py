@@ -56,11 +56,8 @@ def check_read_back(model: nn.Module, directory: Path, base: str | Path | None =
             f"the result was written but does not load again ({error}); nothing was kept. This is "
             "a fault of fastprune: please report it with the model's config.json"
         ) from error
-    windows = _windows(model)
-    own, other = _logits(model, windows), _logits(read, windows)
+    difference = logits_difference(model, read)
     model.train(training)
-    difference = _difference(own, other)
-    log.info("read back: logits differ by %.1e of their size", difference)
     tolerance = TOLERANCES.get(model.dtype, HALF_TOLERANCE)
     if not difference <= tolerance:
         raise ReadBackError(
@@ -68,6 +65,15 @@ def check_read_back(model: nn.Module, directory: Path, base: str | Path | None =
             f"size, more than rounding explains ({tolerance:g}); nothing was kept. This is a fault "
             "of fastprune: please report it with the model's config.json"
         )
+
+
+@torch.no_grad()
+def logits_difference(model: nn.Module, read: nn.Module) -> float:
+    """‖read − model‖ / ‖model‖ of the logits of two models in eval mode, on random tokens."""
+    windows = _windows(model)
+    difference = _difference(_logits(model, windows), _logits(read, windows))
+    log.info("read back: logits differ by %.1e of their size", difference)
+    return difference
 
 
 def _room_for(model: nn.Module) -> torch.device:

@@ -1,7 +1,7 @@
-"""Reads `.gguf` files of the architecture `deci`: Llamas whose layers differ in size.
+"""Reads the weights of a `.gguf` file by itself, layers of different size (`deci`) included.
 
-transformers does not know it. Zeros that stand in such a file only because llama.cpp's loader needs
-them (see `fastprune.export.gguf_layout`) are sublayers that are gone.
+transformers does not know such layers. Zeros that stand in a file only because llama.cpp's loader
+needs them (see `fastprune.export.gguf_layout`) are sublayers that are gone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import LAYER_KEY, rebuild
-from fastprune.models.families import DOWN, OUTPUT, QUERY
+from fastprune.models.families import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE
 from fastprune.models.gguf import (
-    BIASES,
     DECI,
     FREQUENCIES,
     LAYER_TENSORS,
@@ -27,10 +26,18 @@ from fastprune.models.gguf import (
     rope_parameters,
 )
 
+OWN_BIASES = (
+    ("attention_bias", tuple(f"{name}.bias" for name in (QUERY, KEY, VALUE, OUTPUT))),
+    ("mlp_bias", tuple(f"{name}.bias" for name in (GATE, UP, DOWN))),
+)
+"""A Llama's settings of biases, and how the names of those end."""
 
-def read_deci(header: Header) -> nn.Module:
-    """The model in the file of `header`, in float32. Raises InputError, and whatever damaged bytes
-    lead to."""
+
+def read_weights(header: Header) -> nn.Module:
+    """The model in the file of `header`, a Llama of any family of ours, in float32.
+
+    Raises InputError, and whatever damaged bytes lead to.
+    """
     check_settings(header)
     state = _state(header)
     settings = header.settings
@@ -38,29 +45,40 @@ def read_deci(header: Header) -> nn.Module:
     for name in ("attention.value_length", "rope.dimension_count"):
         if settings.get(name, head_dim) != head_dim:
             raise InputError(f"{header.path}: heads of {head_dim} and {settings[name]} values")
-    return rebuild(
-        {
-            "model_type": "llama" if _is_llama(state) else "qwen2",
-            "head_dim": head_dim,
-            "vocab_size": len(state["model.embed_tokens.weight"]),
-            "hidden_size": settings["embedding_length"],
-            "num_attention_heads": max(settings["attention.head_count"]),
-            "num_key_value_heads": max(settings["attention.head_count_kv"]),
-            "intermediate_size": max(settings["feed_forward_length"]),
-            "max_position_embeddings": settings["context_length"],
-            "rms_norm_eps": settings["attention.layer_norm_rms_epsilon"],
-            "rope_parameters": rope_parameters(header, head_dim),
-            "tie_word_embeddings": "lm_head.weight" not in state,
-            "bos_token_id": header.words.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": header.words.get("tokenizer.ggml.eos_token_id"),
-            **{
-                field: any(name.endswith(tuple(_module_names(names))) for name in state)
-                for field, names in BIASES.items()
-                if _is_llama(state)
-            },
-        },
-        _without_zeros(state),
-    )
+    family = _family(header, state)
+    config = {
+        "model_type": family,
+        "head_dim": head_dim,
+        "vocab_size": len(state["model.embed_tokens.weight"]),
+        "hidden_size": settings["embedding_length"],
+        "num_attention_heads": _largest(settings["attention.head_count"]),
+        "num_key_value_heads": _largest(settings["attention.head_count_kv"]),
+        "intermediate_size": _largest(settings["feed_forward_length"]),
+        "max_position_embeddings": settings["context_length"],
+        "rms_norm_eps": settings["attention.layer_norm_rms_epsilon"],
+        "rope_parameters": rope_parameters(header, head_dim),
+        "tie_word_embeddings": "lm_head.weight" not in state,
+        "bos_token_id": header.words.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": header.words.get("tokenizer.ggml.eos_token_id"),
+    }
+    if family == "llama":
+        config |= {name: any(key.endswith(ends) for key in state) for name, ends in OWN_BIASES}
+    return rebuild(config, _without_zeros(state))
+
+
+def _largest(sizes: int | list[int]) -> int:
+    return max(sizes) if isinstance(sizes, list) else sizes
+
+
+def _family(header: Header, state: Mapping[str, Tensor]) -> str:
+    """The family of the model, which `deci` does not tell.
+
+    A Llama has biases on all projections of the attention, or on none, a Qwen2 on three of them.
+    """
+    if header.architecture != DECI:
+        return header.architecture
+    has = [any(key.endswith(f"{name}.bias") for key in state) for name in (QUERY, OUTPUT)]
+    return "llama" if has[0] == has[1] else "qwen2"
 
 
 def _state(header: Header) -> dict[str, Tensor]:
@@ -82,26 +100,11 @@ def _state(header: Header) -> dict[str, Tensor]:
                 "the model would be another one"
             )
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        if short in PAIRED[DECI]:
+        if short in PAIRED[header.architecture]:
             weight = part_neighbours(weight, head_dim)
         name = f"model.layers.{layer[1]}.{long[short]}" if layer else ends[short]
         state[f"{name}.{kind}"] = weight
     return state
-
-
-def _module_names(short: tuple[str, ...]) -> list[str]:
-    """The biases that a file calls `short`, by transformers' names."""
-    long = {one: name for name, one in LAYER_TENSORS.items()}
-    return [f"{long[name.removesuffix('.bias')]}.bias" for name in short]
-
-
-def _is_llama(state: Mapping[str, Tensor]) -> bool:
-    """Whether the biases are a Llama's: on all projections of the attention, or on none.
-
-    A Qwen2 has them on queries, keys and values.
-    """
-    has = {name: any(key.endswith(f"{name}.bias") for key in state) for name in (QUERY, OUTPUT)}
-    return has[QUERY] == has[OUTPUT]
 
 
 def _without_zeros(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
