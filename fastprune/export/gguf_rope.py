@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.models.gguf import DECI, FREQUENCIES
+from fastprune.models.gguf import ATTENTION, DECI, FREQUENCIES, LONG, SHORT
 
-LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 WITH_FACTORS = ("llama", DECI)
 """Architectures whose loaders read tensors of factors."""
 
@@ -91,7 +90,7 @@ def _longrope(said: dict[str, Any], config: Any) -> dict[str, Any]:
     return {
         "rope.scaling.type": "longrope",
         "rope.scaling.original_context_length": int(original),
-        "rope.scaling.attn_factor": float(attention),
+        ATTENTION: float(attention),
     }
 
 

@@ -16,7 +16,7 @@ from fastprune.models.checkpoint import LAYER_KEY, rebuild
 from fastprune.models.families import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE
 from fastprune.models.gguf import (
     DECI,
-    FREQUENCIES,
+    FACTORS,
     LAYER_TENSORS,
     PAIRED,
     TENSORS,
@@ -91,7 +91,7 @@ def _state(header: Header) -> dict[str, Tensor]:
     head_dim = header.settings["attention.key_length"]
     state = {}
     for tensor in GGUFReader(header.path).tensors:
-        if tensor.name == FREQUENCIES:
+        if tensor.name in FACTORS:
             continue
         *layer, short, kind = tensor.name.split(".")
         if short not in (long if layer else ends) or layer[:1] not in ([], ["blk"]):

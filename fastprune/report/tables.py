@@ -131,7 +131,7 @@ def show_export(result: dict[str, Any]) -> None:
         out.print(Text(line), soft_wrap=True)
     for name, written in result["written"].items():
         if (difference := written.get("logits_difference")) is not None:
-            words = f"{name}: logits differ by {format.percent(difference)} from the model's"
+            words = f"{name}: logits differ by {100 * difference:.2g} % from the model's"
             out.print(Text(words), soft_wrap=True)
         for note in written["notes"]:
             out.print(Text(f"{name}: {note}"), soft_wrap=True)
