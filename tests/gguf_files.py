@@ -63,7 +63,8 @@ def write_gguf(
 ) -> Path:
     """`model` as the file `path`, with other `tensors` than its own and more `settings` if given.
 
-    Settings are named without their architecture, `words` without `tokenizer.ggml`; a Mistral is written as a Llama called mistral.
+    Settings are named without their architecture, `words` without `tokenizer.ggml`; a Mistral is
+    written as a Llama called mistral.
     """
     config = model.config
     mistral = config.model_type == "mistral"
