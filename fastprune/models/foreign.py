@@ -139,6 +139,13 @@ def _save_dequantised(path: Path, folder: Path) -> None:
             if has_known_words(header.words):
                 tokenizer = read_tokenizer(header.words)
             else:
+                if header.words.get("tokenizer.ggml.model") == "gpt2":
+                    log.warning(
+                        "%s: its tokenizer is read with GPT-2's rules, those of %s are not known: "
+                        "some texts may become other tokens",
+                        path,
+                        header.words.get("tokenizer.ggml.pre"),
+                    )
                 tokenizer = AutoTokenizer.from_pretrained(
                     str(path.parent), gguf_file=path.name, trust_remote_code=False
                 )

@@ -176,6 +176,11 @@ def test_code_beside_the_file_is_not_run(tmp_path, monkeypatch):
     check_same(path, model)
 
 
+def test_rules_that_are_not_known_are_said_so(tmp_path, caplog):
+    load_model(write_gguf(tmp_path / "m.gguf", small(), words={"pre": "poro-chat"}))
+    assert "those of poro-chat are not known" in caplog.text
+
+
 def test_texts_are_cut_by_the_rules_that_the_file_names(tmp_path):
     model = small()
     path = write_gguf(tmp_path / "m.gguf", model, words={"pre": "smollm"})
