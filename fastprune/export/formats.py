@@ -19,11 +19,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from torch import nn
-
 from fastprune.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fastprune.export.config import ExportConfig
 
 

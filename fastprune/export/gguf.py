@@ -13,7 +13,7 @@ from fastprune.errors import InputError
 from fastprune.export.formats import size_of
 from fastprune.export.gguf_layout import Entry, Layout, check_biases, entries, layout, whole
 from fastprune.export.gguf_rope import rope
-from fastprune.export.gguf_types import Quant, check_range, find_quant, numbers
+from fastprune.export.gguf_types import Quant, check_f16, find_quant, numbers
 from fastprune.export.gguf_words import words
 from fastprune.inspect.record import Origin
 from fastprune.models.gguf import read_header
@@ -41,8 +41,10 @@ def check(model: nn.Module, config: ExportConfig) -> None:
     activation = model.config.hidden_act
     if activation != "silu":
         raise InputError(f"llama.cpp computes silu, and the model has {activation}; export as hf")
-    for entry in entries(model, found):
-        check_range(entry.name, entry.make(), quant.of(matrix=entry.matrix, end=entry.end))
+    if quant.name == "f16":
+        for entry in entries(model, found):
+            if entry.matrix:
+                check_f16(entry.name, entry.make())
 
 
 def write(model: nn.Module, tokenizer: Any, path: Path, config: ExportConfig) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _add_general(writer: Any, quant: Quant, config: ExportConfig) -> None:
     from gguf import GGML_QUANT_VERSION
 
     writer.add_string("fastprune.version", version("fastprune"))
-    writer.add_name(Path(config.model).stem or config.model)
+    writer.add_name(Path(config.model).name.removesuffix(".gguf") or config.model)
     writer.add_file_type(quant.file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     if (origin := Origin.of(config.model)) is not None:

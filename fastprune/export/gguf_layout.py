@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.export.gguf_types import Quant
-from fastprune.models.families import Geometry, decoder_layers, family_of, geometries
+from fastprune.models.families import PRUNED_PREFIX, Geometry, decoder_layers, geometries
 from fastprune.models.gguf import BIASES, DECI, LAYER_TENSORS, PAIRED, pair_neighbours
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -62,7 +62,10 @@ class Layout:
 
 def layout(model: nn.Module, quant: Quant, pad: bool) -> Layout:
     """How `model` is written. Raises InputError where that cannot be."""
-    family = family_of(model)
+    family = model.config.model_type.removeprefix(PRUNED_PREFIX)
+    if family not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"a {family} cannot be exported as gguf, only {known}; choose --format hf")
     hidden = model.config.hidden_size
     if hidden % quant.block:
         raise InputError(
