@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fastprune.models.lazy import register_on_first_use
 
 if TYPE_CHECKING:
-    from fastprune import prune
+    from fastprune import export, prune
     from fastprune.compression.config import CompressConfig
     from fastprune.compression.pipeline import compress
     from fastprune.errors import FastpruneError, GateError, InputError, NumericalError
+    from fastprune.export.config import ExportConfig
     from fastprune.kernels.ops import taylor as taylor_scores
     from fastprune.kernels.optim import AdamW
     from fastprune.prune.config import PruneConfig
@@ -28,6 +29,7 @@ _PUBLIC = {
     "CompressConfig": "fastprune.compression.config:CompressConfig",
     "compress": "fastprune.compression.pipeline:compress",
     "AdamW": "fastprune.kernels.optim:AdamW",
+    "ExportConfig": "fastprune.export.config:ExportConfig",
     "FinetuneConfig": "fastprune.recover.config:FinetuneConfig",
     "FinetuneResult": "fastprune.recover.pipeline:FinetuneResult",
     "FastpruneError": "fastprune.errors:FastpruneError",
@@ -43,6 +45,7 @@ _PUBLIC = {
 __all__ = [
     "AdamW",
     "CompressConfig",
+    "ExportConfig",
     "FastpruneError",
     "FinetuneConfig",
     "FinetuneResult",
@@ -52,6 +55,7 @@ __all__ = [
     "PruneConfig",
     "PruneResult",
     "compress",
+    "export",
     "finetune",
     "prune",
     "taylor_scores",
@@ -59,8 +63,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "prune":  # a package that can be called
-        return import_module("fastprune.prune")
+    if name in ("export", "prune"):  # packages that can be called
+        return import_module(f"fastprune.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fastprune' has no attribute '{name}'")
     module, _, attribute = _PUBLIC[name].partition(":")

@@ -93,6 +93,12 @@ COMMANDS = {
         "fastprune.recover.merge:run_merge",
         "fastprune.report.tables:show_merge",
     ),
+    "export": Command(
+        "write a model in the forms that other engines load",
+        "fastprune.export.config:ExportConfig",
+        "fastprune.export.pipeline:run_export",
+        "fastprune.report.tables:show_export",
+    ),
     "compare": Command(
         "runs side by side: a table and a Pareto plot",
         "fastprune.report.compare:CompareConfig",

@@ -68,6 +68,41 @@ def check_out(out: Path, overwrite: bool = False, inputs: Iterable[str | Path] =
         raise InputError(f"{out}: holds a git repository, so --overwrite does not replace it")
 
 
+def check_out_file(
+    out: Path,
+    ours: Callable[[Path], bool],
+    overwrite: bool = False,
+    inputs: Iterable[str | Path] = (),
+) -> None:
+    """As `check_out`, where the result is the single file `out`.
+
+    `ours` says of a regular file that is not empty whether this program wrote it; only such a one
+    is replaced, and only with `overwrite`.
+    """
+    remove_leftovers(out)
+    check_apart(out, inputs)
+    named, out = Path(out), place(out)
+    if out.is_dir():
+        raise InputError(f"{named}: is a folder; --out names a file, such as {named / 'model'}")
+    if named.is_symlink() or (out.exists() and not out.is_file()):
+        raise InputError(f"{named}: is not a regular file; choose another --out")
+    parent = next(folder for folder in out.parents if os.path.lexists(folder))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{named}: cannot be created, {parent} is not writable")
+    try:
+        if not out.exists() or out.stat().st_size == 0:
+            return
+        if not overwrite:
+            raise InputError(f"{named}: exists already; choose another --out, or pass --overwrite")
+        if not ours(out):
+            raise InputError(
+                f"{named}: not a file that fastprune wrote, so --overwrite does not replace it; "
+                "choose another --out"
+            )
+    except OSError as error:
+        raise InputError(f"{named}: cannot be created: {error.strerror}") from error
+
+
 def check_place(out: Path) -> None:
     """Raise InputError if no folder can be put in the place of `out`, whatever it holds."""
     named, out = Path(out), place(out)
@@ -216,10 +251,7 @@ def replacing(out: Path, check: Callable[[Path], None] = lambda _: None) -> Iter
     `check` is asked again when the block has ended.
     """
     out = place(out)
-    created = [folder for folder in out.parents if not folder.exists()]  # innermost first
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work, lock = _begin(out)
-    try:
+    with _workplace(out) as work:
         fresh = work / NEW
         fresh.mkdir()  # unlike `work`, with the permissions the user's umask gives
         yield fresh
@@ -229,6 +261,38 @@ def replacing(out: Path, check: Callable[[Path], None] = lambda _: None) -> Iter
             exchange(fresh, out)
         except (OSError, InputError) as error:
             raise _kept(fresh, out, error) from error
+
+
+@contextmanager
+def staged_file(out: Path, ours: Callable[[Path], bool], overwrite: bool = False) -> Iterator[Path]:
+    """The name of a new file to write; it becomes `out` when the block ends well.
+
+    On any exception, an interrupt included, it is removed and `out` is what it was. Raises
+    InputError as `check_out_file` does, and where the file cannot be written.
+    """
+    check_out_file(out, ours, overwrite)
+    out = place(out)
+    with _workplace(out) as work:
+        fresh = work / NEW
+        try:
+            yield fresh
+            _sync(fresh)
+            check_out_file(out, ours, overwrite)
+            os.replace(fresh, out)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+        with suppress(OSError):  # what is done is done
+            _sync(out.parent)
+
+
+@contextmanager
+def _workplace(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, locked and removed at the end, with folders that it needed."""
+    created = [folder for folder in out.parents if not folder.exists()]  # innermost first
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work, lock = _begin(out)
+    try:
+        yield work
     finally:
         try:
             _settle(work, out)

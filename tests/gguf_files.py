@@ -59,10 +59,12 @@ def write_gguf(
     name: str = "tiny",
     tensors: Mapping[str, np.ndarray] | None = None,
     settings: Mapping[str, Any] | None = None,
+    words: Mapping[str, str] | None = None,
 ) -> Path:
     """`model` as the file `path`, with other `tensors` than its own and more `settings` if given.
 
-    Settings are named without their architecture; a Mistral is written as a Llama called mistral.
+    Settings are named without their architecture, `words` without `tokenizer.ggml`; a Mistral is
+    written as a Llama called mistral.
     """
     config = model.config
     mistral = config.model_type == "mistral"
@@ -84,6 +86,8 @@ def write_gguf(
         add = {bool: writer.add_bool, str: writer.add_string, float: writer.add_float32}
         add.get(type(value), writer.add_uint32)(f"{writer.arch}.{key}", value)
     _add_tokenizer(writer, config.vocab_size)
+    for key, value in (words or {}).items():
+        writer.add_string(f"tokenizer.ggml.{key}", value)
     for key, values in (gguf_tensors(model) if tensors is None else tensors).items():
         writer.add_tensor(key, values)
     writer.write_header_to_file()

@@ -22,6 +22,8 @@ def test_this_repository_is_in_order():
         ("models/a.py", "from ..prune.plan import Plan", "prune stands above models"),
         ("models/a.py", "def f():\n    import fastprune.cli", "cli stands above models"),
         ("prune/a.py", "from fastprune.recover import lora", "never import each other"),
+        ("export/a.py", "from fastprune.recover import merge", "never import each other"),
+        ("prune/a.py", "import fastprune.export", "export stands above prune"),
         ("prune/a.py", "from fastprune.kernels import _C", "call the compiled module"),
         ("kernels/optim.py", "from ._C import adamw", "call the compiled module"),
         ("errors.py", "import fastprune", "the package itself"),

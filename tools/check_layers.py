@@ -29,7 +29,9 @@ LEVELS = (
     ),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-STRANGERS = {("prune", "recover"), ("recover", "prune")}
+STRANGERS = {
+    ("prune", "recover"), ("recover", "prune"), ("export", "prune"), ("export", "recover"),
+}  # fmt: skip
 CALLERS_OF_C = {"kernels/ops.py", "kernels/backend.py"}
 SOURCES = {"fastprune": ".py", "tests": ".py", "tools": ".py", "bench": ".py", "csrc": ""}
 

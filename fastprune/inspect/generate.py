@@ -19,8 +19,9 @@ from fastprune.data.encode import Encoder
 from fastprune.data.instruct import end_of_turn, has_template
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.forward import finite_logits
+from fastprune.models.adapter import read_fingerprint
 from fastprune.models.gpt2 import learned_positions
-from fastprune.models.load import load_model
+from fastprune.models.load import load_model, load_tokenizer
 from fastprune.models.quantised import quantise
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import is_seq2seq, with_end
@@ -303,6 +304,21 @@ def stop_at_end_of_turn(model: nn.Module, tokenizer: Any) -> None:
     ends = known if isinstance(known, list) else [] if known is None else [known]
     if end not in ends:
         settings.eos_token_id = [*ends, end]
+
+
+def take_wording(model: nn.Module, tokenizer: Any, adapter: Path) -> None:
+    """Let `model`, into which the folder `adapter` is merged, ask and end as that was taught to.
+
+    Where the base has no chat template, that of the tokenizer beside the adapter becomes its own.
+    """
+    if read_fingerprint(adapter) is None or not (adapter / "tokenizer.json").is_file():
+        return  # not finetune's, which keeps a tokenizer beside it
+    taught = load_tokenizer(adapter)
+    if not has_template(taught):
+        return
+    stop_at_end_of_turn(model, taught)
+    if not has_template(tokenizer):
+        tokenizer.chat_template = taught.chat_template
 
 
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, seq2seq: bool) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprune.errors import InputError
+from fastprune.errors import InputError, NumericalError
 from fastprune.models.families import decoder_layers, geometry
 from fastprune.models.quiet import quiet_libraries
 
@@ -134,6 +134,47 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             f"{strays[0]}); give the model it was trained on"
         )
     return adapted.eval()
+
+
+@torch.no_grad()
+def fold(adapted: nn.Module) -> nn.Module:
+    """The model in which the adapter of the PeftModel `adapted` is part of the weights, unchecked.
+
+    `adapted` is taken apart. Each weight is added to in fp32 and returns to its own dtype before
+    the next, so that little more memory is taken than the model has. Tied embeddings that the
+    adapter makes differ from the head are no longer tied. Raises NumericalError when a merged
+    weight is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = adapted.get_base_model()
+    for end in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if isinstance(end, BaseTunerLayer):  # what is merged into one must not show in the other
+            layer = end.get_base_layer()
+            layer.weight = nn.Parameter(layer.weight.clone())
+    for module in adapted.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        layer = module.get_base_layer()
+        dtype = layer.weight.dtype
+        layer.float()
+        try:
+            module.merge(safe_merge=True)
+        except ValueError as error:  # what safe_merge raises
+            raise NumericalError(
+                "the merged weights hold NaN or Inf: the adapter or the model is broken; nothing "
+                "was written"
+            ) from error
+        layer.to(dtype)
+    with quiet_libraries():
+        model = adapted.unload()
+    if model.config.tie_word_embeddings:
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if torch.equal(embeddings.weight, head.weight):
+            model.tie_weights()
+        else:
+            model.config.tie_word_embeddings = False
+    return model
 
 
 def read_fingerprint(directory: Path) -> Fingerprint | None:

@@ -29,12 +29,21 @@ from fastprune.errors import InputError
 from fastprune.files import is_sealed, seal
 from fastprune.models.checkpoint import rebuild
 from fastprune.models.checks import check_complete, check_pointer, reason, refusal, without_wrappers
-from fastprune.models.gguf import check_tensors, check_uniform, complete_config, read_header
+from fastprune.models.gguf import (
+    DECI,
+    Header,
+    check_tensors,
+    check_uniform,
+    complete_config,
+    read_header,
+)
+from fastprune.models.gguf_weights import read_weights
+from fastprune.models.gguf_words import has_known_words, read_tokenizer
 from fastprune.models.quiet import quiet_libraries
 from fastprune.output import sync_folder
 from fastprune.progress import stage
 
-LAYOUT = "3"  # raise when the conversion changes, so that older copies are left alone
+LAYOUT = "4"  # raise when the conversion changes, so that older copies are left alone
 UNFINISHED = "unfinished-"
 STALE_SECONDS = 24 * 3600  # what takes longer than this to write has been killed
 
@@ -126,10 +135,21 @@ def _save_dequantised(path: Path, folder: Path) -> None:
     reader.tqdm = partial(reader.tqdm, disable=True)
     try:
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path.parent), gguf_file=path.name, trust_remote_code=False
-            )
-            model = _read_gguf(path)
+            header = read_header(path)
+            if has_known_words(header.words):
+                tokenizer = read_tokenizer(header.words)
+            else:
+                if header.words.get("tokenizer.ggml.model") == "gpt2":
+                    log.warning(
+                        "%s: its tokenizer is read with GPT-2's rules, those of %s are not known: "
+                        "some texts may become other tokens",
+                        path,
+                        header.words.get("tokenizer.ggml.pre"),
+                    )
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(path.parent), gguf_file=path.name, trust_remote_code=False
+                )
+            model = read_weights(header) if header.architecture == DECI else _read_gguf(header)
     except InputError:
         raise
     except ImportError as error:
@@ -142,11 +162,11 @@ def _save_dequantised(path: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _read_gguf(path: Path) -> nn.Module:
-    """The model in the `.gguf` file `path`, in float32; InputError unless every tensor is used."""
+def _read_gguf(header: Header) -> nn.Module:
+    """The model in the file of `header`, in float32; InputError unless every tensor is used."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    header = read_header(path)
+    path = header.path
     check_uniform(header)
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     config = complete_config(config, header)

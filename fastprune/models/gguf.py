@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,40 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.models.families import SUPPORTED
+from fastprune.models.families import (
+    DOWN,
+    GATE,
+    KEY,
+    OUTPUT,
+    QUERY,
+    SUPPORTED,
+    UP,
+    VALUE,
+)
 
+DECI = "deci"
+"""llama.cpp's architecture for Llamas whose layers differ in size."""
+LAYER_TENSORS = {
+    "input_layernorm": "attn_norm",
+    QUERY: "attn_q",
+    KEY: "attn_k",
+    VALUE: "attn_v",
+    OUTPUT: "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    GATE: "ffn_gate",
+    UP: "ffn_up",
+    DOWN: "ffn_down",
+}
+"""What the modules of a decoder layer are called in a file."""
+TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+PAIRED = {"llama": ("attn_q", "attn_k"), DECI: ("attn_q", "attn_k"), "qwen2": (), "qwen3": ()}
+"""Whose rotary embedding turns neighbouring values of a head together, not halves of it."""
 FREQUENCIES = "rope_freqs.weight"
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+FACTORS = (FREQUENCIES, LONG, SHORT)
+"""Tensors (head_dim / 2,) of what each rotary frequency is divided by."""
 DEFAULT_THETA = 10000.0
 BIASES = {
     "attention_bias": ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"),
@@ -29,6 +60,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 """Of every published model whose rotary frequencies are scaled as Llama 3's."""
 INNOCUOUS = {"rope.scaling.finetuned": (False, True), "attention.causal": (True,)}
 """Settings that change nothing at these values."""
+ATTENTION = "rope.scaling.attn_factor"
 READ = (
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
     *("attention.key_length", "attention.value_length", "attention.sliding_window"),
@@ -44,15 +76,16 @@ class Header:
     """What lies in a `.gguf` file before its tensors, and the factors of its frequencies.
 
     ``settings`` are those of the architecture, without its name in front; ``sizes`` the numbers of
-    elements of the tensors; ``frequencies`` (head_dim / 2,) what each rotary frequency is divided
-    by, None where the file holds none.
+    elements of the tensors; ``factors`` those of `FACTORS` that the file holds.
     """
 
     path: Path
     architecture: str
     settings: dict[str, Any]
     sizes: dict[str, int]
-    frequencies: Tensor | None
+    factors: dict[str, Tensor]
+    words: dict[str, Any] = field(default_factory=dict)
+    """settings of the tokenizer, by their whole names"""
 
 
 def read_header(path: Path) -> Header:
@@ -62,15 +95,31 @@ def read_header(path: Path) -> Header:
     reader = GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
     prefix = f"{architecture}."
-    settings = {
-        key.removeprefix(prefix): field.contents()
-        for key, field in reader.fields.items()
-        if key.startswith(prefix)
-    }
+    settings, words = {}, {}
+    for key, one in reader.fields.items():
+        if key.startswith(prefix):
+            settings[key.removeprefix(prefix)] = one.contents()
+        elif key.startswith("tokenizer."):
+            words[key] = one.contents()
     sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
-    factors = next((t.data for t in reader.tensors if t.name == FREQUENCIES), None)
-    frequencies = None if factors is None else torch.tensor(factors, dtype=torch.float32)
-    return Header(path, architecture, settings, sizes, frequencies)
+    factors = {
+        tensor.name: torch.tensor(tensor.data, dtype=torch.float32)
+        for tensor in reader.tensors
+        if tensor.name in FACTORS
+    }
+    return Header(path, architecture, settings, sizes, factors, words)
+
+
+def pair_neighbours(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads × head_dim, …) in the order of `PAIRED`: halves of a head become neighbours."""
+    halves = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def part_neighbours(weight: Tensor, head_dim: int) -> Tensor:
+    """The rows that `pair_neighbours` was given."""
+    pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def check_uniform(header: Header) -> None:
@@ -103,43 +152,58 @@ def complete_config(config: Any, header: Header) -> Any:
     return config
 
 
-def _complete_family(config: Any, header: Header) -> None:
-    settings = header.settings
-    for name, value in settings.items():
+def check_settings(header: Header) -> None:
+    """InputError where the file holds a setting of attention or rotary embedding not in `READ`."""
+    for name, value in header.settings.items():
         known = name in READ or value in INNOCUOUS.get(name, ())
+        known = known or (name == ATTENTION and _is_longrope(header))
         if name.startswith(("rope.", "attention.")) and not known:
             raise _not_read(header, name)
+
+
+def _complete_family(config: Any, header: Header) -> None:
+    check_settings(header)
+    settings = header.settings
     heads = settings.get("attention.head_count", config.num_attention_heads)
     head_dim = settings.get("attention.key_length", config.hidden_size // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if settings.get(name, head_dim) != head_dim:
             raise _not_read(header, name, f"heads have {head_dim} values")
     config.head_dim = head_dim
-    config.rope_parameters = _rope(header, head_dim)
-    for field, names in BIASES.items():
-        if hasattr(config, field):
-            setattr(config, field, any(name.endswith(names) for name in header.sizes))
+    config.rope_parameters = rope_parameters(header, head_dim)
+    for name, names in BIASES.items():
+        if hasattr(config, name):
+            setattr(config, name, any(key.endswith(names) for key in header.sizes))
     window = settings.get("attention.sliding_window")
     if window and window < config.max_position_embeddings:
         raise _not_read(header, "attention.sliding_window")
 
 
-def _rope(header: Header, head_dim: int) -> dict[str, Any]:
+def rope_parameters(header: Header, head_dim: int) -> dict[str, Any]:
     """The rotary embedding's parameters as transformers names them."""
     settings = header.settings
     theta = settings.get("rope.freq_base", DEFAULT_THETA)
     factor = settings.get("rope.scaling.factor", settings.get("rope.scale_linear", 0.0)) or 1.0
     kind = settings.get("rope.scaling.type", "linear" if factor != 1 else "none")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if header.frequencies is not None:
+    if FREQUENCIES in header.factors:
         if kind != "none":
             raise _not_read(header, "rope.scaling.type", f"beside {FREQUENCIES}")
-        return rope | _llama3(header, header.frequencies, theta, head_dim)
+        return rope | _llama3(header, header.factors[FREQUENCIES], theta, head_dim)
     if kind == "none":
         return rope
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": factor}
     original = settings.get("rope.scaling.original_context_length")
+    if kind == "longrope" and original and ATTENTION in settings and _is_longrope(header):
+        return rope | {
+            "rope_type": "longrope",
+            "factor": settings["context_length"] / original,
+            "original_max_position_embeddings": original,
+            "long_factor": header.factors[LONG].tolist(),
+            "short_factor": header.factors[SHORT].tolist(),
+            "attention_factor": settings[ATTENTION],
+        }
     if kind != "yarn" or not original:
         raise _not_read(header, "rope.scaling.type")
     return rope | {
@@ -149,6 +213,11 @@ def _rope(header: Header, head_dim: int) -> dict[str, Any]:
         "beta_fast": settings.get("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": settings.get("rope.scaling.yarn_beta_slow", 1.0),
     }
+
+
+def _is_longrope(header: Header) -> bool:
+    """Whether the file holds both factors of a long and of a short text."""
+    return header.factors.keys() >= {LONG, SHORT}
 
 
 def _llama3(header: Header, divisors: Tensor, theta: float, head_dim: int) -> dict[str, Any]:
@@ -208,8 +277,9 @@ def check_tensors(header: Header, config: Any, state: Mapping[str, Tensor]) -> N
     """
     count = config.num_hidden_layers
     known = set(_gguf_names(header.architecture, count, state))
-    if header.frequencies is not None and config.model_type in SUPPORTED:
-        known.add(FREQUENCIES)
+    if config.model_type in SUPPORTED:
+        known |= {FREQUENCIES} & header.factors.keys()
+        known |= {LONG, SHORT} if config.rope_parameters["rope_type"] == "longrope" else set()
     experts = any("experts" in name for name in state)  # several of the file's make one weight
     surplus = sorted(
         name for name in header.sizes.keys() - known if not (experts and "_exps." in name)
@@ -219,7 +289,7 @@ def check_tensors(header: Header, config: Any, state: Mapping[str, Tensor]) -> N
             f"{header.path}: {len(surplus)} tensors have no place in a {config.model_type} of "
             f"{count} layers, first {surplus[0]}; without them the model would be another one"
         )
-    found = sum(size for name, size in header.sizes.items() if name != FREQUENCIES)
+    found = sum(size for name, size in header.sizes.items() if name not in FACTORS)
     needed = sum({tensor.data_ptr(): tensor.numel() for tensor in state.values()}.values())
     if found != needed:
         raise InputError(

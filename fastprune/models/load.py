@@ -93,6 +93,10 @@ def load_model(
     model = model.to(target).eval()
     settle_tie(model)
     use_attention(model)
+    if adapter is None and _adapter_beside(path):
+        log.warning(
+            "%s: the adapter beside this model is left out; give --adapter %s to use it", path, path
+        )
     if adapter is not None:
         from fastprune.models.adapter import load_adapter  # peft takes a second to import
 
@@ -311,6 +315,11 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: no weights (model.safetensors) in this folder")
 
 
+def _adapter_beside(folder: Path) -> bool:
+    """Whether `folder` holds a LoRA adapter beside the whole model it belongs to."""
+    return all((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
@@ -343,6 +352,9 @@ def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: b
     check_family(config, str(folder))
     check_unquantised(config, str(folder))
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if _adapter_beside(folder):  # which the library would weave into the model
+        model = build_by_config(folder, config, _read_files(folder))
+        return model if dtype is None else model.to(dtype)
     try:
         with quiet_libraries():
             model, found = auto.from_pretrained(

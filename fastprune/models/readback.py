@@ -65,11 +65,8 @@ def check_same(model: nn.Module, read: nn.Module) -> None:
     """
     training = model.training
     model.eval()
-    windows = _windows(model)
-    own, other = _logits(model, windows), _logits(read, windows)
+    difference = logits_difference(model, read)
     model.train(training)
-    difference = _difference(own, other)
-    log.info("read back: logits differ by %.1e of their size", difference)
     tolerance = TOLERANCES.get(model.dtype, HALF_TOLERANCE)
     if not difference <= tolerance:
         raise ReadBackError(
@@ -77,6 +74,15 @@ def check_same(model: nn.Module, read: nn.Module) -> None:
             f"size, more than rounding explains ({tolerance:g}); nothing was kept. This is a fault "
             "of fastprune: please report it with the model's config.json"
         )
+
+
+@torch.no_grad()
+def logits_difference(model: nn.Module, read: nn.Module) -> float:
+    """‖read − model‖ / ‖model‖ of the logits of two models in eval mode, on random tokens."""
+    windows = _windows(model)
+    difference = _difference(_logits(model, windows), _logits(read, windows))
+    log.info("read back: logits differ by %.1e of their size", difference)
+    return difference
 
 
 def _room_for(model: nn.Module) -> torch.device:

@@ -20,17 +20,15 @@ from tyro.conf import Positional
 
 from fastprune.config import CommonConfig, resolve_device
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.instruct import has_template
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
-from fastprune.inspect.generate import stop_at_end_of_turn
+from fastprune.inspect.generate import take_wording
 from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
 from fastprune.inspect.record import Origin
-from fastprune.models.adapter import read_fingerprint
+from fastprune.models.adapter import fold, read_fingerprint
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.checks import layer_parameters
-from fastprune.models.load import load_model, load_tokenizer
-from fastprune.models.quiet import quiet_libraries
+from fastprune.models.load import load_model
 from fastprune.models.readback import check_read_back
 from fastprune.models.vocabulary import check_largest
 from fastprune.output import RECORDS, check_out, staged
@@ -118,7 +116,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
             scale(adapted, config.strength)
             trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
             windows = _sample(adapted, tokenizer)
-            _take_wording(adapted.get_base_model(), tokenizer, config.adapter.expanduser())
+            take_wording(adapted.get_base_model(), tokenizer, config.adapter.expanduser())
         merged, agreements = merge_adapter(adapted, windows, clock)
         metrics = {
             "model": config.model,
@@ -211,62 +209,6 @@ def merge_adapter(
             agreements.append(_agreement(merged, windows, unmerged, dtype))
     convert_weights(merged, dtype)
     return merged, agreements
-
-
-@torch.no_grad()
-def fold(adapted: nn.Module) -> nn.Module:
-    """The model in which the adapter of the PeftModel `adapted` is part of the weights, unchecked.
-
-    `adapted` is taken apart. Each weight is added to in fp32 and returns to its own dtype before
-    the next, so that little more memory is taken than the model has. Tied embeddings that the
-    adapter makes differ from the head are no longer tied. Raises NumericalError when a merged
-    weight is not finite.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    base = adapted.get_base_model()
-    for end in (base.get_input_embeddings(), base.get_output_embeddings()):
-        if isinstance(end, BaseTunerLayer):  # what is merged into one must not show in the other
-            layer = end.get_base_layer()
-            layer.weight = nn.Parameter(layer.weight.clone())
-    for module in adapted.modules():
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        layer = module.get_base_layer()
-        dtype = layer.weight.dtype
-        layer.float()
-        try:
-            module.merge(safe_merge=True)
-        except ValueError as error:  # what safe_merge raises
-            raise NumericalError(
-                "the merged weights hold NaN or Inf: the adapter or the model is broken; nothing "
-                "was written"
-            ) from error
-        layer.to(dtype)
-    with quiet_libraries():
-        model = adapted.unload()
-    if model.config.tie_word_embeddings:
-        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if torch.equal(embeddings.weight, head.weight):
-            model.tie_weights()
-        else:
-            model.config.tie_word_embeddings = False
-    return model
-
-
-def _take_wording(model: nn.Module, tokenizer: Any, adapter: Path) -> None:
-    """Let the merged model ask and end as the adapter was taught to.
-
-    Where the base has no chat template, that of the tokenizer beside the adapter becomes its own.
-    """
-    if read_fingerprint(adapter) is None or not (adapter / "tokenizer.json").is_file():
-        return  # not finetune's, which keeps a tokenizer beside it
-    taught = load_tokenizer(adapter)
-    if not has_template(taught):
-        return
-    stop_at_end_of_turn(model, taught)
-    if not has_template(tokenizer):
-        tokenizer.chat_template = taught.chat_template
 
 
 def _sample(model: nn.Module, tokenizer: Any) -> Tensor:

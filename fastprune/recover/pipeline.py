@@ -28,6 +28,7 @@ from fastprune.inspect.perplexity import (
     window_length,
 )
 from fastprune.inspect.record import Origin
+from fastprune.models.adapter import fold
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_or_start
@@ -50,7 +51,6 @@ from fastprune.recover.guard import bits
 from fastprune.recover.held_out import held_out_figures
 from fastprune.recover.loggers import check_logger
 from fastprune.recover.lora import save_adapter
-from fastprune.recover.merge import fold
 from fastprune.recover.moments import left_moments
 from fastprune.recover.objective import autocast_dtype, warn_of_slow
 from fastprune.recover.outcome import (

@@ -122,6 +122,21 @@ def show_merge(result: dict[str, Any]) -> None:
     out.print(Text(f"checkpoint  {result['out']}"), soft_wrap=True)
 
 
+def show_export(result: dict[str, Any]) -> None:
+    """What was written: one line a format, and what there is to know about it."""
+    out = Console()
+    for name, written in result["written"].items():
+        place = f"{result['out']}/{written['file']}" if written["file"] else result["out"]
+        line = f"{name}  {place}  {format.size(written['bytes'])}"
+        out.print(Text(line), soft_wrap=True)
+    for name, written in result["written"].items():
+        if (difference := written.get("logits_difference")) is not None:
+            words = f"{name}: logits differ by {100 * difference:.2g} % from the model's"
+            out.print(Text(words), soft_wrap=True)
+        for note in written["notes"]:
+            out.print(Text(f"{name}: {note}"), soft_wrap=True)
+
+
 def show_diagnose(result: dict[str, Any]) -> None:
     """Sizes, what was found, the layers that lost most, the verdict, and what to do next."""
     out = Console()

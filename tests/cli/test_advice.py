@@ -19,7 +19,7 @@ ELSEWHERE = {"nproc-per-node", "version"}
 """Flags of other programs, and of fastprune without a command."""
 EVERY = set(COMMANDS)
 MODEL = EVERY - {"compare", "info"}
-WRITING = {"compress", "prune", "finetune", "merge"}
+WRITING = {"compress", "prune", "finetune", "merge", "export"}
 TRAINING = {"compress", "finetune"}
 REACHED_BY = {
     "": EVERY,
@@ -28,6 +28,7 @@ REACHED_BY = {
     "distributed.py": {"prune", "finetune"},
     "compression": {"compress"},
     "prune": {"prune", "compress"},
+    "export": {"export"},
     "recover": {"finetune", "compress"},
     "recover/merge.py": {"merge"},
     "report/compare.py": {"compare"},
@@ -37,7 +38,7 @@ REACHED_BY = {
     "inspect/findings.py": {"diagnose"},
     "inspect/verdict.py": {"diagnose"},
     "models": MODEL,
-    "models/adapter.py": {"eval", "generate", "chat", "merge"},
+    "models/adapter.py": {"eval", "generate", "chat", "merge", "export"},
     "models/quantised.py": {"eval", "generate", "chat"},
     "models/checkpoint.py": {"prune", "finetune", "merge"},
     "data": MODEL,
@@ -50,10 +51,14 @@ REACHED_BY = {
 """Commands that run the code of a folder or file; the longest entry counts."""
 ONE_CALLER = {
     ("models/checks.py", "--trust-remote-code"): MODEL - {"prune"},  # it says so
+    ("models/load.py", "--adapter"): {"eval", "generate", "chat", "merge", "export"},
     ("inspect/perplexity.py", "--seq-len"): {"eval"},
     ("inspect/health.py", "--precision"): {"finetune"},  # under autocast, which it alone has
     ("report/costs.py", "--stream"): {"prune"},
     ("inspect/generate.py", "--chat"): {"generate"},
+    ("export/gguf_layout.py", "--align"): {"prune"},
+    ("export/gguf_layout.py", "--layout"): {"prune"},
+    ("export/gguf_layout.py", "--structures"): {"prune"},
 }
 """Flags in shared files that are named for some commands only."""
 

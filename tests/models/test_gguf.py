@@ -173,5 +173,22 @@ def test_code_beside_the_file_is_not_run(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(InputError, match="--trust-remote-code"):
-        load_model(path)
+    check_same(path, model)
+
+
+def test_rules_that_are_not_known_are_said_so(tmp_path, caplog):
+    load_model(write_gguf(tmp_path / "m.gguf", small(), words={"pre": "poro-chat"}))
+    assert "those of poro-chat are not known" in caplog.text
+
+
+def test_texts_are_cut_by_the_rules_that_the_file_names(tmp_path):
+    model = small()
+    path = write_gguf(tmp_path / "m.gguf", model, words={"pre": "smollm"})
+    _, tokenizer = load_model(path)
+    assert tokenizer.tokenize("in  42") == ["in", "Ġ", "Ġ", "4", "2"]
+    assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  42") == [
+        ("a", (0, 1)),
+        ("ĠĠ", (1, 3)),
+        ("4", (3, 4)),
+        ("2", (4, 5)),
+    ]

@@ -11,12 +11,12 @@ from tiny import saved as saved_model
 from tiny import tiny_gpt2, tiny_model, tiny_t5, token_ids
 
 from fastprune.errors import InputError, NumericalError
-from fastprune.models.adapter import BASE_FILE
+from fastprune.models.adapter import BASE_FILE, fold
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
 from fastprune.recover import merge
 from fastprune.recover.lora import attach, save_adapter
-from fastprune.recover.merge import TOLERANCES, MergeConfig, fold, merge_adapter, run_merge
+from fastprune.recover.merge import TOLERANCES, MergeConfig, merge_adapter, run_merge
 
 
 def config(base, adapter, out, **changes):

@@ -1,0 +1,57 @@
+"""The settings of the `export` command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from fastprune.config import CommonConfig
+from fastprune.errors import InputError
+from fastprune.export.formats import FORMATS, Format, find
+
+
+@dataclass(kw_only=True)
+class ExportConfig(CommonConfig):
+    """Write a model in the forms that other engines load.
+
+    An adapter is merged into its model first. Nothing is written unless the model can have every
+    form that was asked for.
+    """
+
+    model: Positional[str]
+    """Hugging Face directory, hub id, .gguf file, or smollm2-135m; or the folder of a LoRA adapter
+    whose base can be found"""
+    format: tuple[str, ...]
+    """forms to write: hf (a Hugging Face folder, as prune writes it), hf-uniform (a stock
+    architecture, padded with zeros), nemotron-nas (DeciLM), gguf (one file, for llama.cpp)"""
+    out: Path
+    """with one format, the folder or file to write; with several, a folder with one entry each"""
+    adapter: Path | None = None
+    """folder of a LoRA adapter to merge into MODEL first"""
+    quant: str = "f16"
+    """of gguf: the type of the weight matrices, as f32, f16, bf16, q8_0, q5_1, q4_0"""
+    pad: bool = False
+    """fill widths that a format cannot have as they are with exact zeros, instead of refusing
+    them"""
+    overwrite: bool = False
+    """replace what an earlier run left in --out"""
+    read_back: bool = True
+    """read the result from its files again and compare it before it counts as written"""
+    tokenizer: str | None = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
+    allow_pickle: bool = False
+    """read a pickled .bin file; it can run any code it contains"""
+    trust_remote_code: bool = False
+    """run the Python code in the model's folder, where transformers has none for its type"""
+
+    def formats(self) -> dict[str, Format]:
+        """The asked formats by name, each once, in the order given.
+
+        Raises InputError where there is none, or one that does not exist.
+        """
+        if not self.format:
+            raise InputError(f"--format: name at least one of {', '.join(FORMATS)}")
+        return {name: find(name) for name in self.format}

