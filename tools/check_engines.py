@@ -1,8 +1,9 @@
 """Prove that engines load what `fastprune export` writes, and compute the same.
 
     python tools/check_engines.py llama.cpp [--model MODEL] [--work DIR] [--ratio R]
+    python tools/check_engines.py mlx [--work DIR]
 
-For MODEL and three results of `fastprune prune` of it (uniform, per layer, whole sublayers gone),
+llama.cpp: for MODEL and three results of `fastprune prune` of it (uniform, per layer, whole sublayers gone),
 each written as f16 and q8_0:
 
 - greedy continuations of five prompts are those of transformers (f16)
@@ -10,8 +11,11 @@ each written as f16 and q8_0:
 - tokens/s are reported
 
 and for a `.gguf` file of others that the package reads (--gguf): tokens, log-probabilities of the
-likeliest and perplexity are those of the same file in the engine. Pruned models stay in --work and
-are used again. Prints one line a check and exits 1 if one failed. Minutes on two cores.
+likeliest and perplexity are those of the same file in the engine.
+
+mlx: three results for `nemotron-nas`, continued by MLX-LM as by transformers.
+
+Pruned models stay in --work and are used again. Prints one line a check and exits 1 if one failed. Minutes on two cores.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_llama_cpp
+import engine_mlx
 import torch
 
 import fastprune
@@ -65,6 +70,9 @@ def main() -> int:
     one.add_argument("--new-tokens", type=int, default=24)
     one.add_argument("--windows", type=int, default=2, help="of 128 tokens, for the perplexity")
     one.set_defaults(check=check_llama_cpp)
+    other = engines.add_parser("mlx", help="needs mlx-lm")
+    other.add_argument("--work", type=Path, help="where exported folders are kept")
+    other.set_defaults(check=check_mlx)
     asked = parser.parse_args()
     failed = 0
     for name, right, words in asked.check(asked):
@@ -97,6 +105,14 @@ def check_llama_cpp(asked: argparse.Namespace) -> Iterator[Check]:
                 written = fastprune.export(model, tokenizer, config)["written"]["gguf"]
                 kind = f"{layout} {quant} ({written['architecture']})"
                 yield from _compare(kind, file, model, tokenizer, quant, asked)
+
+
+def check_mlx(asked: argparse.Namespace) -> Iterator[Check]:
+    """Every check of MLX-LM."""
+    if not engine_mlx.installed():
+        sys.exit(engine_mlx.MISSING)
+    with tempfile.TemporaryDirectory(prefix="engines-") as name:
+        yield from engine_mlx.checks(asked.work or Path(name))
 
 
 def _compare(

@@ -1,21 +1,19 @@
 """Does MLX-LM generate from a `nemotron-nas` export what transformers generates from the model?
 
-    python tools/engines_mlx.py [--work DIR]
-
-Prunes SmolLM2 with `--layout deci` (channels; whole sublayers) and per layer, to be filled up with
-zeros, exports each in fp32 and continues five prompts greedily, by transformers from the pruned
-model and by MLX-LM from the exported folder. Prints a table; exits 1 when a continuation differs.
-Needs `pip install "mlx[cpu]" mlx-lm` (wheels for Linux with glibc 2.35 or newer) and some minutes.
+SmolLM2 pruned with `--layout deci` (channels; whole sublayers) and per layer, filled up with zeros,
+each exported in fp32; five prompts are continued greedily, by transformers from the pruned model
+and by MLX-LM from the exported folder.
 """
 
-import argparse
+import importlib.util
 import json
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+MISSING = 'MLX-LM is not installed: pip install "mlx[cpu]" mlx-lm (wheels for glibc 2.35 or newer)'
 PROMPTS = (
     "The capital of France is",
     "Once upon a time there was a",
@@ -49,27 +47,23 @@ print("RESULT" + json.dumps(found))
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prune, export, generate with both, print the table; 1 if anything differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, help="keep the exported folders here")
-    args = parser.parse_args(arguments)
-    wrong = 0
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        for name, settings in RUNS.items():
-            folder = work / name.replace(",", "").replace(" ", "-")
-            folder.mkdir(parents=True, exist_ok=True)
-            model, tokenizer, written = pruned_and_exported(folder, settings)
-            prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-            expected = by_transformers(model, prompts)
-            found = by_mlx(folder, prompts)
-            print(f"{name}: {written['bytes']:,} bytes, {written['padding_bytes']:,} of zeros")
-            for prompt, own, other in zip(PROMPTS, expected, found, strict=True):
-                same = own == other
-                wrong += not same
-                print(f"  {'same' if same else 'DIFFERS':8}{prompt}{tokenizer.decode(other)!r}")
-    return 1 if wrong else 0
+def installed() -> bool:
+    """Whether MLX-LM is at hand."""
+    return importlib.util.find_spec("mlx_lm") is not None
+
+
+def checks(work: Path) -> Iterator[tuple[str, bool, str]]:
+    """Name, whether the texts are equal, and the text; `work` holds what is exported."""
+    for name, settings in RUNS.items():
+        folder = work / name.replace(",", "").replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        model, tokenizer, written = pruned_and_exported(folder, settings)
+        prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+        expected = by_transformers(model, prompts)
+        found = by_mlx(folder, prompts)
+        size = f"{written['bytes']:,} bytes, {written['padding_bytes']:,} of zeros"
+        for prompt, own, other in zip(PROMPTS, expected, found, strict=True):
+            yield name, own == other, f"{prompt}{tokenizer.decode(other)!r} ({size})"
 
 
 def pruned_and_exported(folder: Path, settings: dict):
@@ -111,7 +105,3 @@ def by_mlx(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     if not lines:
         raise SystemExit(done.stderr[-2000:])
     return json.loads(lines[0].removeprefix("RESULT"))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
