@@ -44,6 +44,17 @@ AttentionHead attention_head(const AttentionParams& p, const Sizes& s, std::int6
   return {s.n, s.d, p.scale, rows_of(p.q, number), rows_of(p.k, shared), rows_of(p.v, shared)};
 }
 
+#if defined(FASTPRUNE_WITH_BF16)
+// How the level in use multiplies heads of d values; nullptr where it does not.
+const BlockProducts* products_for(std::int64_t d) {
+#if defined(FASTPRUNE_WITH_AMX)
+  if (&level() == &level_amx()) return d % 32 == 0 ? &amx_wide_products : &amx_products;
+#endif
+  static const bool has_products = __builtin_cpu_supports("avx512bf16");
+  return has_products && &level() == &level_v4 ? &avx512_products : nullptr;
+}
+#endif
+
 void require_serving(const AttentionParams& p) {
   require(attention_serves(), "attention: this processor has no AVX512-BF16, or a level below v4 ",
           "was chosen");
@@ -54,8 +65,7 @@ void require_serving(const AttentionParams& p) {
 
 bool attention_serves() {
 #if defined(FASTPRUNE_WITH_BF16)
-  static const bool has_products = __builtin_cpu_supports("avx512bf16");
-  return has_products && &level() == &level_v4;
+  return products_for(kAttentionBlock) != nullptr;
 #else
   return false;
 #endif
@@ -74,15 +84,16 @@ void attention(const AttentionParams& p) {
                  p.q.device);
   const Sizes s = sizes(p);
   const std::int64_t padded = padded_rows(s.n), blocks = padded / kAttentionBlock;
-  bf16* const v_columns = p.workspace.as<bf16>();  // (batch, kv heads, d, padded)
+  const BlockProducts& products = *products_for(s.d);
+  bf16* const v_columns = p.workspace.as<bf16>();  // (batch, kv heads, blocks, d, block)
   for_each_task(s.batch * s.kv_heads, s.bytes(), [&](std::int64_t number) {
     attention_columns(s.n, s.d, rows_of(p.v, number), v_columns + number * s.d * padded);
   });
   for_each_task(s.all_heads() * blocks, s.bytes(), [&](std::int64_t task) {
     const std::int64_t number = task / blocks;
-    attention_block(attention_head(p, s, number), v_columns + number / s.shared() * s.d * padded,
-                    task % blocks, mutable_rows_of(p.out, number),
-                    p.log_sums.as<float>() + number * s.n);
+    attention_block(attention_head(p, s, number), products,
+                    v_columns + number / s.shared() * s.d * padded, task % blocks,
+                    mutable_rows_of(p.out, number), p.log_sums.as<float>() + number * s.n);
   });
 }
 
@@ -97,6 +108,7 @@ void attention_backward(const AttentionParams& p) {
   require_buffer("attention", "workspace", p.workspace, DType::u8,
                  attention_backward_workspace(p.q, 1), p.q.device);
   const Sizes s = sizes(p);
+  const BlockProducts& products = *products_for(s.d);
   const std::int64_t size = padded_rows(s.n) * s.d, heads = s.all_heads();
   const std::int64_t each = attention_head_workspace(s.n, s.d);
   float* const grad_k = p.workspace.as<float>();  // (batch, heads, padded, d)
@@ -109,7 +121,7 @@ void attention_backward(const AttentionParams& p) {
     for (std::int64_t number = task * heads / at_once; number < (task + 1) * heads / at_once;
          ++number)
       attention_backward_head(
-          attention_head(p, s, number),
+          attention_head(p, s, number), products,
           {rows_of(p.out, number), rows_of(p.grad_out, number),
            p.log_sums.as<float>() + number * s.n, mutable_rows_of(p.grad_q, number),
            grad_k + number * size, grad_v + number * size, rest + task * each});

@@ -6,6 +6,7 @@
 
 #include "core/dispatch.h"
 #include "core/ops.h"
+#include "cpu/bf16/products.h"
 
 namespace fastprune::cpu {
 
@@ -40,14 +41,14 @@ struct AttentionGradients {
   void* workspace;         // attention_head_workspace(n, d) bytes, aligned to 64
 };
 
-// Transposes v: columns is (d, padded), zeros beyond n.
+// Transposes v by blocks: columns is (blocks, d, kAttentionBlock), zeros beyond n.
 void attention_columns(std::int64_t n, std::int64_t d, HeadRows v, bf16* columns);
 // One block of queries: their outputs and the logarithm of their sum of exponentials.
 // v_columns: of attention_columns; v itself is not read.
-void attention_block(const AttentionHead&, const bf16* v_columns, std::int64_t block,
-                     MutableHeadRows out, float* log_sums);
+void attention_block(const AttentionHead&, const BlockProducts&, const bf16* v_columns,
+                     std::int64_t block, MutableHeadRows out, float* log_sums);
 std::int64_t attention_head_workspace(std::int64_t n, std::int64_t d);
-void attention_backward_head(const AttentionHead&, const AttentionGradients&);
+void attention_backward_head(const AttentionHead&, const BlockProducts&, const AttentionGradients&);
 // to = the sum over `heads` of (padded, d) matrices that lie one after the other.
 void attention_sum(const float* parts, std::int64_t heads, std::int64_t n, std::int64_t d,
                    MutableHeadRows to);

@@ -87,6 +87,7 @@ struct Level {
 
 #if defined(__x86_64__)
 extern const Level level_v2, level_v3, level_v4;
+const Level& level_amx();  // the loops of v4; attention multiplies by AMX
 #else
 extern const Level level_generic;
 #endif

@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -69,7 +70,10 @@ def attach(model: nn.Module, config: LoraSettings) -> nn.Module:
         task_type="SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM",
     )
     with quiet_libraries():
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
+    if config.lora_dropout == 0:  # dropout scales in the precision of what it reads
+        _leave_casts_to_autocast(adapted)
+    return adapted
 
 
 def save_adapter(peft_model: nn.Module, directory: Path, base: str) -> None:
@@ -94,6 +98,19 @@ def save_adapter(peft_model: nn.Module, directory: Path, base: str) -> None:
     settings.save_pretrained(str(directory))
     (directory / WEIGHT_FILES[0]).chmod((directory / CONFIG_FILE).stat().st_mode)
     write_fingerprint(directory, Fingerprint.of(peft_model, base))
+
+
+def _leave_casts_to_autocast(adapted: nn.Module) -> None:
+    """Keep peft from casting what adapters of fp32 weights read.
+
+    Without autocast that is fp32 already, and under autocast, which casts it for each product, peft
+    would turn half precision into fp32 first: two passes forward and two backward, of no effect.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer) and module.weight.dtype == torch.float32:
+            module.cast_input_dtype_enabled = False
 
 
 def _targets(model: nn.Module, names: tuple[str, ...]) -> list[str] | str:

@@ -5,7 +5,8 @@ from torch.nn import functional
 from fastprune.kernels import attention as kernel
 from fastprune.kernels import reference
 
-# batch, heads, kv heads, n, d: blocks are of 64 positions, products of 4 rows and up to 64 columns
+# batch, heads, kv heads, n, d: blocks are of 64 positions, products of 4 rows and up to 64 columns,
+# or of tiles of 16 by 16
 SHAPES = [
     (1, 1, 1, 1, 16),
     (2, 3, 1, 63, 64),
@@ -22,10 +23,19 @@ SHAPES = [
 NORM = 6e-3
 
 
-@pytest.fixture
-def serves():
-    if not kernel.attention_serves(torch.device("cpu")):
-        pytest.skip("this processor has no bf16 products")
+@pytest.fixture(params=["v4", "amx"])
+def serves(request, module):
+    """Each level whose bf16 products this processor has, chosen."""
+    before = module.cpu_level()
+    if request.param not in module.cpu_levels():
+        pytest.skip(f"this processor has no level {request.param}")
+    try:
+        module.set_cpu_level(request.param)
+        if not kernel.attention_serves(torch.device("cpu")):
+            pytest.skip(f"this processor has no bf16 products at level {request.param}")
+        yield
+    finally:
+        module.set_cpu_level(before)
 
 
 def inputs(shape, dtype=torch.bfloat16, spread=1.0):
@@ -83,6 +93,13 @@ def test_matches_fp64(serves, shape, spread):
         assert ours.shape == theirs.shape
         # a sequence of one position has no gradient of q and k
         assert distance(ours, theirs) < NORM or (shape[3] == 1 and name in "qk"), name
+
+
+def test_matches_fp64_at_every_head_size(serves):
+    for d in kernel.HEAD_DIMS:
+        tensors = inputs((1, 2, 1, 67, d), spread=0.5)
+        results, true = passes(*tensors, d**-0.5), in_fp64(*tensors, d**-0.5)
+        assert all(distance(a, b) < NORM for a, b in zip(results, true, strict=True)), d
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)

@@ -16,6 +16,7 @@ from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
 from fastprune.models.modeling import conform
+from fastprune.precision import convert_weights
 from fastprune.recover.lora import TARGETS, attach, load_adapter, save_adapter
 from fastprune.recover.loss import next_token_loss
 
@@ -84,6 +85,39 @@ def test_gradients_are_those_of_the_merged_weight(checkpointing):
         ours = low_rank[name.replace("lora_A", "lora_B")]
         # the same fp32 products in another order
         torch.testing.assert_close(ours, expected, atol=1e-4 * expected.abs().max(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_casts_that_change_nothing_are_left_out(checkpointing):
+    """Under autocast outputs of attention and MLP are bf16, and stay so on their way to adapters:
+    the gradients are those with peft's cast to fp32 between, bit for bit."""
+    adapted = trained(per_layer_model()).train()
+    layers = [m for m in adapted.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
+    if checkpointing:
+        compute_activations_twice(adapted)
+
+    def gradients():
+        adapted.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            training_loss(adapted).backward()
+        return [p.grad.clone() for p in adapted.parameters() if p.requires_grad]
+
+    ours = gradients()
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True
+    assert all(map(torch.equal, ours, gradients()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [(torch.bfloat16, 0.0), (torch.float32, 0.05)], ids=str
+)
+def test_casts_that_matter_stay(dtype, dropout):
+    model = per_layer_model()
+    convert_weights(model, dtype)
+    adapted = attach(model, settings(lora_dropout=dropout))
+    assert all(m.cast_input_dtype_enabled for m in adapted.modules() if hasattr(m, "lora_A"))
+    assert logits(adapted).isfinite().all()
 
 
 # ---------------------------------------------------------------- adapters on disk

@@ -10,172 +10,94 @@
 
 #include <cmath>
 
-#include "core/math.h"
+#include "cpu/bf16/layouts.h"
 #include "cpu/level/vec.h"
 
 namespace fastprune::cpu {
 namespace {  // as in the levels, nothing of this may be linked into the rest
 
-constexpr int kBlock = int(kAttentionBlock);
-constexpr int kWide = kBlock / kLanes;  // vectors across a block of queries
-constexpr float kInfinity = __builtin_inff();
+constexpr float kInfinity = __builtin_inff(), kLog2OfE = 1.44269504f;
 
 LANES_INLINE std::int64_t rows_in_block(std::int64_t n, std::int64_t block) {
   const std::int64_t left = n - block * kBlock;
   return left < kBlock ? left : kBlock;
 }
 
-// Two neighbouring bf16 of a row, the lower index in the lower half.
-using Pair = std::uint32_t;
-
-LANES_INLINE Pair pair_at(const bf16* p) {
-  Pair pair;
-  memcpy(&pair, p, sizeof pair);
-  return pair;
+// 2^x within 1.6e-7 of its value: 2^n by the processor, n the nearest integer, and 2^(x - n) by a
+// polynomial that is 1 at 0. 0 for -inf, NaN for NaN.
+LANES_INLINE F32 power_of_two(const F32& x) {
+  constexpr float kFactors[] = {1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f,
+                                2.40222424e-1f, 6.93147004e-1f, 1.0f};
+  const __m512 n = _mm512_maskz_roundscale_ps(0xffff, x.part[0], _MM_FROUND_TO_NEAREST_INT);
+  const __m512 rest = x.part[0] - n;
+  __m512 power = _mm512_set1_ps(kFactors[0]);
+#pragma GCC unroll 5
+  for (int i = 1; i < 6; ++i) power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(kFactors[i]));
+  F32 result;
+  result.part[0] = _mm512_maskz_scalef_ps(0xffff, power, n);  // NaN times 2^-inf is 0
+  return result;
 }
 
-// ---------------------------------------------------------------------------- products
-// c[r][lane] = sum over p of a[r][2 p] low(b[p][lane]) + a[r][2 p + 1] high(b[p][lane]), added to
-// what is in c where `add`. Four rows and up to four vectors of c stay in registers.
-constexpr int kRows = 4;
-
-template <int kVectors>
-LANES_INLINE void multiply_tile(const bf16* a, std::int64_t a_stride, const Pair* b,
-                                std::int64_t b_stride, std::int64_t pairs, float* c,
-                                std::int64_t c_stride, bool add) {
-  __m512 sums[kRows][kVectors];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      sums[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + v * kLanes) : _mm512_setzero_ps();
-  for (std::int64_t p = 0; p < pairs; ++p) {
-    __m512bh columns[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      columns[v] = (__m512bh)_mm512_loadu_si512(b + p * b_stride + v * kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const auto row = (__m512bh)_mm512_set1_epi32(int(pair_at(a + r * a_stride + 2 * p)));
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], row, columns[v]);
+// -inf for the queries of a block that precede a key of the same block.
+void hide_later_keys(float* scores) {
+  for (int row = 0; row < kBlock; ++row)
+    for (int v = 0; v <= row / kLanes; ++v) {
+      float* at = scores + row * kBlock + v * kLanes;
+      store(select(as_int(lane_numbers()) < I32(row - v * kLanes), F32(-kInfinity), load(at)), at);
     }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * c_stride + v * kLanes, sums[r][v]);
-}
-
-template <int kVectors>
-void multiply_strip(const bf16* a, std::int64_t a_stride, std::int64_t rows, const Pair* b,
-                    std::int64_t columns, std::int64_t pairs, float* c, bool add) {
-  for (std::int64_t r = 0; r < rows; r += kRows)
-    multiply_tile<kVectors>(a + r * a_stride, a_stride, b, columns, pairs, c + r * columns, columns,
-                            add);
-}
-
-// The same over a whole matrix: a (rows, 2 pairs), b (pairs, columns), c (rows, columns), with rows
-// a multiple of 4 and columns of 16.
-void multiply(const bf16* a, std::int64_t a_stride, std::int64_t rows, const Pair* b,
-              std::int64_t columns, std::int64_t pairs, float* c, bool add) {
-  constexpr decltype(&multiply_strip<4>) kStrips[] = {multiply_strip<1>, multiply_strip<2>,
-                                                      multiply_strip<3>, multiply_strip<4>};
-  for (std::int64_t done = 0, vectors = 0; done < columns; done += vectors * kLanes) {
-    const std::int64_t left = (columns - done) / kLanes;
-    vectors = left < 4 ? left : 4;
-    kStrips[vectors - 1](a, a_stride, rows, b + done, columns, pairs, c + done, add);
-  }
-}
-
-// ---------------------------------------------------------------------------- layouts
-// Pairs along a row become rows: to (d / 2, kBlock), a lane per row, zeros beyond `rows`.
-void rows_to_lanes(const bf16* from, std::int64_t stride, std::int64_t rows, std::int64_t d,
-                   Pair* to) {
-  for (std::int64_t r = 0; r < kBlock; ++r)
-    for (std::int64_t p = 0; p < d / 2; ++p)
-      to[p * kBlock + r] = r < rows ? pair_at(from + r * stride + 2 * p) : 0;
-}
-
-void lanes_to_rows(const Pair* from, std::int64_t rows, std::int64_t d, bf16* to,
-                   std::int64_t stride) {
-  for (std::int64_t r = 0; r < rows; ++r)
-    for (std::int64_t p = 0; p < d / 2; ++p)
-      memcpy(to + r * stride + 2 * p, from + p * kBlock + r, sizeof(Pair));
-}
-
-// Pairs of neighbouring rows: to (kBlock / 2, d), zeros beyond `rows`.
-void pair_rows(const bf16* from, std::int64_t stride, std::int64_t rows, std::int64_t d, Pair* to) {
-  for (std::int64_t r = 0; r < kBlock; r += 2)
-    for (std::int64_t c = 0; c < d; ++c) {
-      const Pair low = r < rows ? from[r * stride + c].bits : 0;
-      const Pair high = r + 1 < rows ? from[(r + 1) * stride + c].bits : 0;
-      to[r / 2 * d + c] = low | high << 16;
-    }
-}
-
-// columns[c][r] = from[r][c], zeros beyond `rows` up to `padded`.
-void transpose(const bf16* from, std::int64_t stride, std::int64_t rows, std::int64_t padded,
-               std::int64_t d, bf16* columns) {
-  for (std::int64_t first = 0; first < padded; first += kBlock)
-    for (std::int64_t c = 0; c < d; ++c)
-      for (std::int64_t r = first; r < first + kBlock; ++r)
-        columns[c * padded + r] = r < rows ? from[r * stride + c] : bf16{0};
-}
-
-// A block of rows, or a copy of it with zeros where the matrix has ended.
-HeadRows whole_block(HeadRows rows, std::int64_t first, std::int64_t n, std::int64_t d,
-                     bf16* copy) {
-  if (first + kBlock <= n) return {rows.data + first * rows.stride, rows.stride};
-  for (std::int64_t r = 0; r < kBlock; ++r)
-    for (std::int64_t c = 0; c < d; ++c)
-      copy[r * d + c] = first + r < n ? rows.data[(first + r) * rows.stride + c] : bf16{0};
-  return {copy, d};
-}
-
-// Two rows of fp32 lanes to pairs of bf16.
-LANES_INLINE void store_pairs(const F32& low, const F32& high, Pair* to) {
-  const auto halves = (__m512i)_mm512_cvtne2ps_pbh(high.part[0], low.part[0]);
-  alignas(64) static constexpr std::uint16_t kOrder[32] = {
-      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves));
-}
-
-LANES_INLINE void store_rounded(const F32& x, bf16* to) {
-  const auto halves = (__m256i)_mm512_cvtneps_pbh(x.part[0]);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
-}
-
-// Columns of fp32 (d, kBlock), each query's times its factor, to rows of bf16.
-void write_rows(const float* columns, const F32 (&factors)[kWide], std::int64_t rows,
-                std::int64_t d, bf16* to, std::int64_t stride) {
-  alignas(64) Pair pairs[kMaxHeadDim / 2 * kBlock];
-  for (std::int64_t c = 0; c < d; c += 2)
-    for (int v = 0; v < kWide; ++v) {
-      const float* at = columns + c * kBlock + v * kLanes;
-      store_pairs(load(at) * factors[v], load(at + kBlock) * factors[v],
-                  pairs + c / 2 * kBlock + v * kLanes);
-    }
-  lanes_to_rows(pairs, rows, d, to, stride);
-}
-
-// The score of key `row` of a block, -inf for the queries of the same block that precede it.
-LANES_INLINE F32 score(const float* scores, int row, int v, bool diagonal) {
-  const F32 s = load(scores + row * kBlock + v * kLanes);
-  if (!diagonal) return s;
-  return select(as_int(lane_numbers()) < I32(row - v * kLanes), F32(-kInfinity), s);
 }
 
 }  // namespace
 
 void attention_columns(std::int64_t n, std::int64_t d, HeadRows v, bf16* columns) {
-  transpose(v.data, v.stride, n, padded_rows(n), d, columns);
+  for (std::int64_t block = 0; block * kBlock < n; ++block)
+    rows_to_columns(v.data + block * kBlock * v.stride, v.stride, rows_in_block(n, block), d,
+                    columns + block * d * kBlock);
 }
 
-void attention_block(const AttentionHead& head, const bf16* v_columns, std::int64_t block,
-                     MutableHeadRows out, float* log_sums) {
-  const std::int64_t n = head.n, d = head.d, padded = padded_rows(n), first = block * kBlock;
+namespace {
+
+// What a block of queries has met so far.
+struct Running {
+  F32 tops[kWide], sums[kWide];  // largest score, and sum of exponentials relative to it
+  float* outputs;                // (d, kBlock), relative to it too
+};
+
+// Takes in a block of scores, keys by queries, and gives their weights in pairs of keys.
+void soften(const float* scores, const F32& factor, std::int64_t d, Running& running,
+            Pair* weights) {
+  for (int v = 0; v < kWide; ++v) {
+    const auto score = [&](int row) __attribute__((always_inline)) {
+      return load(scores + row * kBlock + v * kLanes);
+    };
+    F32 tops[4] = {score(0), score(1), score(2), score(3)};
+    for (int r = 4; r < kBlock; r += 4)
+      for (int i = 0; i < 4; ++i) tops[i] = larger(score(r + i), tops[i]);
+    const F32 top =
+        larger(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])), running.tops[v]);
+    const F32 fall = power_of_two((running.tops[v] - top) * factor);
+    F32 sum = running.sums[v] * fall;
+    for (int r = 0; r < kBlock; r += 2) {
+      const F32 low = power_of_two((score(r) - top) * factor);
+      const F32 high = power_of_two((score(r + 1) - top) * factor);
+      sum = sum + (low + high);
+      store_pairs(low, high, weights + r / 2 * kBlock + v * kLanes);
+    }
+    running.tops[v] = top;
+    running.sums[v] = sum;
+    for (std::int64_t c = 0; c < d; ++c) {
+      float* at = running.outputs + c * kBlock + v * kLanes;
+      store(load(at) * fall, at);
+    }
+  }
+}
+
+}  // namespace
+
+void attention_block(const AttentionHead& head, const BlockProducts& products,
+                     const bf16* v_columns, std::int64_t block, MutableHeadRows out,
+                     float* log_sums) {
+  const std::int64_t n = head.n, d = head.d, first = block * kBlock;
   const std::int64_t rows = rows_in_block(n, block);
   alignas(64) Pair q[kMaxHeadDim / 2 * kBlock];
   alignas(64) float scores[kBlock * kBlock];
@@ -185,39 +107,25 @@ void attention_block(const AttentionHead& head, const bf16* v_columns, std::int6
   rows_to_lanes(head.q.data + first * head.q.stride, head.q.stride, rows, d, q);
   memset(outputs, 0, std::size_t(d * kBlock) * sizeof(float));
 
-  const F32 scale(head.scale);
-  F32 tops[kWide], sums[kWide];
-  for (int v = 0; v < kWide; ++v) tops[v] = F32(-kInfinity), sums[v] = F32(0.0f);
+  Running running;
+  running.outputs = outputs;
+  for (int v = 0; v < kWide; ++v) running.tops[v] = F32(-kInfinity), running.sums[v] = F32(0.0f);
+  products.configure();
   for (std::int64_t key = 0; key <= first; key += kBlock) {
     const HeadRows k = whole_block(head.k, key, n, d, copy);
-    multiply(k.data, k.stride, kBlock, q, kBlock, d / 2, scores, false);
-    for (int v = 0; v < kWide; ++v) {
-      F32 top = tops[v];
-      for (int r = 0; r < kBlock; ++r) top = larger(score(scores, r, v, key == first), top);
-      const F32 fall = exponential((tops[v] - top) * scale);
-      F32 sum = sums[v] * fall;
-      for (int r = 0; r < kBlock; r += 2) {
-        const F32 low = exponential((score(scores, r, v, key == first) - top) * scale);
-        const F32 high = exponential((score(scores, r + 1, v, key == first) - top) * scale);
-        sum = sum + (low + high);
-        store_pairs(low, high, weights + r / 2 * kBlock + v * kLanes);
-      }
-      tops[v] = top;
-      sums[v] = sum;
-      for (std::int64_t c = 0; c < d; ++c) {
-        float* at = outputs + c * kBlock + v * kLanes;
-        store(load(at) * fall, at);
-      }
-    }
-    multiply(v_columns + key, padded, d, weights, kBlock, kBlock / 2, outputs, true);
+    products.multiply(k.data, k.stride, kBlock, q, kBlock, d / 2, scores, false);
+    if (key == first) hide_later_keys(scores);
+    soften(scores, F32(head.scale * kLog2OfE), d, running, weights);
+    products.multiply(v_columns + key * d, kBlock, d, weights, kBlock, kBlock / 2, outputs, true);
   }
+  products.release();
 
   F32 factors[kWide];
   float logs[kBlock];
   for (int v = 0; v < kWide; ++v) {
-    factors[v] = F32(1.0f) / sums[v];
-    store(tops[v] * scale, logs + v * kLanes);
-    for (int i = 0; i < kLanes; ++i) logs[v * kLanes + i] += logf(sums[v].part[0][i]);
+    factors[v] = F32(1.0f) / running.sums[v];
+    store(running.tops[v] * F32(head.scale), logs + v * kLanes);
+    for (int i = 0; i < kLanes; ++i) logs[v * kLanes + i] += logf(running.sums[v].part[0][i]);
   }
   memcpy(log_sums + first, logs, std::size_t(rows) * sizeof(float));
   write_rows(outputs, factors, rows, d, out.data + first * out.stride, out.stride);
@@ -247,14 +155,13 @@ Places places(std::int64_t n, std::int64_t d) {
 // Weights and gradients of the scores of a block of keys (rows) and one of queries (lanes), and the
 // latter as pairs of keys as well.
 void block_gradients(const float* scores, const float* grads, const float* log_sums,
-                     const float* inner, float factor, bool diagonal, bf16* weights, bf16* ds,
-                     Pair* ds_pairs) {
+                     const float* inner, float factor, bf16* weights, bf16* ds, Pair* ds_pairs) {
   const F32 scale(factor);
   for (int v = 0; v < kWide; ++v) {
     const F32 log_sum = load(log_sums + v * kLanes), mean = load(inner + v * kLanes);
     const auto at = [&](int r) __attribute__((always_inline)) {
       const std::int64_t place = r * kBlock + v * kLanes;
-      const F32 p = exponential(score(scores, r, v, diagonal) * scale - log_sum);
+      const F32 p = power_of_two((load(scores + place) * scale - log_sum) * F32(kLog2OfE));
       const F32 g = p * (load(grads + place) - mean) * scale;
       store_rounded(p, weights + place);
       store_rounded(g, ds + place);
@@ -271,7 +178,8 @@ void block_gradients(const float* scores, const float* grads, const float* log_s
 
 std::int64_t attention_head_workspace(std::int64_t n, std::int64_t d) { return places(n, d).end; }
 
-void attention_backward_head(const AttentionHead& head, const AttentionGradients& g) {
+void attention_backward_head(const AttentionHead& head, const BlockProducts& products,
+                             const AttentionGradients& g) {
   const std::int64_t n = head.n, d = head.d, padded = padded_rows(n), blocks = padded / kBlock;
   const Places place = places(n, d);
   char* memory = static_cast<char*>(g.workspace);
@@ -285,7 +193,7 @@ void attention_backward_head(const AttentionHead& head, const AttentionGradients
   float* const inner = floats_at(place.inner);        // (padded,)
   const std::int64_t block_pairs = d / 2 * kBlock;
 
-  transpose(head.k.data, head.k.stride, n, padded, d, k_columns);
+  attention_columns(n, d, head.k, k_columns);  // (blocks, d, kBlock)
   memset(grad_q, 0, std::size_t(padded * d) * sizeof(float));
   for (std::int64_t i = 0; i < padded; ++i) {
     log_sums[i] = i < n ? g.log_sums[i] : kInfinity;
@@ -309,21 +217,27 @@ void attention_backward_head(const AttentionHead& head, const AttentionGradients
   alignas(64) bf16 weights[kBlock * kBlock], ds[kBlock * kBlock];
   alignas(64) Pair ds_pairs[kBlock / 2 * kBlock];
   bf16 k_copy[kBlock * kMaxHeadDim], v_copy[kBlock * kMaxHeadDim];
+  products.configure();
   for (std::int64_t j = 0; j < blocks; ++j) {
     const HeadRows k = whole_block(head.k, j * kBlock, n, d, k_copy);
     const HeadRows v = whole_block(head.v, j * kBlock, n, d, v_copy);
     float *const dk = g.grad_k + j * kBlock * d, *const dv = g.grad_v + j * kBlock * d;
     for (std::int64_t i = j; i < blocks; ++i) {
-      multiply(k.data, k.stride, kBlock, q_lanes + i * block_pairs, kBlock, d / 2, scores, false);
-      multiply(v.data, v.stride, kBlock, o_lanes + i * block_pairs, kBlock, d / 2, grads, false);
-      block_gradients(scores, grads, log_sums + i * kBlock, inner + i * kBlock, head.scale, i == j,
-                      weights, ds, ds_pairs);
-      multiply(weights, kBlock, kBlock, o_pairs + i * block_pairs, d, kBlock / 2, dv, i > j);
-      multiply(ds, kBlock, kBlock, q_pairs + i * block_pairs, d, kBlock / 2, dk, i > j);
-      multiply(k_columns + j * kBlock, padded, d, ds_pairs, kBlock, kBlock / 2,
-               grad_q + i * d * kBlock, true);
+      products.multiply(k.data, k.stride, kBlock, q_lanes + i * block_pairs, kBlock, d / 2, scores,
+                        false);
+      products.multiply(v.data, v.stride, kBlock, o_lanes + i * block_pairs, kBlock, d / 2, grads,
+                        false);
+      if (i == j) hide_later_keys(scores);
+      block_gradients(scores, grads, log_sums + i * kBlock, inner + i * kBlock, head.scale, weights,
+                      ds, ds_pairs);
+      products.multiply(weights, kBlock, kBlock, o_pairs + i * block_pairs, d, kBlock / 2, dv,
+                        i > j);
+      products.multiply(ds, kBlock, kBlock, q_pairs + i * block_pairs, d, kBlock / 2, dk, i > j);
+      products.multiply(k_columns + j * kBlock * d, kBlock, d, ds_pairs, kBlock, kBlock / 2,
+                        grad_q + i * d * kBlock, true);
     }
   }
+  products.release();
   const F32 ones[kWide] = {F32(1.0f), F32(1.0f), F32(1.0f), F32(1.0f)};
   for (std::int64_t b = 0; b < blocks; ++b)
     write_rows(grad_q + b * d * kBlock, ones, rows_in_block(n, b), d,
