@@ -3,8 +3,8 @@
     python tools/check_engines.py llama.cpp [--model MODEL] [--work DIR] [--ratio R]
     python tools/check_engines.py mlx [--work DIR]
 
-llama.cpp: for MODEL and three results of `fastprune prune` of it (uniform, per layer, whole sublayers gone),
-each written as f16 and q8_0:
+llama.cpp: for MODEL and three results of `fastprune prune` of it (uniform, per layer, whole
+sublayers gone), each written as f16 and q8_0:
 
 - greedy continuations of five prompts are those of transformers (f16)
 - perplexity on WikiText-2 is within 1 % (f16) and 3 % (q8_0) of transformers'
@@ -15,7 +15,8 @@ likeliest and perplexity are those of the same file in the engine.
 
 mlx: three results for `nemotron-nas`, continued by MLX-LM as by transformers.
 
-Pruned models stay in --work and are used again. Prints one line a check and exits 1 if one failed. Minutes on two cores.
+Pruned models stay in --work and are used again. Prints one line a check and exits 1 if one failed.
+Minutes on two cores.
 """
 
 from __future__ import annotations
