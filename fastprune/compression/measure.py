@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from fastprune.compression.config import CompressConfig
 from fastprune.compression.schedule import UNIT_TOKENS
 from fastprune.data.text import load_documents
 from fastprune.inspect.generate import generate
+from fastprune.inspect.memory import forget_peak, peak_memory_bytes
 from fastprune.inspect.perplexity import (
     SEQ_LEN,
     evaluate,
-    peak_memory_bytes,
     sound,
     text_windows,
     window_length,
@@ -39,13 +38,12 @@ PROMPTS = (
 SAMPLE_TOKENS = 24
 GLIMPSE = 256
 """Tokens from which the pace is guessed before anything is measured."""
-CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 def figures(model: nn.Module, tokenizer: Any, config: CompressConfig) -> dict[str, Any]:
     """Parameters, perplexity on each text, tasks and peak memory of `model`, JSON-ready."""
     device = next(model.parameters()).device
-    _forget_peak()
+    forget_peak(device)
     texts = []
     for name, count in config.texts():
         seq_len = window_length(model, "--eval-seq-len", config.eval_seq_len, SEQ_LEN)
@@ -101,9 +99,3 @@ def speeds(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
 def weight_bytes(folder: Path) -> int:
     """Bytes of the weight files in `folder`."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _forget_peak() -> None:
-    """Let the process's peak memory be that from now on, where Linux can."""
-    with suppress(OSError):
-        CLEAR_PEAK.write_text("5")

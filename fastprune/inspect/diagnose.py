@@ -34,11 +34,11 @@ from fastprune.inspect.health import (
     stored_weights,
     unsound,
 )
+from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import (
     SEQ_LEN,
     Perplexity,
     evaluate,
-    peak_memory_bytes,
     sound,
     text_windows,
     window_length,

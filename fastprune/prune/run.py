@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
-from fastprune.inspect.perplexity import Perplexity, peak_memory_bytes
+from fastprune.inspect.memory import peak_memory_bytes
+from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.record import Origin
 from fastprune.models.families import Geometry, block_parameters, family_of, geometries
 from fastprune.prune import latency

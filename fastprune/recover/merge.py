@@ -24,7 +24,8 @@ from fastprune.data.instruct import has_template
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.generate import stop_at_end_of_turn
-from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
+from fastprune.inspect.memory import peak_memory_bytes
+from fastprune.inspect.perplexity import text_windows
 from fastprune.inspect.record import Origin
 from fastprune.models.adapter import read_fingerprint
 from fastprune.models.checkpoint import check_savable, save_checkpoint

@@ -19,10 +19,10 @@ from fastprune.data.text import load_documents
 from fastprune.errors import InputError
 from fastprune.inspect.generate import generate, read_prompts, stop_at_end_of_turn
 from fastprune.inspect.health import check_weights
+from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import (
     SEQ_LEN,
     evaluate,
-    peak_memory_bytes,
     sound,
     text_windows,
     window_length,
