@@ -1,10 +1,10 @@
 """Decode latency: what each sublayer costs at each width, measured by running it here.
 
-One token at a time at batch 1, as `fastprune eval --speed` decodes. A stack of equal decoder layers runs with
-all its heads and channels, and with fewer; the differences, per layer, make the table. Every step
-of a stack is timed beside a step of the full one and only the ratio of the two is used, so a
-machine that changes its speed from minute to minute disturbs little. Stacks are large enough not
-to stay in a cache between two steps, as the model's own weights do not.
+One token at a time at batch 1, as `fastprune eval --speed` decodes. A stack of equal decoder layers
+runs with all its heads and channels, and with fewer; the differences, per layer, make the table.
+Every step of a stack is timed beside a step of the full one and only the ratio of the two is used,
+so a machine that changes its speed from minute to minute disturbs little. Stacks are large enough
+not to stay in a cache between two steps, as the model's own weights do not.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import nn
 from fastprune.inspect.speed import WARM_UP, Decoding, fitting
 from fastprune.models.families import Geometry, decoder_layers, geometries
 from fastprune.models.modeling import per_layer_config
+from fastprune.models.quiet import quiet_libraries
 from fastprune.models.streamed import skeleton
 from fastprune.progress import track
 from fastprune.prune.sizes import Removal
@@ -128,14 +129,21 @@ def decoder_stack(model: nn.Module, size: Geometry, count: int) -> nn.Module:
         config.layer_types = config.layer_types[:count]
     config.vocab_size, config.pad_token_id = 8, None  # embeddings play no part
     config = per_layer_config(config, [size] * count)
-    decoder = skeleton(config, weight.dtype).model
+    return with_equal_weights(skeleton(config, weight.dtype), weight.device).model
+
+
+def with_equal_weights(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model``, which is on the meta device, on ``device``; every weight the same small number."""
     state = {
-        name: torch.full(p.shape, 1e-2, dtype=weight.dtype, device=weight.device)
-        for name, p in decoder.named_parameters()
+        name: torch.full(p.shape, 1e-2, dtype=p.dtype, device=device)
+        for name, p in model.named_parameters(remove_duplicate=False)
     }
-    decoder.load_state_dict(state, assign=True)
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(weight.device)
-    return decoder
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    rotary = model.model.rotary_emb
+    with quiet_libraries():
+        model.model.rotary_emb = type(rotary)(config=rotary.config).to(device)
+    return model
 
 
 def _beside(module: nn.Module, reference: nn.Module, context: int) -> tuple[float, list[float]]:

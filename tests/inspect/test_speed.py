@@ -83,7 +83,8 @@ def test_models_take_turns(monkeypatch):
     assert order[4:] == [one, other] * 3  # each has read twice before: to load, and to warm up
 
 
-def test_prompts_fit_the_model():
+def test_prompts_fit_the_model(monkeypatch):
+    monkeypatch.setattr(speed, "STEPS", 2)
     small = tiny_model("llama", max_position_embeddings=100)
     found = measure_speeds({"small": small, "large": tiny_model("llama")}, FULL)
     for measured in found.values():
