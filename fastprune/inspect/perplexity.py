@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune import distributed
-from fastprune.config import CommonConfig
+from fastprune.config import CommonConfig, Group
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import Document, eval_windows, load_documents, token_stream
 from fastprune.errors import InputError
@@ -86,18 +86,24 @@ class Evaluation(Perplexity):
 
 @dataclass(kw_only=True)
 class EvalConfig(TaskOptions, CommonConfig):
-    """Measure perplexity, tasks, speed and memory of a model."""
+    """Measure perplexity, tasks, speed and memory of a model.
+
+    For example:
+        fastprune eval small
+        fastprune eval small --text mine.txt --tasks arc_easy,piqa
+        fastprune eval small --speed --dense MODEL
+    """
 
     model: Positional[str]
     """Hugging Face directory, hub id, .gguf file, .pt of a GPT-2, or smollm2-135m"""
     text: str = EVALUATION_TEXT
     """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:wikitext2, :c4 or
     :pydocs; several, joined by commas, are read one after the other"""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, Group.EVALUATION] = None
     """tokens per window, at most the model's maximum positions (default: 1024, or that maximum)"""
-    windows: int = 16
+    windows: Annotated[int, Group.EVALUATION] = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, Group.EVALUATION] = None
     """windows, or requests of a task, per forward pass (default: about 2048 tokens, 8 requests)"""
     speed: bool = False
     """also measure how fast prompts of 128, 512 and 2048 tokens are read, and how fast 1, 8 and 32
@@ -106,15 +112,15 @@ class EvalConfig(TaskOptions, CommonConfig):
     """for --speed: measure this model too, the two of them in turns"""
     adapter: Path | None = None
     """folder with a LoRA adapter, evaluated on the model without being merged"""
-    quantize: Literal[8, 4] | None = None
+    quantize: Annotated[Literal[8, 4] | None, Group.FILES] = None
     """hold the weights of the layers in 8 or 4 bits: less memory, somewhat worse answers; needs
     fastprune[quantize]"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
-    allow_pickle: bool = False
+    allow_pickle: Annotated[bool, Group.FILES] = False
     """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Group.FILES] = False
     """run the Python code in the model's folder, where transformers has none for its type"""
 
     def check(self) -> None:

@@ -12,13 +12,13 @@ import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from tyro.conf import Positional
 
-from fastprune.config import CommonConfig, resolve_device
+from fastprune.config import CommonConfig, Group, resolve_device
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.instruct import has_template
 from fastprune.data.text import load_documents
@@ -52,8 +52,12 @@ log = logging.getLogger("fastprune")
 
 @dataclass(kw_only=True)
 class MergeConfig(CommonConfig):
-    """Write a LoRA adapter into the model it was trained on, and check that logits stay as they
-    were."""
+    """Write a LoRA adapter into its model, and check that logits stay as they were.
+
+    For example:
+        fastprune merge small --adapter adapter --out merged
+        fastprune merge small --adapter adapter --out merged --strength 0.5
+    """
 
     model: Positional[str]
     """the adapter's base: Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
@@ -65,14 +69,14 @@ class MergeConfig(CommonConfig):
     """part of what the adapter learnt that is taken over"""
     overwrite: bool = False
     """replace what an earlier run left in --out"""
-    read_back: bool = True
+    read_back: Annotated[bool, Group.FILES] = True
     """load the result from its files and compare its logits before it counts as written"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
-    allow_pickle: bool = False
+    allow_pickle: Annotated[bool, Group.FILES] = False
     """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Group.FILES] = False
     """run the Python code in the model's folder, where transformers has none for its type"""
 
 

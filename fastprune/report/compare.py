@@ -59,7 +59,12 @@ Measurement = tuple[str, int, int]
 
 @dataclass(kw_only=True)
 class CompareConfig(CommonConfig):
-    """Put runs side by side: a table and a Pareto plot in one HTML file, and as JSON."""
+    """Put runs side by side: a table and a Pareto plot in one HTML file, and as JSON.
+
+    For example:
+        fastprune compare small recovered --out runs.html
+        fastprune compare runs/* result.json --out runs.html
+    """
 
     runs: Positional[tuple[Path, ...]] = ()
     """one or more folders that prune, finetune or merge wrote, metrics.json files, or what eval
