@@ -161,7 +161,7 @@ def _tensor(flat: torch.Tensor, offset: int, size: Any, stride: Any, *_: Any) ->
 def _check_memo(stream: bytes) -> None:
     """Refuse a `stream` that numbers more objects than it can hold: each number takes memory."""
     for code, argument, _ in pickletools.genops(stream):
-        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(stream):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(stream):
             raise pickle.UnpicklingError("more objects than bytes")
 
 
