@@ -76,7 +76,7 @@ def answers(tmp_path):
 def test_answers_are_not_judged_by_another_text(finetune, learnt, answers, tmp_path):
     """It writes plain text less well, and was to learn something else: written, with a warning."""
     flags = ("--max-steps", "8", "--lr", "1e-2", "--val-size", "6")
-    status, stdout, stderr = finetune(*flags, source=learnt, data=answers)
+    status, _, stderr = finetune(*flags, source=learnt, data=answers)
     assert status == 0, stderr
     metrics = metrics_of(tmp_path / "out")
     p, losses = metrics["perplexity"][0], metrics["validation"]
