@@ -21,7 +21,7 @@ from fastprune.inspect.perplexity import (
     text_windows,
     window_length,
 )
-from fastprune.inspect.speed import measure_speeds
+from fastprune.inspect.speed import SHORT, measure_speeds
 from fastprune.inspect.tasks import evaluate_tasks
 from fastprune.models.families import block_parameters
 from fastprune.models.vocabulary import check_largest
@@ -92,7 +92,7 @@ def answers(model: nn.Module, tokenizer: Any) -> list[dict[str, str]]:
 
 def speeds(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
     """Prompt and decoding speed of both, measured in turns, JSON-ready."""
-    found = measure_speeds({"dense": dense, "small": small})
+    found = measure_speeds({"dense": dense, "small": small}, SHORT)
     return {name: speed.to_dict() for name, speed in found.items()}
 
 

@@ -193,9 +193,7 @@ class Decoding:
             torch.cuda.synchronize(self.device)
 
 
-def measure_speeds(
-    models: Mapping[str, nn.Module], selection: Selection = SHORT
-) -> dict[str, Speed]:
+def measure_speeds(models: Mapping[str, nn.Module], selection: Selection) -> dict[str, Speed]:
     """The speed of each of `models`, by its name, in turns. They are left as they are.
 
     A prompt is never longer than a model has positions, and all models read the same ones. Raises
