@@ -21,7 +21,7 @@ def speed_rows(speed: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
             rates = [measured["tokens_per_second"] for measured in same]
             table.append((label(same[0]), *_cells(rates)))
     memory = [model["peak_memory_bytes"] for model in models]
-    table.append(("peak memory", *map(format.size, memory)))
+    table.append(("peak memory, reading and decoding", *map(format.size, memory)))
     return table
 
 

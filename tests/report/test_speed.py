@@ -17,6 +17,6 @@ def test_a_row_a_workload_and_how_many_times_as_fast():
     assert speed_rows({"dense": dense, "small": small}) == [
         ("prompt of 128, tokens/s", "1,000 (900–1,100)", "1,500 (1,450–1,600) ×1.5"),
         ("decoding, batch 8, tokens/s", "40.0 (38.0–41.0)", "50.0 (49.0–52.5) ×1.25"),
-        ("peak memory", "2 MiB", "1 MiB"),
+        ("peak memory, reading and decoding", "2 MiB", "1 MiB"),
     ]
     assert speed_rows({"model": dense})[0] == ("prompt of 128, tokens/s", "1,000 (900–1,100)")
