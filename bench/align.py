@@ -36,10 +36,10 @@ class Speed:
 class Runner:
     """One stack of layers, ready to read and to decode."""
 
-    def __init__(self, stack: nn.Module, tokens: int) -> None:
+    def __init__(self, stack: nn.Module, tokens: int, rounds: int) -> None:
         self.stack, self.tokens = stack, tokens
         self.device = next(stack.parameters()).device
-        self.decoding = Decoding(stack, tokens)
+        self.decoding = Decoding(stack, tokens, steps=rounds)
 
     def once(self) -> Speed:
         ids = torch.zeros(1, self.tokens, dtype=torch.int64, device=self.device)
@@ -81,7 +81,7 @@ def main() -> None:
 
     def runner(channels: int) -> Runner:
         stack = decoder_stack(model, replace(sizes[0], channels=channels), count)
-        return Runner(stack, options.tokens)
+        return Runner(stack, options.tokens, options.rounds)
 
     tried = widths(sizes[0].channels, options.ratio, options.align)
     odd = runner(tried[0][1])

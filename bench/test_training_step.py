@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import LlamaConfig
 
-from fastprune.inspect.perplexity import peak_memory_bytes
+from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.kernels import AdamW
 from fastprune.models.attention import use_attention
 from fastprune.precision import bf16_is_fast

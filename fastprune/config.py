@@ -2,14 +2,16 @@
 
 A command is one dataclass and one function that takes it. The fields are the Python API, the flags
 and the keys of the YAML `--config` at once; the docstring under a field is its `--help` text.
-A field annotated `Positional[...]` stands on the command line without a flag.
+A field annotated `Positional[...]` stands on the command line without a flag, one annotated
+`Annotated[..., Group.X]` in a group of the help text; what most people need first has no group.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from tyro.conf import Positional as Positional  # `model: Positional[str]` is MODEL, not --model
 
@@ -21,23 +23,44 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+class Group(Enum):
+    """What options are for, in the order of the help text: the value, and the word
+    options, head a box."""
+
+    SIZE = "size"
+    SELECTION = "selection"
+    CALIBRATION = "calibration"
+    DATA = "data"
+    TRAINING = "training"
+    LORA = "LoRA"
+    TEACHER = "teacher"
+    EVALUATION = "evaluation"
+    TASKS = "task"
+    PLAN = "plan"
+    LOGS = "checkpoint and log"
+    SAFETY = "safety"
+    MACHINE = "memory and machine"
+    FILES = "loading and saving"
+    COMMON = "common"
+
+
 @dataclass(kw_only=True)
 class CommonConfig:
     """Options every command takes."""
 
-    json: Path | None = None
+    json: Annotated[Path | None, Group.COMMON] = None
     """write the result to this file as JSON"""
-    quiet: bool = False
+    quiet: Annotated[bool, Group.COMMON] = False
     """print errors only"""
-    verbose: bool = False
+    verbose: Annotated[bool, Group.COMMON] = False
     """log every step, and show tracebacks"""
-    seed: int = 0
+    seed: Annotated[int, Group.COMMON] = 0
     """seed of every random choice"""
-    threads: int | None = None
+    threads: Annotated[int | None, Group.COMMON] = None
     """CPU threads (default: one per physical core)"""
-    device: str = "auto"
+    device: Annotated[str, Group.COMMON] = "auto"
     """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one"""
-    dtype: Dtype = "auto"
+    dtype: Annotated[Dtype, Group.COMMON] = "auto"
     """precision of the weights; auto keeps the model's own"""
 
 

@@ -18,10 +18,10 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_type_hints
 
 import tyro
 import yaml
-from tyro.conf import FlagConversionOff, PositionalMetavarFromFieldName
+from tyro.conf import FlagConversionOff, OmitArgPrefixes, PositionalMetavarFromFieldName
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from fastprune.config import CommonConfig
+from fastprune.config import Group
 from fastprune.errors import InputError
 from fastprune.output import check_apart
 
@@ -108,32 +108,75 @@ def parse(config_class: type[C], args: Sequence[str], prog: str) -> C:
     values = {} if file is None else _read_config(config_class, file, prog)
     about = inspect.getdoc(config_class) or ""
     about += "\n\nAny of these may also stand in a YAML file: --config FILE."
-    markers = (PositionalMetavarFromFieldName,)
-    config = _tyro(_presented(config_class, values), args, prog, about, markers)
-    config.__class__ = config_class  # not the throw-away subclass
+    markers = (PositionalMetavarFromFieldName, OmitArgPrefixes)
+    parsed = _tyro(_presented(config_class, values), args, prog, about, markers)
+    config: C = _flattened(config_class, parsed)
     if file is not None and isinstance(out := getattr(config, "out", None), Path):
         check_apart(out, [file])
     return config
 
 
-def _presented(config_class: type[C], values: dict[str, Any]) -> type[C]:
-    """A throw-away subclass for one parse: `values` as defaults, the common options listed last."""
+def group_of(hint: Any) -> Group | None:
+    """The group in the metadata of an annotated type; None without one."""
+    return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Group)), None)
+
+
+def _presented(config_class: type[Any], values: dict[str, Any]) -> type[Any]:
+    """A throw-away class for one parse, with `values` as defaults.
+
+    Fields of a group are in a dataclass of their own below it, which heads a box of the help text.
+    """
+    groups: dict[Group | None, list[str]] = {None: []}
     hints = get_type_hints(config_class, include_extras=True)
-    members = []
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    for field in dataclasses.fields(config_class):
+        groups.setdefault(group_of(hints[field.name]), []).append(field.name)
+    nested = []
+    for group in Group:
+        if names := groups.get(group):
+            part, box = _part(config_class, names, values), tyro.conf.arg(name=group.value)
+            nested.append((_member(group), Annotated[part, box]))
+    return _part(config_class, groups[None], values, nested)
+
+
+def _part(
+    config_class: type[Any],
+    names: Sequence[str],
+    values: dict[str, Any],
+    nested: Sequence[tuple[str, Any]] = (),
+) -> type[Any]:
+    """A dataclass of the fields `names` alone, with their help texts, and of the `nested` ones."""
+    hints = get_type_hints(config_class, include_extras=True)
+    members: list[Any] = []
+    for field in dataclasses.fields(config_class):
         default, factory = field.default, field.default_factory
         if field.name in values:
             default, factory = dataclasses.MISSING, partial(values.get, field.name)
+        elif field.name not in names:
+            default, factory = None, dataclasses.MISSING
         hint: Any = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=_default_hint)]
         copy: Any = dataclasses.field(default=default, default_factory=factory)
         members.append((field.name, hint, copy))
-    shown: Any = dataclasses.make_dataclass(
-        config_class.__name__, members, bases=(config_class,), kw_only=True
+    shown: Any = dataclasses.make_dataclass(  # its base has the docstrings, which are the help
+        config_class.__name__, [*members, *nested], bases=(config_class,), kw_only=True
     )
-    fields = shown.__dataclass_fields__  # its order is that of the help text
-    common = {field.name for field in dataclasses.fields(CommonConfig)}
-    shown.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda item: item[0] in common))
+    shown.__doc__ = ""
+    listed = {*names, *(name for name, _ in nested)}
+    fields = shown.__dataclass_fields__
+    shown.__dataclass_fields__ = {name: fields[name] for name in fields if name in listed}
     return shown
+
+
+def _member(group: Group) -> str:
+    return f"group_{group.name.lower()}"
+
+
+def _flattened(config_class: type[Any], parsed: Any) -> Any:
+    """The configuration whose fields lie in `parsed` and in its groups."""
+    parts = [parsed, *(getattr(parsed, _member(group), None) for group in Group)]
+    found = {
+        f.name: getattr(part, f.name) for part in parts if part for f in dataclasses.fields(part)
+    }
+    return config_class(**{f.name: found[f.name] for f in dataclasses.fields(config_class)})
 
 
 def _default_hint(default: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
+from fastprune.config import Group
 from fastprune.data.builtin import EVALUATION_TEXT, PYDOCS
 from fastprune.data.records import source_names
 from fastprune.errors import InputError
@@ -23,7 +24,10 @@ Effort = Literal["auto", "fast", "balanced", "thorough"]
 class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
     """Make a model smaller and bring it back: prune, recover, merge, measure, in one command.
 
-    Killed or interrupted at any moment, the same command goes on where it was.
+    Killed or interrupted at any moment, the same command goes on where it was. For example:
+        fastprune compress smollm2-135m --out small --ratio 0.2
+        fastprune compress MODEL --out small --ratio 0.3 --minutes 30
+        fastprune compress MODEL --out small --ratio 0.2 --tasks arc_easy,piqa
     """
 
     model: Positional[str] = ""
@@ -44,9 +48,9 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
     """how the pruned model is recovered: recover, another recipe of finetune, or a recipe file"""
     eval: str = EVALUATION_TEXT
     """text whose perplexity is measured of the dense, the pruned and the recovered model"""
-    eval_also: str = PYDOCS
+    eval_also: Annotated[str, Group.EVALUATION] = PYDOCS
     """a second text, of another kind, measured in half as many windows; none leaves it out"""
-    speed: bool = True
+    speed: Annotated[bool, Group.EVALUATION] = True
     """measure how fast the dense and the small model read and write"""
 
     def check(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,15 @@ from fastprune.compression.config import CompressConfig
 from fastprune.compression.schedule import UNIT_TOKENS
 from fastprune.data.text import load_documents
 from fastprune.inspect.generate import generate
+from fastprune.inspect.memory import forget_peak, peak_memory_bytes
 from fastprune.inspect.perplexity import (
     SEQ_LEN,
     evaluate,
-    peak_memory_bytes,
     sound,
     text_windows,
     window_length,
 )
-from fastprune.inspect.speed import measure_speeds
+from fastprune.inspect.speed import SHORT, measure_speeds
 from fastprune.inspect.tasks import evaluate_tasks
 from fastprune.models.families import block_parameters
 from fastprune.models.vocabulary import check_largest
@@ -40,7 +39,6 @@ PROMPTS = (
 SAMPLE_TOKENS = 24
 GLIMPSE = 256
 """Tokens from which the pace is guessed before anything is measured."""
-CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 def figures(model: nn.Module, tokenizer: Any, config: CompressConfig) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def figures(model: nn.Module, tokenizer: Any, config: CompressConfig) -> dict[st
     within 0.1 % of fp32.
     """
     device = next(model.parameters()).device
-    _forget_peak()
+    forget_peak(device)
     texts = []
     for name, count in config.texts():
         seq_len = window_length(model, "--eval-seq-len", config.eval_seq_len, SEQ_LEN)
@@ -102,16 +100,10 @@ def answers(model: nn.Module, tokenizer: Any) -> list[dict[str, str]]:
 
 def speeds(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
     """Prompt and decoding speed of both, measured in turns, JSON-ready."""
-    found = measure_speeds({"dense": dense, "small": small})
+    found = measure_speeds({"dense": dense, "small": small}, SHORT)
     return {name: speed.to_dict() for name, speed in found.items()}
 
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of the weight files in `folder`."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _forget_peak() -> None:
-    """Let the process's peak memory be that from now on, where Linux can."""
-    with suppress(OSError):
-        CLEAR_PEAK.write_text("5")

@@ -25,6 +25,7 @@ from fastprune.config import resolve_device
 from fastprune.data.records import source_files, source_names
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
+from fastprune.inspect.speed import SHORT
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import family_of
 from fastprune.models.load import load_model
@@ -212,7 +213,7 @@ class CompressRun:
                 found["speed"] = speeds(self._load(config.model)[0], model)
             return found
 
-        asked = {"tasks": list(config.tasks), "speed": config.speed}
+        asked = {"tasks": list(config.tasks), "speed": repr(SHORT) if config.speed else None}
         return self.steps.do("small", asked, work)
 
     def record(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
-from fastprune.config import CommonConfig
+from fastprune.config import CommonConfig, Group
 from fastprune.errors import InputError
 from fastprune.export.formats import FORMATS, Format, find
 
@@ -37,14 +38,14 @@ class ExportConfig(CommonConfig):
     them"""
     overwrite: bool = False
     """replace what an earlier run left in --out"""
-    read_back: bool = True
+    read_back: Annotated[bool, Group.FILES] = True
     """read the result from its files again and compare it before it counts as written"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
-    allow_pickle: bool = False
+    allow_pickle: Annotated[bool, Group.FILES] = False
     """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Group.FILES] = False
     """run the Python code in the model's folder, where transformers has none for its type"""
 
     def formats(self) -> dict[str, Format]:

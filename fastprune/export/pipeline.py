@@ -16,7 +16,7 @@ from fastprune.errors import InputError
 from fastprune.export.config import ExportConfig
 from fastprune.export.formats import Format, size_of
 from fastprune.inspect.generate import take_wording
-from fastprune.inspect.perplexity import peak_memory_bytes
+from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.record import Origin
 from fastprune.models.adapter import CONFIG_FILE, fold, read_fingerprint
 from fastprune.models.checks import layer_parameters

@@ -21,6 +21,9 @@ from fastprune.report import format
 
 UNCHANGED = 1e-3
 """Relative change of a perplexity that says nothing: another order of the same sums, rounding."""
+EXPLODED = 10.0
+"""Times the perplexity before at which a text that was not what the model was taught counts as
+harm: a model that answers writes plain text less well, one that is broken far worse."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,21 @@ class Trained:
     """share of the dense model's block parameters that is gone"""
     dense: str | None
     """name of the dense model where it is known"""
+    answers: bool = False
+    """whether answers were taught: the text of the perplexities is not what it was to learn"""
+    validation: tuple[float, float] | None = None
+    """loss on the answers that were held out, before and after, where there are some"""
 
     @property
     def worse(self) -> bool:
         """Whether the training has done harm; a perplexity that is not a number counts as that."""
-        return risen(self.before, self.after)
+        exploded = risen(self.before, self.after, EXPLODED if self.answers else 1.0)
+        return exploded or self.unlearnt
+
+    @property
+    def unlearnt(self) -> bool:
+        """Whether the held-out loss has risen."""
+        return self.validation is not None and risen(*self.validation)
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def of_training(trained: Trained, training: Training) -> Conclusion:
     judgement = judge(trained.after, trained.figures.dense, trained.removed)
     what = judged(trained.after, judgement)
     if trained.worse:
-        what = f"worse than before the training: {_change(trained)}; {what}"
+        what = f"worse than before the training: {change(trained)}; {what}"
     bad = trained.worse or judgement.band == "broken"
     return Conclusion(
         judgement.band, what, bad, (_after_training(trained, training, judgement.band),)
@@ -111,7 +124,11 @@ def before_training(trained: Trained, vocabulary: int) -> str | None:
     return worse_than_guessing(figure, vocabulary)
 
 
-def _change(trained: Trained) -> str:
+def change(trained: Trained) -> str:
+    """The figure that the training is judged by, before and after."""
+    if trained.validation is not None and trained.unlearnt:
+        before, after = trained.validation
+        return f"validation loss {before:.4g} → {after:.4g}"
     figures = f"{format.perplexity(trained.before)} → {format.perplexity(trained.after)}"
     return f"perplexity {figures} ({format.factor(trained.before, trained.after)})"
 

@@ -13,13 +13,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from tyro.conf import Positional
 
-from fastprune.config import CommonConfig
+from fastprune.config import CommonConfig, Group
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import Document, load_documents, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
@@ -34,11 +34,11 @@ from fastprune.inspect.health import (
     stored_weights,
     unsound,
 )
+from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import (
     SEQ_LEN,
     Perplexity,
     evaluate,
-    peak_memory_bytes,
     sound,
     text_windows,
     window_length,
@@ -68,7 +68,10 @@ log = logging.getLogger("fastprune")
 class DiagnoseConfig(CommonConfig):
     """Look for broken weights and wrong sizes, and for what pruning cost.
 
-    The exit status is 4 when the model is not healthy.
+    The exit status is 4 when the model is not healthy. For example:
+        fastprune diagnose small
+        fastprune diagnose small --dense MODEL
+        fastprune diagnose small --no-forward
     """
 
     model: Positional[str]
@@ -81,17 +84,17 @@ class DiagnoseConfig(CommonConfig):
     dense: str | None = None
     """the model before pruning, to compare with layer by layer; on builtin:wikitext2 where no
     --text is given"""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, Group.EVALUATION] = None
     """tokens per window of the text, at most the model's maximum positions (default: 1024, or that
     maximum)"""
-    windows: int = 16
+    windows: Annotated[int, Group.EVALUATION] = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
-    allow_pickle: bool = False
+    allow_pickle: Annotated[bool, Group.FILES] = False
     """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Group.FILES] = False
     """run the Python code in the model's folder, where transformers has none for its type"""
 
     def check(self) -> None:

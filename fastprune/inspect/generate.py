@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 from tyro.conf import Positional
 
-from fastprune.config import CommonConfig
+from fastprune.config import CommonConfig, Group
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import end_of_turn, has_template
 from fastprune.errors import InputError, NumericalError
@@ -56,21 +56,27 @@ class SamplingConfig(CommonConfig):
     """0 takes the likeliest token each time; higher draws more freely"""
     adapter: Path | None = None
     """folder with a LoRA adapter, put onto the model without being merged"""
-    quantize: Literal[8, 4] | None = None
+    quantize: Annotated[Literal[8, 4] | None, Group.FILES] = None
     """hold the weights of the layers in 8 or 4 bits: less memory, somewhat worse answers; needs
     fastprune[quantize]"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
-    allow_pickle: bool = False
+    allow_pickle: Annotated[bool, Group.FILES] = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Group.FILES] = False
     """run the Python code in the model's folder, where transformers has none for its type"""
 
 
 @dataclass(kw_only=True)
 class GenerateConfig(SamplingConfig):
-    """Continue a prompt."""
+    """Continue a prompt.
+
+    For example:
+        fastprune generate small --prompt "The capital of France is"
+        fastprune generate small --prompt "Name three fruits." --chat
+        fastprune generate small --prompt prompts.txt --temperature 0.7
+    """
 
     prompt: str
     """text to continue; a .txt file holds one prompt a line"""
@@ -81,7 +87,12 @@ class GenerateConfig(SamplingConfig):
 
 @dataclass(kw_only=True)
 class ChatConfig(SamplingConfig):
-    """Talk to a model. /clear forgets what was said, /exit or Ctrl-D ends."""
+    """Talk to a model. /clear forgets what was said, /exit or Ctrl-D ends.
+
+    For example:
+        fastprune chat small
+        fastprune chat small --system "Answer in one sentence."
+    """
 
     system: str | None = None
     """system message"""

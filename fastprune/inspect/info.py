@@ -12,7 +12,12 @@ from fastprune.report.run import versions
 
 @dataclass(kw_only=True)
 class InfoConfig(CommonConfig):
-    """Show versions, compiled kernels, why CUDA is on or off, CPU level and threads."""
+    """Show versions, compiled kernels, why CUDA is on or off, CPU level and threads.
+
+    For example:
+        fastprune info
+        fastprune info --json info.json
+    """
 
 
 def run_info(config: InfoConfig) -> dict[str, Any]:

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tyro.conf import Positional
 
 from fastprune import distributed
-from fastprune.config import CommonConfig
+from fastprune.config import CommonConfig, Group
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import Document, eval_windows, load_documents, token_stream
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
+from fastprune.inspect.memory import forget_peak, peak_memory_bytes
+from fastprune.inspect.speed import FULL, Speed, measure_speeds
 from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
@@ -80,35 +80,56 @@ class Evaluation(Perplexity):
     text: str = ""
     params: dict[str, int] = field(default_factory=dict)
     """of the model: in `total`, and in its layers (`block`)"""
+    speed: dict[str, Speed] = field(default_factory=dict)
+    """of the `model` and, where one was named, of the `dense` one, measured in turns"""
 
 
 @dataclass(kw_only=True)
 class EvalConfig(TaskOptions, CommonConfig):
-    """Measure perplexity, tasks, speed and memory of a model."""
+    """Measure perplexity, tasks, speed and memory of a model.
+
+    For example:
+        fastprune eval small
+        fastprune eval small --text mine.txt --tasks arc_easy,piqa
+        fastprune eval small --speed --dense MODEL
+    """
 
     model: Positional[str]
     """Hugging Face directory, hub id, .gguf file, .pt of a GPT-2, or smollm2-135m"""
     text: str = EVALUATION_TEXT
     """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:wikitext2, :c4 or
     :pydocs; several, joined by commas, are read one after the other"""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, Group.EVALUATION] = None
     """tokens per window, at most the model's maximum positions (default: 1024, or that maximum)"""
-    windows: int = 16
+    windows: Annotated[int, Group.EVALUATION] = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, Group.EVALUATION] = None
     """windows, or requests of a task, per forward pass (default: about 2048 tokens, 8 requests)"""
+    speed: bool = False
+    """also measure how fast prompts of 128, 512 and 2048 tokens are read, and how fast 1, 8 and 32
+    sequences at once are decoded"""
+    dense: str | None = None
+    """for --speed: measure this model too, the two of them in turns"""
     adapter: Path | None = None
     """folder with a LoRA adapter, evaluated on the model without being merged"""
-    quantize: Literal[8, 4] | None = None
+    quantize: Annotated[Literal[8, 4] | None, Group.FILES] = None
     """hold the weights of the layers in 8 or 4 bits: less memory, somewhat worse answers; needs
     fastprune[quantize]"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
-    allow_pickle: bool = False
+    allow_pickle: Annotated[bool, Group.FILES] = False
     """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Group.FILES] = False
     """run the Python code in the model's folder, where transformers has none for its type"""
+
+    def check(self) -> None:
+        """InputError when a value is out of range, or what --tasks needs is not installed."""
+        self.check_tasks()
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
+        if self.dense is not None and not self.speed:
+            raise InputError("--dense is the model that --speed compares with: give both")
 
 
 def run_eval(config: EvalConfig) -> Evaluation:
@@ -116,19 +137,9 @@ def run_eval(config: EvalConfig) -> Evaluation:
 
     Raises InputError, and NumericalError when the loss is not a number.
     """
-    config.check_tasks()
-    if config.batch_size is not None and config.batch_size < 1:
-        raise InputError(f"the batch size must be at least 1, got {config.batch_size}")
+    config.check()
     documents = load_documents(config.text)
-    model, tokenizer = load_model(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        allow_pickle=config.allow_pickle,
-        trust_remote_code=config.trust_remote_code,
-        adapter=config.adapter,
-        tokenizer=config.tokenizer,
-    )
+    model, tokenizer = _load(config, config.model, config.adapter, config.tokenizer)
     params = {
         "total": sum(p.numel() for p in model.parameters()),
         "block": layer_parameters(model),
@@ -138,6 +149,7 @@ def run_eval(config: EvalConfig) -> Evaluation:
     seq_len = window_length(model, "--seq-len", config.seq_len, SEQ_LEN)
     windows = text_windows(tokenizer, documents, seq_len, config.windows)
     check_largest(model, tokenizer, int(windows.max()), config.text)
+    speed = _speeds(config, model) if config.speed else {}
     result = evaluate(model, windows, batch_size=config.batch_size)
     sound(result, model, f"the loss of {config.model}")
     tasks = {}
@@ -146,8 +158,37 @@ def run_eval(config: EvalConfig) -> Evaluation:
             model, tokenizer, config, seed=config.seed, batch_size=config.batch_size
         )
     return Evaluation(
-        **asdict(result), tasks=tasks, model=config.model, text=config.text, params=params
+        **asdict(result),
+        tasks=tasks,
+        model=config.model,
+        text=config.text,
+        params=params,
+        speed=speed,
     )
+
+
+def _load(
+    config: EvalConfig, source: str, adapter: Path | None = None, tokenizer: str | None = None
+) -> tuple[nn.Module, Any]:
+    return load_model(
+        source,
+        dtype=config.dtype,
+        device=config.device,
+        allow_pickle=config.allow_pickle,
+        trust_remote_code=config.trust_remote_code,
+        adapter=adapter,
+        tokenizer=tokenizer,
+    )
+
+
+def _speeds(config: EvalConfig, model: nn.Module) -> dict[str, Speed]:
+    """The speed of `model` beside that of the dense one, if any."""
+    models = {"model": model.get_base_model() if hasattr(model, "get_base_model") else model}
+    if config.dense is not None:
+        models = {"dense": _load(config, config.dense)[0], **models}
+    found = measure_speeds(models, FULL)
+    forget_peak(next(model.parameters()).device)  # that of the evaluation is without the dense one
+    return found
 
 
 def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:
@@ -316,19 +357,6 @@ def scored_chunks(
     positions = row * seq_len + column
     for rows, chosen in zip(positions.split(size), targets.split(size), strict=True):
         yield states[rows], chosen, rows
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Highest memory use so far: of the CUDA device's allocator, or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        # VmHWM is this program's own; ru_maxrss also counts the process that started it.
-        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # KiB elsewhere
 
 
 def _exp(mean: float) -> float:

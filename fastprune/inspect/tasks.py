@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import yaml
 from torch import nn
 
+from fastprune.config import Group
 from fastprune.data.records import read_file
 from fastprune.errors import InputError
 from fastprune.models.quiet import quiet_libraries
@@ -45,12 +46,12 @@ class TaskOptions:
     tasks: tuple[str, ...] = ()
     """also evaluate these tasks of lm-evaluation-harness (pip install 'fastprune[eval]'), for
     example arc_easy,piqa, or task files of your own (FILE.yaml)"""
-    tasks_data: Path | None = None
+    tasks_data: Annotated[Path | None, Group.TASKS] = None
     """folder with arc_easy.jsonl, piqa.jsonl, lambada.jsonl: these tasks read their items there
     instead of from the hub"""
-    task_limit: int | None = None
+    task_limit: Annotated[int | None, Group.TASKS] = None
     """evaluate only the first so many items of each task"""
-    task_fewshot: int | None = None
+    task_fewshot: Annotated[int | None, Group.TASKS] = None
     """solved examples before each item (default: what the task says, mostly none)"""
 
     def check_tasks(self) -> None:

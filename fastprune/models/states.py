@@ -12,7 +12,7 @@ import json
 import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,18 +249,18 @@ def resized(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.Module:
 
     Other pruners write such files, with the config of the model before. Raises InputError.
     """
-    try:
-        model = rebuild(config.to_dict(), state)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    log.warning(RESIZED, path)
-    return model
+    return _by_weights(path, rebuild, config, state)
 
 
 def resized_config(path: Path, config: Any, shapes: Mapping[str, Any]) -> Any:
     """The config of the model that `resized` gives; `shapes` are tensors or the like of them."""
+    return _by_weights(path, sized_config, config, shapes)
+
+
+def _by_weights(path: Path, make: Callable[..., Any], config: Any, weights: Any) -> Any:
+    """What `make` makes of the config and the sizes of `weights`, with a warning that it did."""
     try:
-        result = sized_config(config.to_dict(), shapes)
+        result = make(config.to_dict(), weights)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     log.warning(RESIZED, path)

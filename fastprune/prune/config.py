@@ -6,22 +6,41 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from fastprune.config import CommonConfig
+from fastprune.config import CommonConfig, Group
 from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
 from fastprune.data.records import SELF, source_names
 from fastprune.errors import InputError
 
 ALL = "all"
 """As `--layers`: every layer."""
+Importance = Literal[
+    "taylor-first",
+    "taylor-second",
+    "taylor-mix",
+    "taylor-vector",
+    "magnitude-l1",
+    "magnitude-l2",
+    "activation",
+    "activation-maw",
+    "obs",
+    "random",
+]
+Allocation = Literal["auto", "uniform", "inverse", "proportional", "global", "search"]
 
 
 @dataclass(kw_only=True)
 class PruneConfig(CommonConfig):
-    """Remove KV groups, MLP channels or sublayers of a model, and measure the perplexity."""
+    """Remove KV groups, MLP channels or sublayers of a model, and measure the perplexity.
+
+    For example:
+        fastprune prune smollm2-135m --out small --ratio 0.2
+        fastprune prune MODEL --out small --target-bytes 1.5GiB --effort thorough
+        fastprune prune MODEL --ratio 0.3 --dry-run
+    """
 
     model: Positional[str] = ""
     """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
@@ -31,104 +50,93 @@ class PruneConfig(CommonConfig):
     """replace what an earlier run left in --out"""
     ratio: float | None = None
     """fraction of the block parameters to remove"""
-    ratio_of: Literal["block", "structures"] = "block"
+    ratio_of: Annotated[Literal["block", "structures"], Group.SIZE] = "block"
     """what --ratio is a fraction of: all block parameters, or those of the --structures in the
     --layers, as when 0.2 shall mean a fifth of the attention"""
-    target_params: int | None = None
+    target_params: Annotated[int | None, Group.SIZE] = None
     """total parameters of the result, instead of --ratio"""
-    target_bytes: str | None = None
+    target_bytes: Annotated[str | None, Group.SIZE] = None
     """size of the result's weight files at most, instead of --ratio: for example 200MB or 1.5GiB"""
-    target_latency: float | None = None
+    target_latency: Annotated[float | None, Group.SIZE] = None
     """milliseconds a token at most when the result decodes at batch 1 here, instead of --ratio"""
-    latency_context: int = 128
+    latency_context: Annotated[int, Group.SIZE] = 128
     """tokens before the one whose decoding is timed for --target-latency"""
-    iterations: int = 1
+    iterations: Annotated[int, Group.SIZE] = 1
     """reach the budget in this many equal steps, scoring anew after each"""
     effort: Literal["fast", "balanced", "thorough"] = "balanced"
     """time against quality: chooses what is not said of structures, allocation, layers, limits,
     calibration and alignment, by the ratio and the model"""
-    structures: tuple[Literal["attention", "mlp", "sublayer"], ...] = ()
+    structures: Annotated[tuple[Literal["attention", "mlp", "sublayer"], ...], Group.SELECTION] = ()
     """what may be removed: KV groups, channels, whole attentions and MLPs (default: by --effort,
     channels as long as they suffice)"""
-    importance: Literal[
-        "taylor-first",
-        "taylor-second",
-        "taylor-mix",
-        "taylor-vector",
-        "magnitude-l1",
-        "magnitude-l2",
-        "activation",
-        "activation-maw",
-        "obs",
-        "random",
-    ] = "activation-maw"
+    importance: Annotated[Importance, Group.SELECTION] = "activation-maw"
     """criterion that ranks the units of a layer"""
-    allocation: Literal["auto", "uniform", "inverse", "proportional", "global", "search"] = "auto"
+    allocation: Annotated[Allocation, Group.SELECTION] = "auto"
     """how the ratio is spread over the layers (auto: by --effort)"""
-    exchange_rounds: int | None = None
+    exchange_rounds: Annotated[int | None, Group.SELECTION] = None
     """rounds after the search in which layers trade units while the whole model's divergence
     falls; 0 for none (default: by --effort)"""
-    layer_importance: str = "removal"
+    layer_importance: Annotated[str, Group.SELECTION] = "removal"
     """sensitivity for inverse and proportional: removal, activation (how much a layer changes its
     input), or a layer_importance.json"""
-    alpha: float | None = None
+    alpha: Annotated[float | None, Group.SELECTION] = None
     """exponent of the sensitivity; for global, how much of the difference between layers counts:
     from 0 (none: all layers alike) to 1 (all of it) (default: 1, or by --effort)"""
-    min_layer_ratio: float = 0.0
+    min_layer_ratio: Annotated[float, Group.SELECTION] = 0.0
     """least share of a layer's KV groups and channels, by parameters, to remove"""
-    max_layer_ratio: float | None = None
+    max_layer_ratio: Annotated[float | None, Group.SELECTION] = None
     """largest share of a layer's KV groups and channels, by parameters, to remove unit by unit
     (default: by --effort, at most 0.9)"""
-    layers: str | None = None
+    layers: Annotated[str | None, Group.SELECTION] = None
     """only layers A to B-1, written A:B; the others stay whole; all for every layer (default: by
     --effort)"""
-    compensate: Literal["none", "least-squares"] = "least-squares"
+    compensate: Annotated[Literal["none", "least-squares"], Group.SELECTION] = "least-squares"
     """refit what is kept to the outputs of what is removed"""
-    layout: Literal["per-layer", "uniform", "deci"] = "per-layer"
+    layout: Annotated[Literal["per-layer", "uniform", "deci"], Group.SIZE] = "per-layer"
     """uniform: every layer the same size, so that any engine loads the result; deci: heads stay and
     channels go, or whole sublayers, as the engines that read DeciLM (nemotron-nas) ask for"""
-    align: int | None = None
+    align: Annotated[int | None, Group.SIZE] = None
     """keep channels in multiples of this number (default: 32 where the model's own widths are
     multiples of it and large, else 1; with --layout deci 256)"""
     calib: str = TRAINING_TEXT
     """calibration text, or self for text that the model writes before it is pruned; several, joined
     by commas, give an equal share of the windows each"""
-    calib_samples: int | None = None
+    calib_samples: Annotated[int | None, Group.CALIBRATION] = None
     """calibration windows (default: by --effort, 128 or 512)"""
-    calib_seq_len: int | None = None
+    calib_seq_len: Annotated[int | None, Group.CALIBRATION] = None
     """tokens of a calibration window, at most the model's maximum positions (default: 256, or that
     maximum)"""
-    sensitivity_samples: int = 16
+    sensitivity_samples: Annotated[int, Group.CALIBRATION] = 16
     """calibration windows used for layer sensitivity"""
-    search_samples: int = 128
+    search_samples: Annotated[int, Group.CALIBRATION] = 128
     """calibration windows that search measures and refits by; --importance and the refit that stays
     use all"""
     eval: str = EVALUATION_TEXT
     """evaluation text; several, joined by commas, are read one after the other"""
-    eval_seq_len: int | None = None
+    eval_seq_len: Annotated[int | None, Group.EVALUATION] = None
     """tokens of an evaluation window, at most the model's maximum positions (default: 1024, or that
     maximum)"""
-    eval_windows: int = 16
+    eval_windows: Annotated[int, Group.EVALUATION] = 16
     """evaluation windows, from the start of the text"""
-    gate_ppl_ratio: float | None = None
+    gate_ppl_ratio: Annotated[float | None, Group.EVALUATION] = None
     """stop without writing when perplexity grows by more than this factor"""
-    keep_worse: bool = False
+    keep_worse: Annotated[bool, Group.EVALUATION] = False
     """write the result even where its perplexity is beyond any use (100 times the dense one)"""
-    plan: Path | None = None
+    plan: Annotated[Path | None, Group.PLAN] = None
     """apply this plan instead of making one"""
-    dry_run: bool = False
+    dry_run: Annotated[bool, Group.PLAN] = False
     """make the plan, say what the run would cost, and stop; MODEL may be a folder with nothing but
     a config.json"""
-    ranks: int = 1
+    ranks: Annotated[int, Group.PLAN] = 1
     """processes (torchrun) for which --dry-run computes costs"""
-    read_back: bool = True
+    read_back: Annotated[bool, Group.FILES] = True
     """load the result from its files and compare its logits before it counts as written"""
-    stream: bool = False
+    stream: Annotated[bool, Group.MACHINE] = False
     """for a model larger than memory: keep its weights on disk, one layer at a time in memory"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
-    allow_pickle: bool = False
+    allow_pickle: Annotated[bool, Group.FILES] = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
 
     def check(self) -> None:

@@ -8,9 +8,10 @@ those of the model as it stands, computed once. `search` chooses among the curve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,13 +129,9 @@ def measure_curves(
             for removed in t.levels
             if known.get(index, t.kind, removed) is None
         ]
-        values = [0.0] * len(levels)
-        for n in distributed.share(range(len(levels))):  # a level is measured by one process
-            t, removed = levels[n]
-            dense = thinned.dense if thinned else None
-            with _changed(t, removed, moments.get(t.linear) if t.order else None, dense):
-                values[n] = divergence(index)
-        for (t, removed), value in zip(levels, distributed.sums(values), strict=True):
+        dense = thinned.dense if thinned else None
+        values = _measured(levels, moments, dense, partial(divergence, index))
+        for (t, removed), value in zip(levels, values, strict=True):
             known.put(index, t.kind, removed, value)
         for t in thinnings:
             points = {t.now: 0.0}
@@ -144,6 +141,21 @@ def measure_curves(
         for states in (kl, fit):
             advance(blocks, index, states)
     return curves
+
+
+def _measured(
+    levels: Sequence[tuple[_Thinning, int]],
+    moments: Mapping[nn.Linear, tuple[Moments, Moments]],
+    dense: DenseOutputs | None,
+    divergence: Callable[[], float],
+) -> list[float]:
+    """The ``divergence`` at each of ``levels``; each is measured by one process."""
+    values = [0.0] * len(levels)
+    for n in distributed.share(range(len(levels))):
+        t, removed = levels[n]
+        with _changed(t, removed, moments.get(t.linear) if t.order else None, dense):
+            values[n] = divergence()
+    return distributed.sums(values)
 
 
 def _suffix(blocks: Blocks, start: int, hidden: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Decode latency: what each sublayer costs at each width, measured by running it here.
 
-One token at a time at batch 1, with a key-value cache. A stack of equal decoder layers runs with
-all its heads and channels, and with fewer; the differences, per layer, make the table. Every step
-of a stack is timed beside a step of the full one and only the ratio of the two is used, so a
-machine that changes its speed from minute to minute disturbs little. Stacks are large enough not
-to stay in a cache between two steps, as the model's own weights do not.
+One token at a time at batch 1, as `fastprune eval --speed` decodes. A stack of equal decoder layers
+runs with all its heads and channels, and with fewer; the differences, per layer, make the table.
+Every step of a stack is timed beside a step of the full one and only the ratio of the two is used,
+so a machine that changes its speed from minute to minute disturbs little. Stacks are large enough
+not to stay in a cache between two steps, as the model's own weights do not.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastprune.inspect.speed import WARM_UP, Decoding
+from fastprune.inspect.speed import WARM_UP, Decoding, fitting
 from fastprune.models.families import Geometry, decoder_layers, geometries
 from fastprune.models.modeling import per_layer_config
+from fastprune.models.quiet import quiet_libraries
 from fastprune.models.streamed import skeleton
 from fastprune.progress import track
 from fastprune.prune.sizes import Removal
@@ -80,7 +81,7 @@ def measure(model: nn.Module, context: int) -> CostTable:
     layers = decoder_layers(model)
     bytes_of_layer = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
     count = min(len(sizes), math.ceil(COLD_BYTES / max(bytes_of_layer, 1)))
-    context = _fitting(model, context)
+    context = fitting(model, context, WARM_UP + ROUNDS)
     reference = decoder_stack(model, full, count)
     reference_times: list[float] = []
 
@@ -128,28 +129,28 @@ def decoder_stack(model: nn.Module, size: Geometry, count: int) -> nn.Module:
         config.layer_types = config.layer_types[:count]
     config.vocab_size, config.pad_token_id = 8, None  # embeddings play no part
     config = per_layer_config(config, [size] * count)
-    decoder = skeleton(config, weight.dtype).model
+    return with_equal_weights(skeleton(config, weight.dtype), weight.device).model
+
+
+def with_equal_weights(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model``, which is on the meta device, on ``device``; every weight the same small number."""
     state = {
-        name: torch.full(p.shape, 1e-2, dtype=weight.dtype, device=weight.device)
-        for name, p in decoder.named_parameters()
+        name: torch.full(p.shape, 1e-2, dtype=p.dtype, device=device)
+        for name, p in model.named_parameters(remove_duplicate=False)
     }
-    decoder.load_state_dict(state, assign=True)
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(weight.device)
-    return decoder
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    rotary = model.model.rotary_emb
+    with quiet_libraries():
+        model.model.rotary_emb = type(rotary)(config=rotary.config).to(device)
+    return model
 
 
 def _beside(module: nn.Module, reference: nn.Module, context: int) -> tuple[float, list[float]]:
     """Median ratio of the step times of the two, and those of the reference in milliseconds."""
-    one, other = Decoding(module, context), Decoding(reference, context)
+    one, other = (Decoding(m, context, steps=ROUNDS) for m in (module, reference))
     pairs = [(one.step(), other.step()) for _ in range(ROUNDS)]
     return statistics.median(a / b for a, b in pairs), [b for _, b in pairs]
-
-
-def _fitting(model: nn.Module, context: int) -> int:
-    """``context``, or less where the model has no positions for it and the steps."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    steps = WARM_UP + ROUNDS
-    return context if most is None else max(1, min(context, most - steps))
 
 
 def _with_groups(size: Geometry, groups: int) -> Geometry:

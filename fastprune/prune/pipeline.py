@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.load import load_model
 from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import StreamedModel
-from fastprune.output import RECORDS, check_out, staged
+from fastprune.output import RECORDS, RUN_LOG, check_out, staged
 from fastprune.prune.config import PruneConfig
 from fastprune.prune.dryrun import lacks_weights, sizes_only
 from fastprune.prune.plan import Plan
@@ -26,7 +26,7 @@ from fastprune.prune.sensitivity import save_layer_importance
 from fastprune.prune.subject import Subject
 from fastprune.report.html import write_prune_report
 from fastprune.report.record import PruneRecord, write_record
-from fastprune.report.run import Clock, RunLog
+from fastprune.report.run import Clock, RunLog, lasting_log
 
 
 @dataclass
@@ -54,7 +54,8 @@ class PruneResult:
 def run_prune(config: PruneConfig) -> PruneResult:
     """Load, prune, evaluate, and save: the `prune` command.
 
-    Raises InputError, GateError or NumericalError; ``config.out`` is complete or untouched.
+    Raises InputError, GateError or NumericalError; ``config.out`` is complete or untouched, but for
+    the run's log, which stays there whatever the end, unless that is an InputError.
     """
     if not config.model:
         raise InputError("no MODEL given: name a directory, a hub id, a .gguf file or smollm2-135m")
@@ -67,7 +68,7 @@ def run_prune(config: PruneConfig) -> PruneResult:
     if lacks_weights(config):
         model, decided = sizes_only(config)
         return prune(model, None, config, clock=clock, planning=decided)
-    with distributed.joined(config.device), RunLog() as run_log:
+    with distributed.joined(config.device), _log(config) as run_log:
         with clock("load"):
             source = None
             if config.stream:
@@ -115,6 +116,13 @@ def write_result(
         _weigh(directory, result.record)
     result.record.seconds = clock.totals(STAGES)
     _record(directory / RECORDS, result, run_log)
+
+
+def _log(config: PruneConfig) -> AbstractContextManager[RunLog]:
+    """The log of the run, in its place from the first second on; in memory where there is none."""
+    if config.out is None or distributed.rank() > 0:
+        return RunLog()
+    return lasting_log(Path(config.out).absolute() / RECORDS / RUN_LOG)
 
 
 @contextmanager
@@ -180,4 +188,4 @@ def _weigh(directory: Path, record: PruneRecord) -> None:
 def _record(directory: Path, result: PruneResult, run_log: RunLog) -> None:
     write_record(directory, result.record)
     write_prune_report(directory / "report.html", result.metrics, result.plan.to_dict())
-    run_log.save(directory / "run.log")
+    run_log.save(directory / RUN_LOG)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.errors import InputError
-from fastprune.inspect.perplexity import Perplexity, peak_memory_bytes
+from fastprune.inspect.memory import peak_memory_bytes
+from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.record import Origin
 from fastprune.models.decilm import obstacle
 from fastprune.models.families import Geometry, block_parameters, family_of, geometries

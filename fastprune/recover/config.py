@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from fastprune.config import CommonConfig
+from fastprune.config import CommonConfig, Group
 from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
 from fastprune.data.records import source_names
 from fastprune.errors import InputError
@@ -30,7 +30,13 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 @dataclass(kw_only=True)
 class FinetuneConfig(CommonConfig):
-    """Recover the quality of a pruned model, or teach any model, by finetuning."""
+    """Recover the quality of a pruned model, or teach any model, by finetuning.
+
+    For example:
+        fastprune finetune small --out recovered --recipe recover --minutes 20
+        fastprune finetune small --out taught --data answers.jsonl --recipe instruct
+        fastprune finetune small --out recovered --teacher MODEL --max-steps 500
+    """
 
     model: Positional[str] = ""
     """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
@@ -47,153 +53,153 @@ class FinetuneConfig(CommonConfig):
 
     method: Method | None = None
     """full trains the weights themselves (default), lora small matrices beside them"""
-    freeze: str | None = None
+    freeze: Annotated[str | None, Group.TRAINING] = None
     """what stays as it is: most (all but the last 5 layers), last:N (all but the last N layers),
     half (the first half), ends (the outer quarters), attention, mlp; each freezes the embeddings
     and the head too (default: none)"""
     lr: float | None = None
     """learning rate (default: 2e-5)"""
-    find_lr: bool = False
+    find_lr: Annotated[bool, Group.TRAINING] = False
     """choose the learning rate by a short range test on the model itself"""
-    layer_lr_decay: float | None = None
+    layer_lr_decay: Annotated[float | None, Group.TRAINING] = None
     """each layer learns at this fraction of the rate of the one after it (default: 1)"""
-    layer_lrs: tuple[float, ...] = ()
+    layer_lrs: Annotated[tuple[float, ...], Group.TRAINING] = ()
     """learning rates of equal parts of the depth, first layers first; instead of --lr"""
-    schedule: Schedule | None = None
+    schedule: Annotated[Schedule | None, Group.TRAINING] = None
     """how the learning rate goes down after the warm-up (default: cosine)"""
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int | None, Group.TRAINING] = None
     """steps until the learning rate is reached"""
-    warmup_ratio: float | None = None
+    warmup_ratio: Annotated[float | None, Group.TRAINING] = None
     """the same as a share of all steps (default: 0.05)"""
-    div_factor: float | None = None
+    div_factor: Annotated[float | None, Group.TRAINING] = None
     """one-cycle starts at the learning rate divided by this (default: 25)"""
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, Group.TRAINING] = None
     """decoupled weight decay; never on norms and biases (default: 0)"""
-    max_grad_norm: float | None = None
+    max_grad_norm: Annotated[float | None, Group.TRAINING] = None
     """clip the norm of the gradients; 0 does not (default: 1)"""
     epochs: float | None = None
     """passes over the data (default: 1)"""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, Group.TRAINING] = None
     """stop after so many optimizer steps, whatever --epochs says"""
     minutes: float | None = None
     """train a stage for about so long: as many steps as there is time for, decided before the first
     one, so that a continued run ends alike"""
-    samples: int | None = None
+    samples: Annotated[int | None, Group.DATA] = None
     """use at most so many training samples (windows of text, or records)"""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, Group.DATA] = None
     """tokens of a training window, at most the model's maximum positions (default: 512, or that
     maximum)"""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, Group.TRAINING] = None
     """samples per forward pass and device (default: 4)"""
-    grad_accum: int | None = None
+    grad_accum: Annotated[int | None, Group.TRAINING] = None
     """forward passes per optimizer step (default: 4)"""
-    precision: Precision | None = None
+    precision: Annotated[Precision | None, Group.TRAINING] = None
     """fp32: everything in fp32, half-precision weights are brought to fp32 and rounded when they
     are saved. bf16, fp16: matrix products in half precision; fp32 weights stay fp32, half-precision
     weights keep what --optimizer-master says; fp16 with a dynamic loss scale. auto: bf16 where the
     device multiplies bf16 much faster, else fp32 (default: auto)"""
-    stop_loss: float | None = None
+    stop_loss: Annotated[float | None, Group.TRAINING] = None
     """stop a stage when the mean training loss falls below this"""
 
-    lora_r: int | None = None
+    lora_r: Annotated[int | None, Group.LORA] = None
     """rank of the LoRA matrices (default: 8)"""
-    lora_alpha: float | None = None
+    lora_alpha: Annotated[float | None, Group.LORA] = None
     """LoRA scale, divided by the rank (default: 16)"""
-    lora_dropout: float | None = None
+    lora_dropout: Annotated[float | None, Group.LORA] = None
     """dropout before the LoRA matrices (default: 0.05)"""
-    lora_target_modules: tuple[str, ...] = ()
+    lora_target_modules: Annotated[tuple[str, ...], Group.LORA] = ()
     """projections that get LoRA matrices (default: q, k, v, o, gate, up and down)"""
 
-    teacher: str | None = None
+    teacher: Annotated[str | None, Group.TEACHER] = None
     """learn from this model's output (the dense model) besides the text"""
-    distill_weight: float | None = None
+    distill_weight: Annotated[float | None, Group.TEACHER] = None
     """share of the teacher's loss, 0 to 1; the text's own loss has the rest (default: 0.5)"""
-    distill_temperature: float | None = None
+    distill_temperature: Annotated[float | None, Group.TEACHER] = None
     """both distributions are softened by this (default: 1)"""
-    distill_hidden_weight: float | None = None
+    distill_hidden_weight: Annotated[float | None, Group.TEACHER] = None
     """weight of the distance between the hidden states (default: 0, none)"""
 
-    kind: Literal["auto", "text", "instructions", "chat"] = "auto"
+    kind: Annotated[Literal["auto", "text", "instructions", "chat"], Group.DATA] = "auto"
     """what the data is; auto tells by its fields"""
-    columns: tuple[str, ...] = ()
+    columns: Annotated[tuple[str, ...], Group.DATA] = ()
     """fields of the data whose names do not say what they hold: prompt=FIELD,answer=FIELD, and
     context=, system=, history= beside them; or messages=FIELD; or text=FIELD"""
-    resize_embeddings: bool = False
+    resize_embeddings: Annotated[bool, Group.DATA] = False
     """give the model's embedding (and head) a row for every token of the tokenizer, where it has
     too few; the new rows begin near the mean of the others"""
-    val_size: float | None = None
+    val_size: Annotated[float | None, Group.DATA] = None
     """samples held out for validation: a number, or a share below 1 (default: 0)"""
-    val_data: str | None = None
+    val_data: Annotated[str | None, Group.DATA] = None
     """validation data of its own, named as --data is; instead of --val-size"""
-    test_data: str | None = None
+    test_data: Annotated[str | None, Group.DATA] = None
     """data to measure the finished model on, once, named as --data is"""
     eval: str = EVALUATION_TEXT
     """text whose perplexity is measured before, between the stages and after"""
-    eval_seq_len: int | None = None
+    eval_seq_len: Annotated[int | None, Group.EVALUATION] = None
     """tokens of an evaluation window, at most the model's maximum positions (default: 1024, or that
     maximum)"""
-    eval_windows: int = 16
+    eval_windows: Annotated[int, Group.EVALUATION] = 16
     """evaluation windows, from the start of the text; 0 measures nothing"""
-    eval_steps: int | None = None
+    eval_steps: Annotated[int | None, Group.EVALUATION] = None
     """every so many steps measure the validation loss, or the perplexity where nothing is held
     out, and keep the best weights (default: only at the end of a stage)"""
-    bleu_samples: int | None = None
+    bleu_samples: Annotated[int | None, Group.EVALUATION] = None
     """at every evaluation answer so many of the validation prompts, and say the BLEU-4 of the
     answers (default: 0)"""
-    best_by: Literal["loss", "bleu"] | None = None
+    best_by: Annotated[Literal["loss", "bleu"] | None, Group.TRAINING] = None
     """which figure makes an evaluation the best one, whose weights are kept (default: loss)"""
-    early_stop: int | None = None
+    early_stop: Annotated[int | None, Group.TRAINING] = None
     """stop a stage after so many evaluations without improvement"""
-    gate_ppl_ratio: float | None = None
+    gate_ppl_ratio: Annotated[float | None, Group.EVALUATION] = None
     """exit 3 without writing a checkpoint when perplexity after is more than this times before
     (default: 1)"""
-    keep_worse: bool = False
+    keep_worse: Annotated[bool, Group.EVALUATION] = False
     """write the result even where perplexity rose, or where a stage was rolled back, its gate not
     being met, and none after it was kept"""
-    prompt: str | None = None
+    prompt: Annotated[str | None, Group.EVALUATION] = None
     """continue this prompt during training, to look at, put as the training data put theirs; a .txt
     file holds one prompt a line"""
-    generate_steps: int | None = None
+    generate_steps: Annotated[int | None, Group.EVALUATION] = None
     """continue --prompt every so many steps (default: only at the end)"""
 
-    save_steps: int | None = None
+    save_steps: Annotated[int | None, Group.LOGS] = None
     """write a checkpoint to resume from every so many steps (default: 500)"""
-    keep_last: int | None = None
+    keep_last: Annotated[int | None, Group.LOGS] = None
     """resume checkpoints to keep (default: 2)"""
-    resume: str = "auto"
+    resume: Annotated[str, Group.LOGS] = "auto"
     """auto: continue what --out began, else start from MODEL (from random weights where it is only
     a config); never: start anew; or the checkpoint folder to continue from, with another --lr,
     --epochs or --max-steps if wanted"""
-    log_steps: int | None = None
+    log_steps: Annotated[int | None, Group.LOGS] = None
     """steps per line of train_log.jsonl (default: at most 200 lines a stage)"""
-    log_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    log_to: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], Group.LOGS] = "none"
     """also send the log to this logger"""
-    logger_project: str | None = None
+    logger_project: Annotated[str | None, Group.LOGS] = None
     """the project of wandb or trackio that the run belongs to"""
 
-    optimizer_master: Literal["fp32", "stochastic", "none"] = "fp32"
+    optimizer_master: Annotated[Literal["fp32", "stochastic", "none"], Group.TRAINING] = "fp32"
     """half-precision weights: an fp32 copy in the optimizer, stochastic rounding, or neither"""
-    shard: bool = False
+    shard: Annotated[bool, Group.MACHINE] = False
     """under torchrun, spread weights, gradients and optimizer over the processes (FSDP) instead of
     a copy of all in each (DDP); with one process it changes nothing"""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Group.MACHINE] = False
     """compute activations twice instead of keeping them: less memory, a third more time"""
-    guard_steps: int = 5
+    guard_steps: Annotated[int, Group.SAFETY] = 5
     """so many steps in a row with a non-finite loss or gradient bring back the last good state and
     halve the learning rate"""
-    guard_rollbacks: int = 3
+    guard_rollbacks: Annotated[int, Group.SAFETY] = 3
     """give up (exit 4) after bringing it back so many times"""
-    guard_snapshot_steps: int = 50
+    guard_snapshot_steps: Annotated[int, Group.SAFETY] = 50
     """remember a good state every so many steps, in memory of the host (12 bytes for each parameter
     that learns, twice that until the next sound step); 0: only at the start and when saving"""
-    read_back: bool = True
+    read_back: Annotated[bool, Group.FILES] = True
     """load the result from its files and compare its logits before it counts as written"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
-    allow_pickle: bool = False
+    allow_pickle: Annotated[bool, Group.FILES] = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Group.FILES] = False
     """run the Python code in the model's folder, where transformers has none for its type"""
 
     def check(self) -> None:

@@ -20,7 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from fastprune.progress import log as progress_log
 from fastprune.recover.checkpoints import OWN_STATE, checkpoints, damage, last_words
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.loggers import EVENTS
-from fastprune.report.run import RunLog, settings, write_json
+from fastprune.report.run import lasting_log, settings, write_json
 
 NOT_COMPARED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "log_to", "log_steps",
@@ -252,22 +252,11 @@ class RunFolder:
 
         After an InputError before `begin` the file is gone, and the folders that were made for it.
         """
-        made = [path for path in (self.records, *self.records.parents) if not path.exists()]
-        earlier = self.run_log.exists()
-        self.records.mkdir(parents=True, exist_ok=True)
-        try:
-            with RunLog(self.run_log):
-                if self.checkpoint is not None:
-                    step = int(self.checkpoint.name.rpartition("-")[2])
-                    progress_log.info("continuing at step %d from %s", step, self.checkpoint)
-                yield
-        except InputError:
-            if not (earlier or self.state.exists()):
-                self.run_log.unlink(missing_ok=True)
-                with suppress(OSError):  # something else has come to lie there
-                    for folder in made:
-                        folder.rmdir()
-            raise
+        with lasting_log(self.run_log, self.state.exists):
+            if self.checkpoint is not None:
+                step = int(self.checkpoint.name.rpartition("-")[2])
+                progress_log.info("continuing at step %d from %s", step, self.checkpoint)
+            yield
 
     def add_line(self, line: dict[str, Any]) -> None:
         """Append one line to train_log.jsonl."""

@@ -12,18 +12,19 @@ import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from tyro.conf import Positional
 
-from fastprune.config import CommonConfig, resolve_device
+from fastprune.config import CommonConfig, Group, resolve_device
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.generate import take_wording
-from fastprune.inspect.perplexity import peak_memory_bytes, text_windows
+from fastprune.inspect.memory import peak_memory_bytes
+from fastprune.inspect.perplexity import text_windows
 from fastprune.inspect.record import Origin
 from fastprune.models.adapter import fold, read_fingerprint
 from fastprune.models.checkpoint import check_savable, save_checkpoint
@@ -49,8 +50,12 @@ log = logging.getLogger("fastprune")
 
 @dataclass(kw_only=True)
 class MergeConfig(CommonConfig):
-    """Write a LoRA adapter into the model it was trained on, and check that logits stay as they
-    were."""
+    """Write a LoRA adapter into its model, and check that logits stay as they were.
+
+    For example:
+        fastprune merge small --adapter adapter --out merged
+        fastprune merge small --adapter adapter --out merged --strength 0.5
+    """
 
     model: Positional[str]
     """the adapter's base: Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
@@ -62,14 +67,14 @@ class MergeConfig(CommonConfig):
     """part of what the adapter learnt that is taken over"""
     overwrite: bool = False
     """replace what an earlier run left in --out"""
-    read_back: bool = True
+    read_back: Annotated[bool, Group.FILES] = True
     """load the result from its files and compare its logits before it counts as written"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
-    allow_pickle: bool = False
+    allow_pickle: Annotated[bool, Group.FILES] = False
     """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Group.FILES] = False
     """run the Python code in the model's folder, where transformers has none for its type"""
 
 

@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 
 from fastprune.errors import GateError, NumericalError
-from fastprune.inspect.conclude import Trained, Training, before_training, of_training, risen
+from fastprune.inspect.conclude import (
+    Trained,
+    Training,
+    before_training,
+    change,
+    of_training,
+    risen,
+)
 from fastprune.inspect.record import Figures
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.folder import RunFolder
@@ -59,24 +66,35 @@ def check_gates(config: FinetuneConfig, folder: RunFolder) -> None:
     raise GateError(message)
 
 
-def check_gain(config: FinetuneConfig, before: float | None, after: float | None) -> None:
-    """GateError where perplexity rose beyond --gate-ppl-ratio or, without that, at all."""
+def check_gain(course: Course, after: float | None) -> None:
+    """GateError where the perplexity ``after`` is beyond --gate-ppl-ratio or, without that, where
+    the training did harm: what that is, `Trained` says."""
+    config, before = course.config, course.folder.record.get("before")
     if before is None or after is None:
         return
     went = (
         f"perplexity went from {format.perplexity(before)} to {format.perplexity(after)}, a factor "
         f"of {after / before:.3g}"
     )
+    trained = _trained(course, before, after)
     if config.gate_ppl_ratio is not None:
         if risen(before, after, config.gate_ppl_ratio):
             raise GateError(
                 f"{went}; the gate is {config.gate_ppl_ratio:g}; no checkpoint was written"
             )
-    elif risen(before, after) and not config.keep_worse:
+    elif trained.worse and not config.keep_worse:
         raise GateError(
-            f"{went}: the training made the model worse. MODEL is as it was and no checkpoint was "
+            f"{change(trained) if trained.unlearnt else went}: the training made the model worse. "
+            "MODEL is as it was and no checkpoint was "
             "written; lower --lr or let --find-lr choose it, or give the same command with "
             "--keep-worse to have the result all the same"
+        )
+    elif trained.answers and risen(before, after):
+        log.warning(
+            "%s on %s, which is not what was taught: the result is written; --gate-ppl-ratio 1 "
+            "would forbid it",
+            went,
+            config.eval,
         )
 
 
@@ -112,7 +130,11 @@ def _trained(course: Course, before: float, after: float) -> Trained:
     """The perplexities beside those of the dense and the pruned model in the same windows."""
     origin = course.origin
     if origin is None or course.windows is None:
-        return Trained(before, after, Figures(None, None), 0.0, course.config.teacher)
-    count, seq_len = course.windows.shape
-    figures = origin.figures((course.config.eval, seq_len, count))
-    return Trained(before, after, figures, origin.removed, origin.dense)
+        known = Figures(None, None), 0.0, course.config.teacher
+    else:
+        count, seq_len = course.windows.shape
+        figures = origin.figures((course.config.eval, seq_len, count))
+        known = figures, origin.removed, origin.dense
+    losses = course.folder.record.get("validation", {})
+    both = (losses["before"], losses["after"]) if {"before", "after"} <= losses.keys() else None
+    return Trained(before, after, *known, answers=course.teaches_answers, validation=both)

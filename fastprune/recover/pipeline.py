@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,13 +17,14 @@ from fastprune.data.describe import describe
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import has_template, template_of
 from fastprune.data.text import load_documents
+from fastprune.data.training import TrainingData
 from fastprune.errors import InputError
 from fastprune.inspect.generate import generate, read_prompts, stop_at_end_of_turn
 from fastprune.inspect.health import check_weights
+from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import (
     SEQ_LEN,
     evaluate,
-    peak_memory_bytes,
     sound,
     text_windows,
     window_length,
@@ -216,6 +218,7 @@ def _finetune(
     if is_first_process():
         folder.begin()
     _measure_before(model, course, clock)
+    _measure_validation(model, course, recipe.stages[-1], "before")
     block = layer_parameters(model)
     model = _stages(model, recipe, course, clock)
     check_gates(config, folder)
@@ -223,7 +226,8 @@ def _finetune(
         course.sample(course.placed(model), None)
     test = _tested(model, course, recipe.stages[-1])
     check_weights(model)
-    check_gain(config, record.get("before"), folder.perplexity())
+    _measure_validation(model, course, recipe.stages[-1], "after")
+    check_gain(course, folder.perplexity())
     adapter = hasattr(model, "peft_config")
     if not adapter:
         convert_weights(model, saved_dtype)
@@ -244,6 +248,35 @@ def _measure_before(model: nn.Module, course: Course, clock: Clock) -> None:
         measured = evaluate(course.placed(model), windows)
         record["before"] = sound(measured, model, "the loss before any training").perplexity
     warn_of_broken(model, course, record["before"])
+
+
+def _measure_validation(model: nn.Module, course: Course, stage: Stage, when: str) -> None:
+    """Note the loss on held-out answers before and after all training, where there are some.
+
+    Of text the perplexity of --eval says as much. A run that is continued keeps what was before.
+    """
+    record = course.folder.record
+    data = course.data_of(stage)
+    if data.kind == "text" or data.validation is None or course.windows is None:
+        return
+    if when == "before" and "validation" in record:
+        return
+    figures = _held_out(model, course, stage, replace(data, train=data.validation))
+    loss = figures["loss"]
+    record.setdefault("validation", {})[when] = math.inf if loss is None else loss
+
+
+def _held_out(
+    model: nn.Module, course: Course, stage: Stage, data: TrainingData, bleu_samples: int = 0
+) -> dict[str, Any]:
+    return held_out_figures(
+        course.placed(model),
+        course.tokenizer,
+        data,
+        dtype=autocast_dtype(stage.precision, course.device),
+        batch_size=stage.batch_size,
+        bleu_samples=bleu_samples,
+    )
 
 
 def _teacher(
@@ -292,6 +325,7 @@ def _metrics(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> 
         },
         "perplexity": perplexity,
         **outcome(course, after, total, adapter=adapter),
+        **({"validation": record["validation"]} if "validation" in record else {}),
         "stages": record["results"],
         "samples": record.get("samples", []),
         "seconds": clock.totals(STAGES),
@@ -314,14 +348,7 @@ def _tested(model: nn.Module, course: Course, stage: Stage) -> dict[str, Any] | 
         return None
     for part in data.parts:
         check_largest(model, course.tokenizer, part.largest, part.name)
-    figures = held_out_figures(
-        course.placed(model),
-        course.tokenizer,
-        data,
-        dtype=autocast_dtype(stage.precision, course.device),
-        batch_size=stage.batch_size,
-        bleu_samples=stage.bleu_samples,
-    )
+    figures = _held_out(model, course, stage, data, stage.bleu_samples)
     log.info("%s: loss %s on %d samples", course.config.test_data, figures["loss"], len(data.train))
     return {"data": course.config.test_data, **figures}
 

@@ -96,6 +96,11 @@ class Course:
                 self.data[key] = found
         return self.data[key]
 
+    @property
+    def teaches_answers(self) -> bool:
+        """Whether anything but text is learnt, as far as the data has been read."""
+        return any(data.kind != "text" for data in self.data.values())
+
     def test_data(self, stage: Stage) -> TrainingData | None:
         """What the finished model is measured on, in windows of `stage`; None without any."""
         if self.config.test_data is None:

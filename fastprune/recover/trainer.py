@@ -98,8 +98,7 @@ class FinetuneTrainer(Trainer):
         self.guard: Guard | None = None
         self.windows, self.on_line, self.on_sample = windows, on_line, on_sample
         self.gradient_hook, self.tokenizer, self.moments = gradient_hook, tokenizer, moments
-        self.tokens = 0
-        self.masked_batches = 0
+        self.tokens = self.masked_batches = 0
         self.seconds = 0.0
         """spent before this process took over"""
         self.stopped: str | None = None
@@ -107,10 +106,8 @@ class FinetuneTrainer(Trainer):
         self.interrupted = False
         self.bleu: dict[str, Any] | None = None
         """the last one measured, with the step it is of"""
-        self._rescheduled = False
-        """whether it continues at other rates, or to another last step, than it began with"""
-        self._gave_up: str | None = None
-        """the guard's last words"""
+        self._rescheduled = False  # whether it continues at other rates, or to another last step
+        self._gave_up: str | None = None  # the guard's last words
         self._writing: str | None = None
         self._saved_step = self._evaluated_step = -1
         self.evaluated: dict[str, Any] = {}

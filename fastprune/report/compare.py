@@ -47,8 +47,8 @@ PAGE = re.compile(rb"<title>\d+ (?:pruning )?runs? compared</title>")
 """What a page begins with, within its first kilobyte."""
 UNITS = ("ratio", "parameters", "bytes", "ms/token")
 """Units of a run's budget."""
-WANTED = "name folders that prune, finetune or merge wrote, or the --json of an eval"
-KINDS = ("prune", "finetune", "merge", "eval")
+WANTED = "name folders that compress, prune, finetune or merge wrote, or the --json of an eval"
+KINDS = ("compress", "prune", "finetune", "merge", "eval")
 """Commands whose runs compare."""
 SIZES = ("before", "after", "block_before", "block_after")
 LARGEST = 2**63  # of any whole number
@@ -59,11 +59,16 @@ Measurement = tuple[str, int, int]
 
 @dataclass(kw_only=True)
 class CompareConfig(CommonConfig):
-    """Put runs side by side: a table and a Pareto plot in one HTML file, and as JSON."""
+    """Put runs side by side: a table and a Pareto plot in one HTML file, and as JSON.
+
+    For example:
+        fastprune compare small recovered --out runs.html
+        fastprune compare runs/* result.json --out runs.html
+    """
 
     runs: Positional[tuple[Path, ...]] = ()
-    """one or more folders that prune, finetune or merge wrote, metrics.json files, or what eval
-    wrote with --json"""
+    """one or more folders that compress, prune, finetune or merge wrote, metrics.json files, or
+    what eval wrote with --json"""
     out: Path
     """the .html file to write; a .json file of the same name goes beside it"""
 
@@ -276,7 +281,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {
             "made_by": kind,
             "model": read("model", str),
-            **{"prune": _pruned, "eval": _evaluated}.get(kind, _trained)(read),
+            **READERS.get(kind, _trained)(read),
             "peak_memory_bytes": read.number("peak_memory_bytes", optional=True),
             "settings": read("settings", dict) if "settings" in metrics else {},
         }
@@ -291,6 +296,8 @@ def _kind(metrics: Any) -> str:
         return "prune"
     if isinstance(metrics.get("perplexity"), (int, float)):
         return "eval"
+    if {"dense", "pruned", "recovered"} <= metrics.keys():
+        return "compress"
     return "merge" if "adapter" in metrics else "finetune" if "stages" in metrics else "prune"
 
 
@@ -304,6 +311,34 @@ def _pruned(read: _Reader) -> dict[str, Any]:
         },
         "budget": _budget(_Reader(budget)) if budget else None,
         "perplexity": [_perplexity(_Reader(p)) for p in read("perplexity", list)],
+        "seconds": read.number("seconds.total"),
+    }
+
+
+def _compressed(read: _Reader) -> dict[str, Any]:
+    """Of the whole way: the dense model, and the one that was kept in the end."""
+    kept = read("kept", str)
+    names = ("dense", "pruned" if kept == "pruned" else "recovered")
+    (before, block_before), (after, block_after) = (
+        (read.count(f"{name}.params"), read.count(f"{name}.block")) for name in names
+    )
+    if not block_before:
+        raise InputError("dense.block is 0")
+    texts = []
+    dense, small = (read(f"{name}.perplexity", list) for name in names)
+    for measured, other in zip(dense, small, strict=False):
+        both = {"before": _Reader(measured), "after": _Reader(other)}
+        values = {when: one.number("perplexity") for when, one in both.items()}
+        texts.append(_perplexity(_Reader({**measured, **values})))
+    budget = read("prune", dict).get("budget")
+    return {
+        "params": dict(zip(SIZES, (before, after, block_before, block_after), strict=True)),
+        "ratio": {
+            "requested": read.number("prune.ratio.requested", optional=True),
+            "achieved": 1 - block_after / block_before,
+        },
+        "budget": _budget(_Reader(budget)) if budget else None,
+        "perplexity": texts,
         "seconds": read.number("seconds.total"),
     }
 
@@ -327,6 +362,10 @@ def _evaluated(read: _Reader) -> dict[str, Any]:
         "perplexity": [_perplexity(_Reader(found))],
         "seconds": read.number("seconds"),
     }
+
+
+READERS = {"prune": _pruned, "compress": _compressed, "eval": _evaluated}
+"""What is read of the metrics of each command; of the others `_trained`."""
 
 
 def _same_size(read: _Reader, total: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fastprune.report import format
 from fastprune.report.finetune import figure
 from fastprune.report.html import environment, layer_figure
 from fastprune.report.record import CompressRecord
+from fastprune.report.speed import speed_rows
 
 MODELS = ("dense", "pruned", "recovered")
 NONE = "—"
@@ -36,15 +37,10 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for task, result in found[0]["tasks"].items()
         for name in result["metrics"]
     ]
-    table.append(("peak memory, reading", *(format.size(f["peak_memory_bytes"]) for f in found)))
+    table.append(("peak memory, evaluating", *(format.size(f["peak_memory_bytes"]) for f in found)))
     speed = metrics["recovered"].get("speed")
     if speed:
-        for key, label in (
-            ("prompt_tokens_per_second", "prompt, tokens a second"),
-            ("decode_tokens_per_second", "decoding, tokens a second"),
-        ):
-            dense, small = speed["dense"][key], speed["small"][key]
-            table.append((label, f"{dense:,.0f}", NONE, f"{small:,.0f} (×{small / dense:.2f})"))
+        table += [(label, dense, NONE, small) for label, dense, small in speed_rows(speed)]
     return table
 
 

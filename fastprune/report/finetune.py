@@ -79,10 +79,8 @@ def figure(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
     rates = [line["lr"] for line in trained]
     top_rate = max([*rates, 1e-30])
     rate_top = TOP + HEIGHT + GAP
-    smooth, mean = [], None
-    for line in sound:
-        mean = line["loss"] if mean is None else SMOOTHING * mean + (1 - SMOOTHING) * line["loss"]
-        smooth.append((x(line), y(mean)))
+    means = _running_means([line["loss"] for line in sound])
+    levels = [low + (high - low) * i / (TICKS - 1) for i in range(TICKS)]
     return {
         "width": LEFT + WIDTH + 8,
         "height": rate_top + RATE + 22,
@@ -93,7 +91,7 @@ def figure(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
         "rate_top": rate_top,
         "rate_bottom": rate_top + RATE,
         "raw": _points([(x(line), y(line["loss"])) for line in sound]),
-        "smooth": _points(smooth),
+        "smooth": _points([(x(line), y(mean)) for line, mean in zip(sound, means, strict=True)]),
         "checked": [
             {"x": x(line), "y": y(line["eval_loss"]), "value": line["eval_loss"]}
             for line in checked
@@ -103,13 +101,7 @@ def figure(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
             [(x(line), round(rate_top + RATE * (1 - line["lr"] / top_rate), 1)) for line in trained]
         ),
         "top_rate": f"{top_rate:.2g}",
-        "ticks": [
-            {
-                "y": y(low + (high - low) * i / (TICKS - 1)),
-                "value": low + (high - low) * i / (TICKS - 1),
-            }
-            for i in range(TICKS)
-        ],
+        "ticks": [{"y": y(level), "value": level} for level in levels],
         "stages": [
             {
                 "x": round(LEFT + WIDTH * at / span, 1),
@@ -119,6 +111,14 @@ def figure(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
         ],
         "steps": span,
     }
+
+
+def _running_means(losses: Sequence[float]) -> list[float]:
+    """The exponential mean of the losses up to each of them, from the first one on."""
+    found: list[float] = []
+    for loss in losses:
+        found.append(SMOOTHING * found[-1] + (1 - SMOOTHING) * loss if found else loss)
+    return found
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:

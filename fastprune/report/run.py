@@ -7,16 +7,18 @@ import json
 import logging
 import platform
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fastprune.errors import InputError
 from fastprune.files import MARK, check_file, is_result, write_file, write_whole
 from fastprune.progress import phase
 
@@ -52,7 +54,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._text = StringIO()
+        self._text, self._path = StringIO(), path
         self._handler: logging.StreamHandler[Any] = logging.StreamHandler(self._text)
         if path is not None:
             self._handler = logging.FileHandler(path, encoding="utf-8")
@@ -77,7 +79,33 @@ class RunLog:
         self._handler.close()
 
     def save(self, path: Path) -> None:
-        path.write_text(self._text.getvalue(), encoding="utf-8")
+        """Write all that was said to `path`; with a file of its own, all that this holds."""
+        if self._path is None:
+            path.write_text(self._text.getvalue(), encoding="utf-8")
+        else:
+            shutil.copyfile(self._path, path)
+
+
+@contextmanager
+def lasting_log(path: Path, begun: Callable[[], bool] = lambda: False) -> Iterator[RunLog]:
+    """A `RunLog` with the file `path`, for a run whose folder is not there yet.
+
+    After an InputError the file is gone, and the folders that were made for it, unless it was there
+    before or the run has `begun`: nothing shall be in the way of the corrected command.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    earlier = path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with RunLog(path) as run_log:
+            yield run_log
+    except InputError:
+        if not (earlier or begun()):
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # something else has come to lie there
+                for folder in made:
+                    folder.rmdir()
+        raise
 
 
 def command_line() -> str:

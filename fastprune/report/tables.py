@@ -8,6 +8,7 @@ from rich.text import Text
 
 from fastprune.report import format
 from fastprune.report.costs import show_costs
+from fastprune.report.speed import speed_rows
 from fastprune.report.summary import budget_line, divergence_line, gqa_line, recovery_lines
 
 
@@ -82,17 +83,27 @@ def _layers(layers: list[dict[str, Any]]) -> Table:
 
 
 def show_eval(result: dict[str, Any]) -> None:
-    """Perplexity with the window it was measured at, speed and memory; the tasks below."""
+    """Perplexity with the window it was measured at, memory; the tasks and speeds below."""
     table = _table("", "")
     table.add_row("perplexity", format.perplexity(result["perplexity"]))
     table.add_row("windows", f"{result['windows']} × {result['seq_len']} tokens")
-    table.add_row("speed", f"{result['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("evaluated", f"{result['tokens_per_second']:,.0f} tokens/s")
     table.add_row("time", format.duration(result["seconds"]))
     table.add_row("peak memory", format.size(result["peak_memory_bytes"]))
     out = Console()
     out.print(table)
     if result["tasks"]:
         out.print(_tasks(result["tasks"]))
+    if result["speed"]:
+        out.print(_speed(result["speed"]))
+
+
+def _speed(speed: dict[str, dict[str, Any]]) -> Table:
+    """One row a workload; how many times as fast as the dense model, where there is one."""
+    table = _table("speed", *speed)
+    for row in speed_rows(speed):
+        table.add_row(*row)
+    return table
 
 
 def _tasks(results: dict[str, dict[str, Any]]) -> Table:

@@ -53,6 +53,8 @@ ONE_CALLER = {
     ("models/checks.py", "--trust-remote-code"): MODEL - {"prune"},  # it says so
     ("models/load.py", "--adapter"): {"eval", "generate", "chat", "merge", "export"},
     ("inspect/perplexity.py", "--seq-len"): {"eval"},
+    ("inspect/perplexity.py", "--dense"): {"eval"},
+    ("inspect/perplexity.py", "--speed"): {"eval"},
     ("inspect/health.py", "--precision"): {"finetune"},  # under autocast, which it alone has
     ("report/costs.py", "--stream"): {"prune"},
     ("inspect/generate.py", "--chat"): {"generate"},

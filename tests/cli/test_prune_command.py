@@ -44,15 +44,21 @@ def prune(model, text, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def refused(prune, tmp_path):
-    """Run the command and check that it refused: one line on stderr, nothing written."""
+    """Run the command and check that it refused: one line on stderr, nothing written.
+
+    Where the input was sound the run's log is in its place.
+    """
 
     def run(*flags: str, status: int = 2, **options) -> str:
-        before = sorted(tmp_path.rglob("*"))
+        before = set(tmp_path.rglob("*"))
+        log = tmp_path / "out/fastprune/run.log"
         got, stdout, stderr = prune(*flags, **options)
         assert (got, stdout) == (status, "")
         assert stderr.startswith("fastprune: error: ")
         assert stderr.count("\n") == 1
-        assert sorted(tmp_path.rglob("*")) == before
+        kept = set() if status == 2 else {log, *log.parents[:2]}
+        assert set(tmp_path.rglob("*")) == before | kept
+        assert status == 2 or stderr.split(": ", 2)[2] in log.read_text()
         return stderr
 
     return run
@@ -123,6 +129,38 @@ def test_a_result_beyond_any_use_is_not_written_unless_it_is_wanted(
     assert prune("--ratio", "0.3", "--gate-ppl-ratio", "100")[0] == 0  # as it was asked for
     assert prune("--ratio", "0.3", "--keep-worse", "--overwrite")[0] == 0
     assert "give one" in prune("--ratio", "0.3", "--keep-worse", "--gate-ppl-ratio", "2")[2]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_run_that_is_cut_off_leaves_its_log_and_goes_on(prune, tmp_path, monkeypatch, error):
+    """The second is what a kill looks like from within: no one handles it."""
+
+    def cut_off(*args, **options):
+        raise error
+
+    log = tmp_path / "out/fastprune/run.log"
+    with monkeypatch.context() as patch:
+        patch.setattr("fastprune.prune.pipeline.PruneRun.make_plan", cut_off)
+        prune("--ratio", "0.3")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [log]
+    text = log.read_text()
+    assert f"ended by {error.__name__}" in text
+    assert prune("--ratio", "0.3")[0] == 0
+    assert log.read_text().startswith(text)
+    assert "achieved ratio" in log.read_text()
+
+
+def test_the_log_is_there_while_the_run_lives(prune, tmp_path, monkeypatch):
+    seen = []
+    real = pipeline.load_model
+
+    def load(*args, **options):
+        seen.append((tmp_path / "out/fastprune/run.log").read_text())
+        return real(*args, **options)
+
+    monkeypatch.setattr(pipeline, "load_model", load)
+    assert prune("--ratio", "0.3")[0] == 0
+    assert "INFO" in seen[0]
 
 
 def test_a_dry_run_writes_the_plan_that_prune_applies(prune, tmp_path):
@@ -310,7 +348,7 @@ def test_a_gate_that_is_not_met(refused):
     ],
 )
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_ctrl_c_leaves_nothing(prune, tmp_path, monkeypatch, module, stage, before):
+def test_ctrl_c_leaves_the_log_alone(prune, tmp_path, monkeypatch, module, stage, before):
     real = getattr(module, stage)
 
     def interrupted(*args, **kwargs):
@@ -321,4 +359,5 @@ def test_ctrl_c_leaves_nothing(prune, tmp_path, monkeypatch, module, stage, befo
     monkeypatch.setattr(module, stage, interrupted)
     status, stdout, stderr = prune("--ratio", "0.2")
     assert (status, stdout, stderr) == (130, "", "fastprune: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    log = tmp_path / "out/fastprune/run.log"
+    assert set(tmp_path.rglob("*")) == {log, *log.parents[:2]}

@@ -16,6 +16,7 @@ from fastprune.errors import InputError
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
 from fastprune.prune.plan import Plan
+from fastprune.report.compare import compare
 
 FLAGS = ["--ratio", "0.2", "--effort", "fast", "--calib-samples", "4", "--calib-seq-len", "32"]
 FLAGS += ["--eval-windows", "2", "--eval-seq-len", "32", "--eval-also", "none", "--no-speed"]
@@ -73,6 +74,13 @@ def test_it_leaves_one_small_model_and_its_records(compress, files, tmp_path):
     assert found["kept"] == "recovered"
     assert found["finetune"]["stages"][0]["steps"] == 4
     assert not (out / "fastprune/state").exists()
+    (run,) = compare([out])["runs"]
+    assert run["made_by"] == "compress"
+    sizes = [found[m][key] for key in ("params", "block") for m in ("dense", "recovered")]
+    assert list(run["params"].values()) == sizes
+    assert run["ratio"]["achieved"] == pytest.approx(found["prune"]["ratio"]["achieved"])
+    assert [run["perplexity"][0][when] for when in ("before", "after")] == [ppl[0], ppl[2]]
+    assert run["seconds"] == found["seconds"]["total"]
     page = (out / "fastprune/report.html").read_text()
     assert "The capital of France is" in page
     assert "polyline" in page

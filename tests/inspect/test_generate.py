@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, tiny_checkpoint, tiny_gpt2, tiny_model, tiny_t5, tiny_tokenizer
 
 from fastprune.data.encode import Encoder
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.generate import (
     GenerateConfig,
+    Generation,
     chat,
     generate,
+    nothing_said,
     pad_token,
     run_generate,
     stop_at_end_of_turn,
@@ -130,6 +132,60 @@ def test_chat_ends_and_remembers(monkeypatch, capsys):
     assert third == first.replace("one", "three")
     chat(model, tokenizer, read=lines("/exit", "never read"))
     assert len(asked) == 3
+
+
+OWN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+DEFAULT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nSay it.\n\n### Response:\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "template", "asked"),
+    [
+        (lambda: tiny_model("llama"), OWN, "<user>Say it.<assistant>"),
+        (lambda: tiny_model("llama"), {"other": "x", "default": OWN}, "<user>Say it.<assistant>"),
+        (lambda: tiny_model("llama"), None, DEFAULT),
+        (tiny_gpt2, None, DEFAULT),
+        (tiny_t5, None, "Say it."),
+        (tiny_t5, OWN, "Say it."),
+    ],
+    ids=["own", "several", "none", "gpt2", "t5", "t5 with one"],
+)
+def test_the_template_is_that_of_the_models_kind(tmp_path, monkeypatch, make, template, asked):
+    """Alike in `chat` and in `generate --chat`; without --chat the bare prompt is continued."""
+    prompts = []
+
+    def record(model, tokenizer, prompt, *args, **kwargs):
+        prompts.append(prompt if isinstance(prompt, str) else tokenizer.decode(prompt))
+        return Generation("", "yes", 1, 1.0, 1.0)
+
+    tokenizer, model = copy.deepcopy(tiny_tokenizer()), make()
+    tokenizer.chat_template = template
+    monkeypatch.setattr("fastprune.inspect.generate.generate", record)
+    monkeypatch.setattr("fastprune.inspect.generate._load", lambda config: (model, tokenizer))
+    chat(model, tokenizer, read=lines("Say it."))
+    for flag in (True, False):
+        run_generate(GenerateConfig(model="m", prompt="Say it.", chat=flag))
+    assert prompts == [asked, asked, "Say it."]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "template", "chat", "why"),
+    [
+        ("words", 3, None, False, None),
+        ("", 1, OWN, False, "one that ends a text; give --chat, for the model has a chat template"),
+        ("", 1, None, False, "a model that was tuned on instructions wants --chat"),
+        (" \n", 4, OWN, False, "4 blank or special tokens; give --chat"),
+        ("", 1, OWN, True, "ask otherwise, or look at the model with fastprune diagnose"),
+    ],
+)
+def test_an_empty_answer_is_explained(text, tokens, template, chat, why):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = template
+    found = nothing_said(Generation("", text, tokens, 1.0, 1.0), tokenizer, chat=chat)
+    assert (found is None) if why is None else why in found
 
 
 def test_chat_prints_the_answer_as_it_comes(capsys):

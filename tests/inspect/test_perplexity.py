@@ -138,6 +138,7 @@ def test_run_eval_reports_every_key(tmp_path):
         "model",
         "text",
         "params",
+        "speed",
     ]
     assert (result.windows, result.seq_len) == (4, 32)
 

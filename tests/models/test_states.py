@@ -2,6 +2,7 @@
 
 import _codecs
 import argparse
+import collections
 import functools
 import importlib
 import json
@@ -19,6 +20,7 @@ from tiny import TEXT, VOCABULARY, saved, tiny_gpt2, tiny_t5, tiny_tokenizer, to
 
 from fastprune import cli
 from fastprune.errors import InputError
+from fastprune.models.inert import read_inert
 from fastprune.models.load import load_model, load_tokenizer
 from fastprune.models.states import read_state
 
@@ -168,6 +170,10 @@ class Settings(dict):
     """A script's settings as a mapping of its own."""
 
 
+class Losses(list):
+    """What a script noted, as a list of its own."""
+
+
 def foreign_settings(kind):
     config = Config()
     vars(config).update(SETTINGS)
@@ -206,13 +212,40 @@ def test_weights_may_be_arrays(folder):
     assert torch.equal(logits(load_model(folder / "m.pt")[0]), logits(model))
 
 
-def test_what_only_its_own_code_can_read_needs_permission(folder):
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", ["object", "slots", "namespace", "numpy", "mapping", "default"])
+def test_any_protocol_and_mappings_of_any_class_need_no_permission(folder, protocol, kind, caplog):
     model = tiny_gpt2()
-    torch.save({"model": script_state(model), "config": Settings(SETTINGS)}, folder / "m.pt")
-    with pytest.raises(InputError, match="pass --allow-pickle"):
-        load_model(folder / "m.pt")
-    loaded, _ = load_model(folder / "m.pt", allow_pickle=True)
+    if kind == "mapping":
+        config = Settings(SETTINGS)
+    elif kind == "default":
+        config = collections.defaultdict(int, SETTINGS)
+    else:
+        config = foreign_settings(kind)
+    state = script_state(model)
+    state["transformer.wte.weight"] = torch.nn.Parameter(state["transformer.wte.weight"])
+    content = {
+        "model": collections.OrderedDict(state),
+        "config": config,
+        "val_loss": np.float64(3.25),
+        "history": Losses([3.5, 3.25]),
+        "rng_state": (np.random.RandomState(1).get_state(), random.getstate(), {1, 2}),
+    }
+    torch.save(content, folder / "m.pt", pickle_protocol=protocol)
+    loaded, _ = load_model(folder / "m.pt")
     assert torch.equal(logits(loaded), logits(model))
+    assert "val_loss 3.25" in caplog.text
+    assert "of size 64 taken" not in caplog.text  # the settings were understood
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8, torch.bool])
+def test_tensors_of_a_late_protocol_are_what_they_were(tmp_path, dtype):
+    flat = torch.arange(60).to(dtype)
+    content = {"a": flat.view(5, 12).t(), "b": flat[7:19], "c": torch.zeros(0, dtype=dtype)}
+    torch.save(content, tmp_path / "m.pt", pickle_protocol=4)
+    found = read_inert(tmp_path / "m.pt")
+    assert all(torch.equal(found[name], value) for name, value in content.items())
+    assert found["a"].untyped_storage().data_ptr() == found["b"].untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("allow", [False, True])
@@ -276,6 +309,24 @@ def test_nothing_in_a_file_is_called_or_imported(folder, name):
     assert torch.load.__defaults__ != (1,)
 
 
+@pytest.mark.parametrize("name", [name for name, _ in hostile("x")])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_nothing_in_a_file_of_any_protocol_is_called_or_imported(tmp_path, name, protocol):
+    mark = tmp_path / "mark"
+    attack = dict(hostile(mark))[name]
+    before = set(sys.modules)
+    content = {"attack": attack, "config": Settings(SETTINGS), "w": torch.ones(2)}
+    torch.save(content, tmp_path / "m.pt", pickle_protocol=protocol)
+    if name == "partial":  # the result of a call is called
+        with pytest.raises(TypeError, match="not callable"):
+            read_inert(tmp_path / "m.pt")
+    else:
+        assert torch.equal(read_inert(tmp_path / "m.pt")["w"], torch.ones(2))
+    assert not mark.exists()
+    assert "this" not in set(sys.modules) - before
+    assert torch.load.__defaults__ != (1,)
+
+
 def forged(path, stream):
     """A file of torch.save with another pickle in it."""
     torch.save({}, path)
@@ -290,6 +341,10 @@ STREAMS = {
     "getattr": b"\x80\x02cbuiltins\ngetattr\ncpathlib\nPath\nX\x03\x00\x00\x00cwd\x86R)R.",
     "system": b"cos\nsystem\n(X\x04\x00\x00\x00truetR.",
     "module": b"cos.path\nexists\n(X\x04\x00\x00\x00truetR.",
+    "late memo": b"\x80\x04}r\xff\xff\xff\x7f.",
+    "late system": b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94\x8c\x04truet\x85R.",
+    "late storage": b"\x80\x04(\x8c\x07storage\x8c\x08builtins\x8c\x04eval\x93\x8c\x010"
+    b"\x8c\x03cpuK\x01tQ.",
     "memo": b"\x80\x02}r\xff\xff\xff\x7f.",
     "persistent": b"\x80\x02X\x06\x00\x00\x00moduleQ.",
     "persistent call": b"\x80\x02(X\x07\x00\x00\x00storagecbuiltins\neval\nX\x01\x00\x00\x000"

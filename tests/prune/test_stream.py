@@ -197,11 +197,13 @@ class TestRefusals:
         with pytest.raises(InputError, match="safetensors"):
             self.run(folder, tmp_path / "out", text)
 
-    def test_a_gate_leaves_nothing(self, tmp_path, text):
+    def test_a_gate_leaves_the_log_alone(self, tmp_path, text):
         folder = tiny_checkpoint(tmp_path / "model")
         with pytest.raises(GateError):
             self.run(folder, tmp_path / "out", text, gate_ppl_ratio=0.01)
-        assert list(tmp_path.iterdir()) == [folder]
+        out = tmp_path / "out"
+        assert set(tmp_path.iterdir()) == {folder, out}
+        assert [p for p in out.rglob("*") if p.is_file()] == [out / "fastprune/run.log"]
 
     def test_weights_that_are_not_finite(self, tmp_path, text):
         folder = tiny_checkpoint(tmp_path / "model")

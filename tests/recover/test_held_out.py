@@ -54,6 +54,10 @@ def test_test_data_is_measured_once_at_the_end(finetune, tmp_path, table):
     assert test["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert test["loss"] == pytest.approx(math.log(expected), rel=1e-5)
     assert "test  " in out
+    page = (tmp_path / "out/fastprune/report.html").read_text()
+    row = page.partition("<h2>Test data</h2>")[2].partition("</table>")[0]
+    assert str(table) in row and f">{test['loss']:.3f}<" in row
+    assert f">{test['perplexity']:.2f}<" in row
 
 
 def test_two_validation_sets_are_refused(finetune, table):

@@ -8,7 +8,8 @@ import torch
 from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from fastprune import cli
-from fastprune.inspect.record import Origin
+from fastprune.inspect.conclude import EXPLODED, Trained
+from fastprune.inspect.record import Figures, Origin
 from fastprune.recover.arguments import unusual_for_answers
 from fastprune.recover.recipes import Stage
 from fastprune.recover.stage import gate_passed
@@ -60,6 +61,59 @@ def test_a_gate_of_ones_own_says_how_much_worse_it_may_be(finetune, learnt, tmp_
     status, _, stderr = finetune("--gate-ppl-ratio", "2", "--keep-worse", out="other")
     assert status == 2
     assert "--gate-ppl-ratio forbids what --keep-worse allows" in stderr
+
+
+@pytest.fixture
+def answers(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    records = [
+        {"instruction": f"Say {word}.", "output": f"{word} {word}!"} for word in TEXT.split()[:24]
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def test_answers_are_not_judged_by_another_text(finetune, learnt, answers, tmp_path):
+    """It writes plain text less well, and was to learn something else: written, with a warning."""
+    flags = ("--max-steps", "8", "--lr", "1e-2", "--val-size", "6")
+    status, _, stderr = finetune(*flags, source=learnt, data=answers)
+    assert status == 0, stderr
+    metrics = metrics_of(tmp_path / "out")
+    p, losses = metrics["perplexity"][0], metrics["validation"]
+    assert p["before"] < p["after"] < EXPLODED * p["before"]
+    assert losses["after"] < losses["before"]
+    assert metrics["verdict"]["what"].startswith(f"perplexity {p['after']:.2f}")
+    assert "which is not what was taught" in stderr
+    gate = ("--gate-ppl-ratio", "1")
+    assert finetune(*flags, *gate, source=learnt, data=answers, out="strict")[0] == 3
+
+
+def test_answers_that_ruin_a_model_are_not_written(finetune, learnt, answers, tmp_path):
+    status, _, stderr = finetune(*WORSE, source=learnt, data=answers)
+    assert status == 3
+    assert "perplexity went from" in stderr and "made the model worse" in stderr
+    status, _, stderr = finetune(*WORSE, "--val-size", "6", source=learnt, data=answers, out="b")
+    assert status == 3
+    assert "validation loss" in stderr and "made the model worse" in stderr
+    assert not (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("after", "answers", "validation", "worse"),
+    [
+        (21.0, False, None, True),
+        (19.0, False, None, False),
+        (21.0, True, None, False),
+        (201.0, True, None, True),
+        (float("nan"), True, None, True),
+        (21.0, True, (2.0, 1.9), False),
+        (19.0, True, (2.0, 2.1), True),
+        (19.0, True, (2.0, 2.001), False),
+    ],
+)
+def test_what_counts_as_harm(after, answers, validation, worse):
+    trained = Trained(20.0, after, Figures(None, None), 0.0, None, answers, validation)
+    assert trained.worse is worse
 
 
 @pytest.mark.parametrize(

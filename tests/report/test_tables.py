@@ -70,6 +70,7 @@ def test_eval(capsys):
             "tokens_per_second": 545.6,
             "peak_memory_bytes": 3 * 1024**3,
             "tasks": {},
+            "speed": {},
         }
     )
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
