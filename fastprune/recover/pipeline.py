@@ -214,11 +214,9 @@ def _finetune(
     )
     with clock("data"):
         _prepare(model, course, recipe.stages[folder.record["stage"] :])
-    record = folder.record
     if is_first_process():
         folder.begin()
-    _measure_before(model, course, clock)
-    _measure_validation(model, course, recipe.stages[-1], "before")
+    _measure_before(model, course, recipe.stages[-1], clock)
     block = layer_parameters(model)
     model = _stages(model, recipe, course, clock)
     check_gates(config, folder)
@@ -231,7 +229,7 @@ def _finetune(
     adapter = hasattr(model, "peft_config")
     if not adapter:
         convert_weights(model, saved_dtype)
-        check_changed(model, given, record["results"])
+        check_changed(model, given, folder.record["results"])
     metrics = _metrics(model, recipe, course, clock) | ({} if test is None else {"test": test})
     metrics["params"]["block"] = block
     for line in (*recovery_lines(metrics), *verdict_lines(metrics)):
@@ -239,8 +237,9 @@ def _finetune(
     return FinetuneResult(model.eval(), tokenizer, metrics, adapter)
 
 
-def _measure_before(model: nn.Module, course: Course, clock: Clock) -> None:
-    """Note the perplexity before any training, unless a run that is continued has it."""
+def _measure_before(model: nn.Module, course: Course, stage: Stage, clock: Clock) -> None:
+    """Note perplexity and held-out loss before training, unless a continued run has them."""
+    _measure_validation(model, course, stage, "before")
     windows, record = course.windows, course.folder.record
     if windows is None or "before" in record:
         return
