@@ -56,7 +56,7 @@ COMMANDS = {
     "prune": Command(
         "remove KV groups and MLP channels, measure the result, write a checkpoint",
         "fastprune.prune.config:PruneConfig",
-        "fastprune.prune.pipeline:run_prune",
+        "fastprune.compression.forms:run_prune",
         "fastprune.report.tables:show_prune",
     ),
     "eval": Command(

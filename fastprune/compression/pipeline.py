@@ -18,6 +18,7 @@ from torch import nn
 
 from fastprune.compression import schedule
 from fastprune.compression.config import CompressConfig
+from fastprune.compression.forms import Forms
 from fastprune.compression.measure import answers, figures, probe, speeds, weight_bytes
 from fastprune.compression.schedule import Pace
 from fastprune.compression.steps import Steps, is_complete
@@ -45,7 +46,8 @@ from fastprune.report.run import Clock, RunLog, command_line, settings, versions
 PRUNED, ADAPTER, MERGED = "pruned", "recovered", "merged"
 NOT_ASKED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "minutes",
-    "gate_ppl_ratio", "log_to", "log_steps", "read_back", "save_steps", "keep_last",
+    "gate_ppl_ratio", "format", "quant", "pad", "log_to", "log_steps", "read_back", "save_steps",
+    "keep_last",
 }  # fmt: skip
 """Settings that change nothing of what a step makes."""
 
@@ -69,6 +71,7 @@ def run_compress(config: CompressConfig) -> CompressResult:
     state saved. `config.out` is complete, or the run can be continued.
     """
     config.check()
+    Forms(config).check_settings()
     load_recipe(config.finetune_config())
     for name in {*source_names(config.data), *source_names(config.eval)}:
         source_files(name)  # what is missing is told now
@@ -266,6 +269,8 @@ class CompressRun:
             lines = self.steps.folder(last) / RECORDS / "train_log.jsonl"
             if lines.is_file():
                 _link(lines, records / lines.name)
+            if self.config.format:
+                Forms(self.config).write(*self._load(source), fresh)
             write_record(records, record)
             write_compress_report(records / "report.html", records, record)
             earlier = self.steps.state / "run.log"
@@ -316,6 +321,7 @@ class CompressRun:
             run.dense = dense
             run.make_plan()
             run.cut()
+            Forms(config).check(model)
             with clock("evaluate"):
                 found = figures(model, tokenizer, self.config)
             run.pruned = Perplexity(**_without_text(found["perplexity"][0]))

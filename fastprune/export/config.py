@@ -18,7 +18,9 @@ class ExportConfig(CommonConfig):
     """Write a model in the forms that other engines load.
 
     An adapter is merged into its model first. Nothing is written unless the model can have every
-    form that was asked for.
+    form that was asked for. For example:
+        fastprune export small --format gguf --quant q8_0 --out small.gguf
+        fastprune export small --format hf-uniform,nemotron-nas --pad --out forms
     """
 
     model: Positional[str]
@@ -51,8 +53,12 @@ class ExportConfig(CommonConfig):
     def formats(self) -> dict[str, Format]:
         """The asked formats by name, each once, in the order given.
 
-        Raises InputError where there is none, or one that does not exist.
+        Raises InputError where there is none, or one or a type of numbers that does not exist.
         """
+        if "gguf" in self.format:
+            from fastprune.export.gguf_types import find_quant  # which loads torch
+
+            find_quant(self.quant)
         if not self.format:
             raise InputError(f"--format: name at least one of {', '.join(FORMATS)}")
         return {name: find(name) for name in self.format}

@@ -136,6 +136,13 @@ class PruneConfig(CommonConfig):
     tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""
+    format: Annotated[tuple[str, ...], Group.FILES] = ()
+    """write these forms of the result too, as fastprune export does, into OUT/exported:
+    hf-uniform, nemotron-nas, gguf"""
+    quant: Annotated[str, Group.FILES] = "f16"
+    """of gguf: the type of the weight matrices, as f32, f16, bf16, q8_0, q5_1, q4_0"""
+    pad: Annotated[bool, Group.FILES] = False
+    """fill widths that a form cannot have as they are with exact zeros, instead of refusing them"""
     allow_pickle: Annotated[bool, Group.FILES] = False
     """read a foreign .bin that holds pickled objects (it can run any code)"""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -51,7 +51,17 @@ class PruneResult:
         return {**self.metrics, **where}
 
 
-def run_prune(config: PruneConfig) -> PruneResult:
+class Beside(Protocol):
+    """What else is made of the pruned model, in the folder of the result."""
+
+    def check(self, model: nn.Module) -> None:
+        """InputError when it cannot be made; called as soon as the model is cut."""
+
+    def write(self, model: nn.Module, tokenizer: Any, directory: Path) -> None:
+        """Make it in `directory`, where the checkpoint is already."""
+
+
+def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
     """Load, prune, evaluate, and save: the `prune` command.
 
     Raises InputError, GateError or NumericalError; ``config.out`` is complete or untouched, but for
@@ -92,11 +102,19 @@ def run_prune(config: PruneConfig) -> PruneResult:
         check_savable(model, tokenizer)
         with _staged(config.out, config.overwrite) as directory:
             result = prune(
-                model, tokenizer, config, clock=clock, source=source, directory=directory
+                model,
+                tokenizer,
+                config,
+                clock=clock,
+                source=source,
+                directory=directory,
+                beside=beside,
             )
             result.out = config.out
             if distributed.rank() == 0:
                 write_result(directory, result, config, clock, run_log)
+                if beside is not None:
+                    beside.write(model, tokenizer, directory)
     return result
 
 
@@ -144,14 +162,17 @@ def prune(
     source: StreamedModel | None = None,
     directory: Path | None = None,
     planning: PruneConfig | None = None,
+    beside: Beside | None = None,
 ) -> PruneResult:
     """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
 
     Inside `fastprune.distributed.joined` the processes share the calibration and the evaluation.
     Nothing is written, unless ``source`` has the weights and ``model`` sizes only: the result then
     goes straight to ``directory``. A dry run with ``planning`` plans by that instead of ``config``,
-    and uses no text and no weights. Raises InputError for settings that cannot be met, GateError
-    when perplexity grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
+    and uses no text and no weights. ``beside`` is asked whether it can be made of the result.
+
+    Raises InputError for settings that cannot be met, GateError when perplexity grows beyond
+    ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
     """
     config.check()
     run = PruneRun(Subject(model, source, directory), tokenizer, config, clock or Clock())
@@ -161,6 +182,8 @@ def prune(
     run.make_plan(planning)
     if not config.dry_run:
         run.cut()
+        if beside is not None:
+            beside.check(model)
         run.measure_pruned()
     return PruneResult(model, tokenizer, run.plan, run.record(), run.made.layer_importance)
 

@@ -1,0 +1,68 @@
+"""What `--format` adds to `prune` and `compress`: the result in other forms, in OUT/exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastprune.errors import InputError
+from fastprune.export.config import ExportConfig
+from fastprune.export.formats import find
+from fastprune.export.pipeline import export
+from fastprune.progress import log as progress_log
+from fastprune.prune import pipeline
+from fastprune.prune.config import PruneConfig
+from fastprune.prune.pipeline import PruneResult
+
+EXPORTED = "exported"
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms that `config.format` names, beside the checkpoint."""
+
+    config: PruneConfig
+
+    def check_settings(self) -> None:
+        """InputError for a form that does not exist, and where there will be none to export."""
+        for name in self.config.format:
+            self._settings(name, Path()).formats()
+        if self.config.format and self.config.stream:
+            raise InputError("--format with --stream: export the result afterwards instead")
+
+    def check(self, model: nn.Module) -> None:
+        """InputError when `model` cannot have one of the forms."""
+        for name in self.config.format:
+            find(name).writer.check(model, self._settings(name, Path()))
+
+    def write(self, model: nn.Module, tokenizer: Any, directory: Path) -> None:
+        """Write every form into `directory`/exported. Raises InputError as `check`."""
+        for name in self.config.format:
+            place = (
+                directory / EXPORTED / (f"model{find(name).suffix}" if find(name).suffix else name)
+            )
+            place.parent.mkdir(exist_ok=True)
+            export(model, tokenizer, self._settings(name, place))
+            progress_log.info("exported: %s", place.relative_to(directory))
+
+    def _settings(self, name: str, place: Path) -> ExportConfig:
+        config = self.config
+        return ExportConfig(
+            model=str(config.out),
+            format=(name,),
+            out=place,
+            quant=config.quant,
+            pad=config.pad,
+            read_back=config.read_back,
+            device=config.device,
+        )
+
+
+def run_prune(config: PruneConfig) -> PruneResult:
+    """The `prune` command: `fastprune.prune.pipeline.run_prune`, and the forms of `--format`."""
+    forms = Forms(config)
+    forms.check_settings()
+    return pipeline.run_prune(config, beside=forms)
