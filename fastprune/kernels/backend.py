@@ -67,7 +67,7 @@ def compiled(device: torch.device) -> ModuleType | None:
 
 
 def cpu_level() -> str | None:
-    """The instruction-set level in use (v2 to v4, amx, generic), None without compiled kernels."""
+    """The instruction set in use (v2, v3, v4, amx, generic), None without compiled kernels."""
     return _module.cpu_level() if _module else None
 
 
