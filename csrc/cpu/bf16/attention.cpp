@@ -174,6 +174,19 @@ void block_gradients(const float* scores, const float* grads, const float* log_s
   }
 }
 
+// A query's logarithm of its sum, inf beyond n for weights of 0, and rowsum(do o), both (padded,).
+void query_sums(const AttentionGradients& g, std::int64_t n, std::int64_t d, float* log_sums,
+                float* inner) {
+  for (std::int64_t i = 0; i < padded_rows(n); ++i) {
+    log_sums[i] = i < n ? g.log_sums[i] : kInfinity;
+    F32 products(0.0f);
+    for (std::int64_t c = 0; i < n && c < d; c += kLanes)
+      products = products + load(g.out.data + i * g.out.stride + c) *
+                                load(g.grad_out.data + i * g.grad_out.stride + c);
+    inner[i] = sum(products);
+  }
+}
+
 }  // namespace
 
 std::int64_t attention_head_workspace(std::int64_t n, std::int64_t d) { return places(n, d).end; }
@@ -189,20 +202,13 @@ void attention_backward_head(const AttentionHead& head, const BlockProducts& pro
   Pair *const o_lanes = pairs_at(place.o_lanes), *const o_pairs = pairs_at(place.o_pairs);
   bf16* const k_columns = reinterpret_cast<bf16*>(memory + place.k_columns);
   float* const grad_q = floats_at(place.grad_q);      // (blocks, d, kBlock)
-  float* const log_sums = floats_at(place.log_sums);  // (padded,), inf beyond n: weights of 0
+  float* const log_sums = floats_at(place.log_sums);  // (padded,)
   float* const inner = floats_at(place.inner);        // (padded,)
   const std::int64_t block_pairs = d / 2 * kBlock;
 
   attention_columns(n, d, head.k, k_columns);  // (blocks, d, kBlock)
   memset(grad_q, 0, std::size_t(padded * d) * sizeof(float));
-  for (std::int64_t i = 0; i < padded; ++i) {
-    log_sums[i] = i < n ? g.log_sums[i] : kInfinity;
-    F32 products(0.0f);
-    for (std::int64_t c = 0; i < n && c < d; c += kLanes)
-      products = products + load(g.out.data + i * g.out.stride + c) *
-                                load(g.grad_out.data + i * g.grad_out.stride + c);
-    inner[i] = sum(products);
-  }
+  query_sums(g, n, d, log_sums, inner);
   for (std::int64_t b = 0; b < blocks; ++b) {
     const std::int64_t rows = rows_in_block(n, b);
     const bf16* q = head.q.data + b * kBlock * head.q.stride;
