@@ -49,7 +49,7 @@ demo: $(VENV)/.built $(VENV)/.model ## make SmolLM2-135M 20 % smaller, bring it 
 		--out $(OUT) --overwrite
 
 test: lint types ## everything that must pass before a change goes in
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.built ## style of Python and C++, layers of the house
 	$(BIN)/ruff check

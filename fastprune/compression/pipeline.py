@@ -150,6 +150,8 @@ class CompressRun:
             effort = schedule.effort_for(config.minutes, _pace(dense), config.rounds)
         folder = self.steps.folder(name)
         changes: dict[str, Any] = {"effort": effort}
+        if config.effort == "auto" and effort == "fast" and config.calib_samples is None:
+            changes["calib_samples"] = schedule.HURRIED
         if number:
             changes["model"] = str(self._recovered(number - 1))
         if config.rounds > 1:

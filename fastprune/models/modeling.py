@@ -33,6 +33,7 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+from transformers.utils import logging
 
 
 class Sizes(Protocol):
@@ -299,7 +300,12 @@ def per_layer_config(config: Any, sizes: Sequence[Sizes]) -> Any:
         values = {layer[name] for layer in fields if layer[name]}
         if len(values) == 1:
             settings[name] = values.pop()
-    result = FAMILIES[family].config(**settings, per_layer_config=fields)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the library's own checks read global sizes, and it warns of it
+    try:
+        result = FAMILIES[family].config(**settings, per_layer_config=fields)
+    finally:
+        logging.set_verbosity(level)
     result._attn_implementation = config._attn_implementation
     return result
 

@@ -27,8 +27,9 @@ REACHED_BY = {
     "sharding.py": {"finetune"},
     "distributed.py": {"prune", "finetune"},
     "compression": {"compress"},
+    "compression/forms.py": {"prune", "compress"},
     "prune": {"prune", "compress"},
-    "export": {"export"},
+    "export": {"export", "prune", "compress"},
     "recover": {"finetune", "compress"},
     "recover/merge.py": {"merge"},
     "report/compare.py": {"compare"},
@@ -61,6 +62,9 @@ ONE_CALLER = {
     ("export/gguf_layout.py", "--align"): {"prune"},
     ("export/gguf_layout.py", "--layout"): {"prune"},
     ("export/gguf_layout.py", "--structures"): {"prune"},
+    ("export/pipeline.py", "--adapter"): {"export"},
+    ("export/nemotron.py", "--align"): {"prune"},
+    ("export/nemotron.py", "--layout"): {"prune"},
 }
 """Flags in shared files that are named for some commands only."""
 

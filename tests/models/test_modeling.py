@@ -1,5 +1,6 @@
 """Models whose layers differ in size compute, cache, train and register like stock ones."""
 
+import logging
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from per_layer import NO_ATTENTION, per_layer_config, per_layer_model
 from tiny import FAMILIES, compute_activations_twice, tiny_model, token_ids
 from torch import nn
 from transformers import AutoModel
+from transformers.utils import logging as library
 
 from fastprune.models import modeling
 from fastprune.models.families import Geometry
@@ -54,6 +56,22 @@ def test_conformed_model_equals_one_built_at_that_size(family):
         assert torch.equal(stock(ids).logits, built(ids).logits)
     tokens = [m.generate(ids, max_new_tokens=8, do_sample=False) for m in (stock, built)]
     assert torch.equal(*tokens)
+
+
+def test_nothing_is_said_of_global_sizes_that_are_read():
+    """The library warns once a process of what its own checks do."""
+    seen = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    library.warning_once.cache_clear()
+    library.add_handler(handler)
+    try:
+        modeling.conform(
+            tiny_model("llama"), [Geometry(8, 4, 96, 16)] * 3 + [Geometry(2, 1, 8, 16)]
+        )
+    finally:
+        library.remove_handler(handler)
+    assert not seen
 
 
 def test_conformed_model_follows_a_change_of_attention():
