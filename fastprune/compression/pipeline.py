@@ -145,12 +145,12 @@ class CompressRun:
     def prune(self, dense: dict[str, Any], number: int) -> dict[str, Any]:
         """Prune for the round `number`; the figures of the result, and what `prune` recorded."""
         config, name = self.config, self._name(PRUNED, number)
-        effort = config.effort
+        effort, time_left = config.effort, (config.minutes, _pace(dense), config.rounds)
         if effort == "auto":
-            effort = schedule.effort_for(config.minutes, _pace(dense), config.rounds)
+            effort = schedule.effort_for(*time_left)
         folder = self.steps.folder(name)
         changes: dict[str, Any] = {"effort": effort}
-        if config.effort == "auto" and effort == "fast" and config.calib_samples is None:
+        if effort == "fast" and config.calib_samples is None and schedule.is_hurried(*time_left):
             changes["calib_samples"] = schedule.HURRIED
         if number:
             changes["model"] = str(self._recovered(number - 1))

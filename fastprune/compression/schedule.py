@@ -13,11 +13,11 @@ from typing import Literal
 from fastprune.errors import InputError
 
 Effort = Literal["fast", "balanced", "thorough"]
-PRUNING: dict[Effort, float] = {"fast": 5.5, "balanced": 44.0, "thorough": 76.0}
-"""Scoring, planning, refitting and measuring, in units."""
-HURRIED = 64
-"""Calibration windows where the time is only enough for `fast`: what half as many save is worth
-more in training."""
+PRUNING: dict[Effort, float] = {"fast": 10.0, "balanced": 70.0, "thorough": 120.0}
+"""Scoring, planning and refitting, in units."""
+HURRIED, HURRY = 64, 0.18
+"""Calibration windows of `fast` where it would take more than HURRY of the minutes: half as many,
+in half the time, which is worth more in training."""
 SHARE = 0.36
 """Of the minutes, at most, for pruning beyond `fast`."""
 LEAST_RECOVERY = 2.0
@@ -47,10 +47,15 @@ def effort_for(minutes: float | None, pace: Pace, rounds: int = 1) -> Effort:
     return "fast"
 
 
+def is_hurried(minutes: float | None, pace: Pace, rounds: int = 1) -> bool:
+    """Whether `minutes` are so few that even the quickest pruning should take less of them."""
+    return minutes is not None and rounds * PRUNING["fast"] * pace.unit > HURRY * 60 * minutes
+
+
 def least_minutes(pace: Pace, rounds: int = 1) -> float:
     """What the whole command takes with the quickest pruning and the shortest useful recovery."""
     # Measured are the dense, the pruned and the recovered model, the latter with its speed.
-    each = pace.measuring + (PRUNING["fast"] + LEAST_RECOVERY) * pace.unit
+    each = pace.measuring + (PRUNING["fast"] / 2 + LEAST_RECOVERY) * pace.unit
     return (2 * pace.measuring + rounds * each) / 60
 
 

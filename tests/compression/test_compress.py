@@ -11,7 +11,13 @@ from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 import fastprune
 from fastprune import cli, progress
 from fastprune.compression import measure, pipeline
-from fastprune.compression.schedule import Pace, check_minutes, effort_for, least_minutes
+from fastprune.compression.schedule import (
+    Pace,
+    check_minutes,
+    effort_for,
+    is_hurried,
+    least_minutes,
+)
 from fastprune.errors import InputError
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
@@ -236,11 +242,13 @@ def test_from_python_the_model_in_memory_stays_as_it_is(files, tmp_path):
 
 
 def test_effort_follows_the_minutes():
-    pace = Pace(unit=27, measuring=45)
+    pace = Pace(unit=14, measuring=31)
     assert effort_for(None, pace) == "balanced"
-    assert effort_for(10, pace) == "fast"
-    assert effort_for(30, pace) == "balanced"
-    assert effort_for(60, pace) == "thorough"
+    assert effort_for(30, pace) == "fast"
+    assert effort_for(60, pace) == "balanced"
+    assert effort_for(60, pace, rounds=2) == "fast"
+    assert effort_for(120, pace) == "thorough"
+    assert [is_hurried(minutes, pace) for minutes in (None, 10, 30)] == [False, True, False]
     check_minutes(least_minutes(pace), pace)
     with pytest.raises(InputError, match=r"about \d+\.\d are enough"):
         check_minutes(least_minutes(pace) / 2, pace)
