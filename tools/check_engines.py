@@ -2,6 +2,7 @@
 
     python tools/check_engines.py llama.cpp [--model MODEL] [--work DIR] [--ratio R] [--layouts L]
     python tools/check_engines.py mlx [--work DIR]
+    python tools/check_engines.py onnx [--work DIR]
 
 llama.cpp: for MODEL and three results of `fastprune prune` of it (uniform, per layer, whole
 sublayers gone), each written as f16 and q8_0:
@@ -14,6 +15,7 @@ and for a `.gguf` file of others that the package reads (--gguf): tokens, log-pr
 likeliest and perplexity are those of the same file in the engine.
 
 mlx: three results for `nemotron-nas`, continued by MLX-LM as by transformers.
+onnx: two results of layers of one size, converted and continued by onnxruntime-genai.
 
 Pruned models stay in --work and are used again. Prints one line a check and exits 1 if one failed.
 Minutes on two cores.
@@ -32,6 +34,7 @@ from typing import Any
 
 import engine_llama_cpp
 import engine_mlx
+import engine_onnx
 import torch
 
 import fastprune
@@ -78,6 +81,9 @@ def main() -> int:
     other = engines.add_parser("mlx", help="needs mlx-lm")
     other.add_argument("--work", type=Path, help="where exported folders are kept")
     other.set_defaults(check=check_mlx)
+    third = engines.add_parser("onnx", help="needs onnxruntime-genai")
+    third.add_argument("--work", type=Path, help="where models are kept")
+    third.set_defaults(check=check_onnx)
     asked = parser.parse_args()
     failed = 0
     for name, right, words in asked.check(asked):
@@ -137,6 +143,14 @@ def _compare(
     yield kind, *_same_perplexity(model, tokenizer, engine, asked.windows, PERPLEXITY[quant])
     size = file.stat().st_size / 2**20
     yield kind, True, f"{engine.speed(prompts[0], 64):.1f} tokens/s, {size:.0f} MiB"
+
+
+def check_onnx(asked: argparse.Namespace) -> Iterator[Check]:
+    """Every check of onnxruntime-genai."""
+    if not engine_onnx.installed():
+        sys.exit(engine_onnx.MISSING)
+    with tempfile.TemporaryDirectory(prefix="engines-") as name:
+        yield from engine_onnx.checks(asked.work or Path(name), PROMPTS)
 
 
 @torch.no_grad()
