@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 MISSING = 'MLX-LM is not installed: pip install "mlx[cpu]" mlx-lm (wheels for glibc 2.35 or newer)'
 PROMPTS = (
@@ -69,6 +68,7 @@ def checks(work: Path) -> Iterator[tuple[str, bool, str]]:
 def pruned_and_exported(folder: Path, settings: dict):
     """SmolLM2 pruned by `settings`, its tokenizer, and what the export into `folder` says."""
     from fastprune.export import nemotron
+    from fastprune.export.config import ExportConfig
     from fastprune.models.load import load_model
     from fastprune.prune.config import PruneConfig
     from fastprune.prune.pipeline import prune
@@ -76,7 +76,9 @@ def pruned_and_exported(folder: Path, settings: dict):
     config = PruneConfig(model="smollm2-135m", ratio=0.2, **QUICK, **settings)
     model, tokenizer = load_model(config.model, dtype="float32", device="cpu")
     prune(model, tokenizer, config)
-    options = SimpleNamespace(pad=config.layout != "deci")
+    options = ExportConfig(
+        model=config.model, format=("nemotron-nas",), out=folder, pad=config.layout != "deci"
+    )
     nemotron.check(model, options)
     return model, tokenizer, nemotron.write(model, tokenizer, folder, options)
 

@@ -39,13 +39,12 @@ class Forms:
             find(name).writer.check(model, self._settings(name, Path()))
 
     def write(self, model: nn.Module, tokenizer: Any, directory: Path) -> None:
-        """Write every form into `directory`/exported. Raises InputError as `check`."""
+        """Write every form into `directory`/exported, with what the records there say of the
+        dense model. Raises InputError as `check`."""
         for name in self.config.format:
-            place = (
-                directory / EXPORTED / (f"model{find(name).suffix}" if find(name).suffix else name)
-            )
+            place = directory / EXPORTED / find(name).entry(name)
             place.parent.mkdir(exist_ok=True)
-            export(model, tokenizer, self._settings(name, place))
+            export(model, tokenizer, self._settings(name, place), source=directory)
             progress_log.info("exported: %s", place.relative_to(directory))
 
     def _settings(self, name: str, place: Path) -> ExportConfig:

@@ -246,6 +246,7 @@ class CompressRun:
             recovered=small,
             prune=pruned["metrics"],
             finetune=recovered,
+            origin=pruned["metrics"].get("origin"),
             seconds={**_seconds(self.steps), "total": self.elapsed()},
             peak_memory_bytes=max(f["peak_memory_bytes"] for f in (pruned["metrics"], recovered)),
             versions=versions(),
@@ -271,9 +272,9 @@ class CompressRun:
             lines = self.steps.folder(last) / RECORDS / "train_log.jsonl"
             if lines.is_file():
                 _link(lines, records / lines.name)
+            write_record(records, record)
             if self.config.format:
                 Forms(self.config).write(*self._load(source), fresh)
-            write_record(records, record)
             write_compress_report(records / "report.html", records, record)
             earlier = self.steps.state / "run.log"
             if earlier.is_file():

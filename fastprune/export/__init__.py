@@ -7,6 +7,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from fastprune.export.config import ExportConfig
@@ -15,11 +17,13 @@ if TYPE_CHECKING:
 class _Export(ModuleType):
     """This package is also the function of its name, as `fastprune.prune` is."""
 
-    def __call__(self, model: nn.Module, tokenizer: Any, config: ExportConfig) -> dict[str, Any]:
+    def __call__(
+        self, model: nn.Module, tokenizer: Any, config: ExportConfig, source: Path | None = None
+    ) -> dict[str, Any]:
         """Write `model` to `config.out`; see `fastprune.export.pipeline.export`."""
         from fastprune.export.pipeline import export
 
-        return export(model, tokenizer, config)
+        return export(model, tokenizer, config, source)
 
 
 sys.modules[__name__].__class__ = _Export

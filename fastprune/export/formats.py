@@ -41,6 +41,10 @@ class Format:
     module: str
     suffix: str = ""
 
+    def entry(self, name: str) -> str:
+        """What its file or folder is called among others, when the format is called `name`."""
+        return f"model{self.suffix}" if self.suffix else name
+
     @property
     def writer(self) -> Writer:
         return cast(Writer, import_module(self.module))

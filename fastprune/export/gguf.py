@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from fastprune.export.gguf_layout import Entry, Layout, check_biases, entries, l
 from fastprune.export.gguf_rope import rope
 from fastprune.export.gguf_types import Quant, check_f16, find_quant, numbers
 from fastprune.export.gguf_words import words
-from fastprune.inspect.record import Origin
 from fastprune.models.gguf import read_header
 from fastprune.models.gguf_weights import read_weights
 from fastprune.models.readback import ReadBackError, logits_difference
@@ -97,8 +95,6 @@ def _add_general(writer: Any, quant: Quant, config: ExportConfig) -> None:
     writer.add_name(Path(config.model).name.removesuffix(".gguf") or config.model)
     writer.add_file_type(quant.file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    if (origin := Origin.of(config.model)) is not None:
-        writer.add_string("fastprune.origin", json.dumps(origin.to_dict()))
 
 
 def _sizes(model: nn.Module, found: Layout) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.export.gguf_types import Quant
+from fastprune.export.padding import padded
 from fastprune.models.families import PRUNED_PREFIX, Geometry, decoder_layers, geometries
 from fastprune.models.gguf import BIASES, DECI, LAYER_TENSORS, PAIRED, pair_neighbours
 
@@ -208,7 +209,7 @@ def _of_layer(
     def made(tensor: Tensor, wanted: tuple[int, ...]) -> Callable[[], Tensor]:
         def make() -> Tensor:
             turned = pair_neighbours(tensor, found.head_dim) if paired else tensor
-            return _padded(turned, wanted)
+            return padded(turned, wanted)
 
         return make
 
@@ -220,15 +221,6 @@ def _of_layer(
         yield Entry(f"{prefix}{short}.weight", shape, lambda: fill(shape))
     if bias is not None:
         yield Entry(f"{prefix}{short}.bias", shape[:1], made(bias, shape[:1]))
-
-
-def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`tensor` with zeros after its last row and column, up to `shape`."""
-    if tuple(tensor.shape) == shape:
-        return tensor
-    found = tensor.new_zeros(shape)
-    found[tuple(slice(n) for n in tensor.shape)] = tensor
-    return found
 
 
 def check_biases(model: nn.Module, found: Layout) -> None:

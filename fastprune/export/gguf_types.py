@@ -54,7 +54,7 @@ def quants() -> dict[str, Quant]:
             continue
         try:
             quantize(np.zeros((1, block), dtype=np.float32), kind)
-        except NotImplementedError:
+        except NotImplementedError:  # the package reads this type, but cannot write it
             continue
         found[name] = Quant(name, kind, LlamaFileType[file_type], block, 8 * size / block)
     return found

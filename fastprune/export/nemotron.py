@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,6 +37,9 @@ from fastprune.models.families import Geometry, geometries
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.readback import check_same
 
+if TYPE_CHECKING:
+    from fastprune.export.config import ExportConfig
+
 INSTEAD = "use --format gguf or hf-uniform"
 CODE = Path(__file__).parent / "decilm"
 AUTO_MAP = {
@@ -45,8 +48,8 @@ AUTO_MAP = {
 }
 
 
-def check(model: nn.Module, options: Any) -> None:
-    """InputError when `model` has no DeciLM form, or has one only with `options.pad`."""
+def check(model: nn.Module, config: ExportConfig) -> None:
+    """InputError when `model` has no DeciLM form, or has one only with `config.pad`."""
     if reason := obstacle(model.config):
         raise InputError(f"nemotron-nas: {reason}; {INSTEAD}")
     sizes = geometries(model)
@@ -62,7 +65,7 @@ def check(model: nn.Module, options: Any) -> None:
                 f"nemotron-nas: layer {index} has {size.queries_per_kv} query heads to a KV head, "
                 f"which is no divisor of {heads}; {INSTEAD}"
             )
-        if options.pad:
+        if config.pad:
             continue
         if size.query_heads not in (0, heads):
             raise InputError(
@@ -78,34 +81,34 @@ def check(model: nn.Module, options: Any) -> None:
 
 
 @torch.no_grad()
-def write(model: nn.Module, tokenizer: Any, path: Path, options: Any) -> dict[str, Any]:
+def write(model: nn.Module, tokenizer: Any, path: Path, config: ExportConfig) -> dict[str, Any]:
     """Write `model` as a DeciLM into the folder `path`.
 
-    transformers loads it too, by the code beside the weights. The folder is read again and its
-    logits are compared with those of `model`. Returns "bytes" (of the weight files),
-    "padding_bytes" (how many of them are zeros that were added) and "notes" (sentences). Raises
-    InputError as `check`, and ReadBackError.
+    transformers loads it too, by the code beside the weights. Returns "bytes" (of the weight
+    files), "padding_bytes" (how many of them are zeros that were added) and "notes" (sentences).
+    Raises ReadBackError when `config.read_back` asks for a comparison and the folder does not give
+    the same logits. `model` has passed `check`.
     """
-    check(model, options)
     settle_tie(model)
     kept = [i for i, size in enumerate(geometries(model)) if size.kv_heads or size.channels]
     sizes = _sizes(model, kept)
-    config = _config(model, sizes)
+    own = _config(model, sizes)
     with torch.device("meta"), quiet_libraries():
-        shapes = DeciLMForCausalLM(config).state_dict()
-    if config.tie_word_embeddings:
+        shapes = DeciLMForCausalLM(own).state_dict()
+    if own.tie_word_embeddings:
         shapes.pop(HEAD, None)
     layers = {old: new for new, old in enumerate(kept)}
-    form = Form(config, padded_state(model, shapes, layers), layers, False)
+    form = Form(own, padded_state(model, shapes, layers), layers, False)
     with quiet_libraries():
-        config.save_pretrained(path)
+        own.save_pretrained(path)
         write_weights(form, path)
     for name in ("configuration_decilm.py", "modeling_decilm.py"):
         shutil.copyfile(CODE / name, path / name)
     save_surroundings(model, tokenizer, path)
-    with quiet_libraries():
-        read = DeciLMForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
-    check_same(model, read.eval())
+    if config.read_back:
+        with quiet_libraries():
+            read = DeciLMForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
+        check_same(model, read.eval())
     written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     padding = added_bytes(model, form.state)
     return {"bytes": written, "padding_bytes": padding, "notes": _notes(model, sizes, padding)}

@@ -6,9 +6,8 @@ o_proj that add nothing; a channel of zeros adds nothing either. The logits stay
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fastprune.models.checkpoint import LAYER_KEY
@@ -24,14 +23,18 @@ def padded_state(
     added ones follow. A sublayer that `model` does not have becomes zeros, its norms ones. Tensors
     that keep their shape are those of `model`, not copies.
     """
-    own = model.state_dict()
+    own, like = model.state_dict(), next(model.parameters()).detach()
     names = {new: old for old, new in layers.items()}
     state = {}
     for name, wanted in shapes.items():
         source = name
         if match := LAYER_KEY.fullmatch(name):
             source = f"model.layers.{names[int(match[1])]}.{match[2]}"
-        state[name] = _padded(own.get(source), wanted.shape, model, norm="norm" in name)
+        if source in own:
+            state[name] = padded(own[source], wanted.shape)
+        else:
+            fill = like.new_ones if "norm" in name else like.new_zeros
+            state[name] = fill(wanted.shape)
     return state
 
 
@@ -44,11 +47,11 @@ def added_bytes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in state.values()) - before
 
 
-def _padded(tensor: Tensor | None, shape: torch.Size, model: nn.Module, *, norm: bool) -> Tensor:
-    if tensor is not None and tensor.shape == shape:
+def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """`tensor` with zeros after its last entry of each dimension, up to `shape`; itself if it has
+    that shape."""
+    if tuple(tensor.shape) == tuple(shape):
         return tensor.contiguous()
-    like = next(model.parameters())
-    result = like.new_ones(shape) if norm else like.new_zeros(shape)
-    if tensor is not None:
-        result[tuple(slice(n) for n in tensor.shape)] = tensor
-    return result.detach()
+    result = tensor.new_zeros(shape)
+    result[tuple(slice(n) for n in tensor.shape)] = tensor
+    return result

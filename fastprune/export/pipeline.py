@@ -58,10 +58,16 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     return _write_all(model, tokenizer, config, source, clock)
 
 
-def export(model: nn.Module, tokenizer: Any, config: ExportConfig) -> dict[str, Any]:
-    """Write a model in memory; `config.model` is only recorded as its name. Raises InputError."""
+def export(
+    model: nn.Module, tokenizer: Any, config: ExportConfig, source: Path | None = None
+) -> dict[str, Any]:
+    """Write a model in memory; `config.model` is recorded as its name.
+
+    What a checkpoint's records say of the dense model travels with it; they are looked for in the
+    folder `source`, by default in the one that `config.model` names. Raises InputError.
+    """
     _check_out(config, [config.model])
-    return _write_all(model, tokenizer, config, config.model, Clock())
+    return _write_all(model, tokenizer, config, str(source or config.model), Clock())
 
 
 def _base_and_adapter(config: ExportConfig) -> tuple[str, Path | None]:
@@ -162,7 +168,7 @@ def _entry(name: str, one: Format, formats: dict[str, Format]) -> str:
     """What the entry of a format is called in --out; empty where --out is that entry itself."""
     if len(formats) == 1:
         return ""
-    return f"model{one.suffix}" if one.suffix else name
+    return one.entry(name)
 
 
 def _keep_records(source: Path, records: Path) -> None:

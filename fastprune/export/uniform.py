@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -23,19 +23,22 @@ from fastprune.models.modeling import per_layer_config
 from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import skeleton
 
+if TYPE_CHECKING:
+    from fastprune.export.config import ExportConfig
 
-def check(model: nn.Module, options: Any) -> None:
+
+def check(model: nn.Module, config: ExportConfig) -> None:
     """InputError when no stock architecture has layers of one size that hold those of `model`."""
     uniform_size(model)
 
 
-def write(model: nn.Module, tokenizer: Any, path: Path, options: Any) -> dict[str, Any]:
+def write(model: nn.Module, tokenizer: Any, path: Path, config: ExportConfig) -> dict[str, Any]:
     """Write `model`, its layers padded with exact zeros to one size, into the folder `path`.
 
-    The folder is that of a stock architecture; layers of which nothing is left are dropped. It is
-    read again and its logits are compared with those of `model`. Returns "bytes" (of the weight
-    files), "padding_bytes" (how many of them are zeros that were added) and "notes" (sentences).
-    Raises InputError as `check`, and ReadBackError.
+    The folder is that of a stock architecture; layers of which nothing is left are dropped. Returns
+    "bytes" (of the weight files), "padding_bytes" (how many of them are zeros that were added) and
+    "notes" (sentences). Raises InputError as `check`, and ReadBackError when `config.read_back`
+    asks for a comparison and the folder does not give the same logits.
     """
     size, padding = uniform_size(model), 0
     settle_tie(model)
@@ -52,7 +55,8 @@ def write(model: nn.Module, tokenizer: Any, path: Path, options: Any) -> dict[st
         write_weights(replace(form, state=state), directory)
 
     save_checkpoint(shape, tokenizer, path, write_padded)
-    check_read_back(model, path)
+    if config.read_back:
+        check_read_back(model, path)
     written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return {"bytes": written, "padding_bytes": padding, "notes": _notes(size, sizes, padding)}
 

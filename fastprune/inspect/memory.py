@@ -56,7 +56,7 @@ class Extra:
         return _status("VmRSS") if STATUS.exists() else sys.maxsize
 
     def _give_back(self) -> None:
-        """Memory that was freed and is still held by the C library would be taken twice for free"""
+        """Return to the system what was freed: taken again, it would not count as growth."""
         if self.device.type == "cpu" and sys.platform == "linux":
             with suppress(AttributeError):  # another C library than glibc
                 ctypes.CDLL(None).malloc_trim(0)

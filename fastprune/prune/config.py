@@ -148,28 +148,13 @@ class PruneConfig(CommonConfig):
 
     def check(self) -> None:
         """InputError when a value is out of range or two contradict each other."""
-        budgets = [
-            *(self.ratio, self.target_params, self.target_bytes, self.target_latency),
-            self.plan,
-        ]
-        given = sum(budget is not None for budget in budgets)
-        if given != 1:
-            raise InputError(
-                "give exactly one of --ratio, --target-params, --target-bytes, --target-latency "
-                "and --plan" + ("" if given else ", for example --ratio 0.2")
-            )
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise InputError(f"--ratio must lie between 0 and 1, not {self.ratio}")
-        if self.ratio_of == "structures" and (self.ratio is None or not self.structures):
-            raise InputError("--ratio-of structures needs both --ratio and --structures")
+        self._check_budget()
         low, high = (0, 1) if self.allocation == "global" else (-10, 10)
         if self.alpha is not None and not low <= self.alpha <= high:
             raise InputError(
                 f"--alpha must lie between {low} and {high} with --allocation {self.allocation}, "
                 f"not {self.alpha}"
             )
-        if self.target_latency is not None and not 0 < self.target_latency < math.inf:
-            raise InputError(f"--target-latency must be positive, not {self.target_latency}")
         for name, least in (
             ("exchange_rounds", 0),
             ("iterations", 1),
@@ -194,6 +179,37 @@ class PruneConfig(CommonConfig):
         self._check_stream()
         if self.iterations > 1 and self.plan is not None:
             raise InputError("--plan is applied as it is; leave --iterations out")
+        self._check_layout()
+
+    def inputs(self) -> list[str | Path]:
+        """What the command reads, as it was named; --out must lie apart from it."""
+        texts = [*source_names(self.calib), *source_names(self.eval)]
+        files: list[str | Path] = [p for p in (self.plan, self.tokenizer) if p is not None]
+        if self.layer_importance not in ("removal", "activation"):
+            files.append(self.layer_importance)
+        return [self.model, *texts, *files]
+
+    def _check_budget(self) -> None:
+        """InputError unless one budget is given, and in its range."""
+        budgets = [
+            *(self.ratio, self.target_params, self.target_bytes, self.target_latency),
+            self.plan,
+        ]
+        given = sum(budget is not None for budget in budgets)
+        if given != 1:
+            raise InputError(
+                "give exactly one of --ratio, --target-params, --target-bytes, --target-latency "
+                "and --plan" + ("" if given else ", for example --ratio 0.2")
+            )
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise InputError(f"--ratio must lie between 0 and 1, not {self.ratio}")
+        if self.ratio_of == "structures" and (self.ratio is None or not self.structures):
+            raise InputError("--ratio-of structures needs both --ratio and --structures")
+        if self.target_latency is not None and not 0 < self.target_latency < math.inf:
+            raise InputError(f"--target-latency must be positive, not {self.target_latency}")
+
+    def _check_layout(self) -> None:
+        """InputError when --layout rules out what stands beside it."""
         if self.layout == "deci" and "attention" in self.structures:
             raise InputError(
                 "--layout deci keeps every query head, which engines that read DeciLM ask for, so "
@@ -212,14 +228,6 @@ class PruneConfig(CommonConfig):
                 "--layout uniform makes every layer the same size: "
                 "use it with --allocation uniform and without --layers"
             )
-
-    def inputs(self) -> list[str | Path]:
-        """What the command reads, as it was named; --out must lie apart from it."""
-        texts = [*source_names(self.calib), *source_names(self.eval)]
-        files: list[str | Path] = [p for p in (self.plan, self.tokenizer) if p is not None]
-        if self.layer_importance not in ("removal", "activation"):
-            files.append(self.layer_importance)
-        return [self.model, *texts, *files]
 
     def _check_stream(self) -> None:
         """InputError when --stream stands beside what needs the whole model in memory."""

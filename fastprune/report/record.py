@@ -74,6 +74,8 @@ class CompressRecord(Record):
     """the record of the pruning"""
     finetune: dict[str, Any]
     """the record of the recovery"""
+    origin: dict[str, Any] | None = None
+    """the dense model, sizes and perplexities, as `inspect.record.Origin` has them"""
 
     @property
     def small(self) -> dict[str, Any]:

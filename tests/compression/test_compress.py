@@ -19,6 +19,7 @@ from fastprune.compression.schedule import (
     least_minutes,
 )
 from fastprune.errors import InputError
+from fastprune.inspect.record import Origin
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
 from fastprune.prune.plan import Plan
@@ -80,6 +81,9 @@ def test_it_leaves_one_small_model_and_its_records(compress, files, tmp_path):
     assert found["kept"] == "recovered"
     assert found["finetune"]["stages"][0]["steps"] == 4
     assert not (out / "fastprune/state").exists()
+    origin = Origin.of(out)
+    assert (origin.dense, origin.params.now) == (str(files[0]), found["recovered"]["params"])
+    assert origin.figures((found["settings"]["eval"], 32, 2)).dense == ppl[0]
     (run,) = compare([out])["runs"]
     assert run["made_by"] == "compress"
     sizes = [found[m][key] for key in ("params", "block") for m in ("dense", "recovered")]

@@ -8,6 +8,7 @@ from adapters import logits
 from tiny import TEXT, tiny_checkpoint
 
 from fastprune import cli
+from fastprune.inspect.record import Origin
 from fastprune.models.load import load_model
 
 SMALL = ["--effort", "fast", "--ratio", "0.3", "--structures", "attention,mlp", "--quiet"]
@@ -47,6 +48,8 @@ def test_the_forms_lie_beside_the_checkpoint(run, tmp_path, monkeypatch, name):
         torch.testing.assert_close(logits(read), logits(model), rtol=1e-3, atol=1e-4)
     metrics = json.loads((out / "fastprune/metrics.json").read_text())
     assert metrics["settings"]["format"] == ["hf-uniform", "gguf"]
+    dense = str(tmp_path / "model")
+    assert [Origin.of(place).dense for place in (out, out / "exported/hf-uniform")] == [dense] * 2
 
 
 @pytest.mark.parametrize("name", ["prune", "compress"])

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +15,14 @@ from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.export import nemotron
+from fastprune.export.config import ExportConfig
 from fastprune.export.decilm.modeling_decilm import DeciLMForCausalLM, width
 from fastprune.models.families import geometries
 
-PLAIN, PAD = SimpleNamespace(pad=False), SimpleNamespace(pad=True)
+PLAIN, PAD = (
+    ExportConfig(model="tiny", format=("nemotron-nas",), out=Path("unused"), pad=pad)
+    for pad in (False, True)
+)
 # 4 query heads of 16 fill the hidden size of 64
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
 DECI = [(4, 2, 512), (4, 2, 256), (0, 0, 256), (4, 2, 0)]

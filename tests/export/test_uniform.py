@@ -1,6 +1,8 @@
 """`hf-uniform`: padding changes the sizes and nothing else."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from fastprune.errors import InputError
 from fastprune.export import uniform
+from fastprune.export.config import ExportConfig
 from fastprune.models.families import geometries
 
-OPTIONS = SimpleNamespace(pad=False)
+OPTIONS = ExportConfig(model="tiny", format=("hf-uniform",), out=Path("unused"))
 UNEVEN = [(6, 3, 50), (0, 0, 96), (8, 4, 0), (2, 1, 32)]
 INDIVISIBLE = [(6, 3, 50), (0, 0, 40), (4, 2, 0), (2, 1, 32)]  # 64 is no multiple of 6 heads
 WITHOUT_A_LAYER = [(4, 2, 50), (0, 0, 0), (8, 4, 96), (2, 1, 32)]
@@ -59,23 +62,32 @@ def test_half_precision_is_free_of_nan(tmp_path, family):
     assert torch.isfinite(logits(read)).all()
 
 
-def test_heads_that_do_not_divide_the_hidden_size_are_carried_by_mistral(tmp_path):
-    model = cut(tiny_model("llama"), INDIVISIBLE)
+@pytest.mark.parametrize(
+    ("biases", "carrier"),
+    [
+        ({}, ("mistral", 6)),
+        # Mistral has no biases, so a Llama with them takes the next count that divides.
+        ({"attention_bias": True, "mlp_bias": True}, ("llama", 8)),
+    ],
+    ids=["no biases", "biases"],
+)
+def test_heads_that_do_not_divide_the_hidden_size(tmp_path, biases, carrier):
+    model = cut(tiny_model("llama", **biases), INDIVISIBLE)
     expected = logits(model)
     export(model, tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert (read.config.model_type, read.config.num_attention_heads) == ("mistral", 6)
+    assert (read.config.model_type, read.config.num_attention_heads) == carrier
     torch.testing.assert_close(logits(read), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_biases_are_padded_and_decide_the_heads(tmp_path):
-    """Mistral has no biases, so a Llama with them takes the next count that divides."""
-    model = cut(tiny_model("llama", attention_bias=True, mlp_bias=True), INDIVISIBLE)
-    expected = logits(model)
-    export(model, tmp_path)
-    read = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert (read.config.model_type, read.config.num_attention_heads) == ("llama", 8)
-    torch.testing.assert_close(logits(read), expected, atol=1e-4, rtol=1e-4)
+def test_the_folder_is_read_again_unless_it_is_not_to_be(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(uniform, "check_read_back", lambda model, path: read.append(path))
+    for name, wanted in (("checked", True), ("unchecked", False)):
+        (tmp_path / name).mkdir()
+        options = replace(OPTIONS, read_back=wanted)
+        uniform.write(cut(tiny_model("llama"), UNEVEN), tiny_tokenizer(), tmp_path / name, options)
+    assert read == [tmp_path / "checked"]
 
 
 def test_empty_layers_are_dropped(tmp_path):
