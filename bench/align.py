@@ -22,7 +22,7 @@ from fastprune.config import resolve_device
 from fastprune.inspect.speed import Decoding
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
-from fastprune.prune.latency import decoder_stack
+from fastprune.pruning.latency import decoder_stack
 
 
 @dataclass(frozen=True)

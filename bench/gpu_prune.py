@@ -17,11 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastprune.models.families import block_parameters
-from fastprune.prune.budget import Budget
-from fastprune.prune.config import PruneConfig
-from fastprune.prune.effort import decided
-from fastprune.prune.planning import make_plan
-from fastprune.prune.surgery import apply_plan
+from fastprune.pruning.budget import Budget
+from fastprune.pruning.config import PruneConfig
+from fastprune.pruning.effort import decided
+from fastprune.pruning.planning import make_plan
+from fastprune.pruning.surgery import apply_plan
 from fastprune.report.run import Clock
 
 MOST_SECONDS = 10.0

@@ -19,7 +19,7 @@ from pathlib import Path
 import fastprune
 from fastprune.data.builtin import WIKITEXT2
 from fastprune.data.text import load_documents
-from fastprune.export.config import ExportConfig
+from fastprune.exporting.config import ExportConfig
 from fastprune.inspect.perplexity import evaluate, text_windows
 from fastprune.models.gguf import read_header
 from fastprune.models.gguf_weights import read_weights

@@ -2,7 +2,7 @@
 
     python bench/scale.py
 
-Nothing is run and nothing is measured: operations and bytes come from fastprune/prune/cost.py,
+Nothing is run and nothing is measured: operations and bytes come from fastprune/pruning/cost.py,
 seconds from dividing them by the rates below.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastprune.prune.config import PruneConfig
-from fastprune.prune.pipeline import run_prune
+from fastprune.pruning.config import PruneConfig
+from fastprune.pruning.pipeline import run_prune
 from fastprune.report.format import duration
 
 MODELS = Path(__file__).parent.parent / "docs/models"

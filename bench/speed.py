@@ -30,7 +30,7 @@ from fastprune.models.families import Geometry, block_parameters, decoder_layers
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.streamed import skeleton
-from fastprune.prune.latency import with_equal_weights
+from fastprune.pruning.latency import with_equal_weights
 from fastprune.report import format
 from fastprune.report.run import versions, write_json
 

@@ -16,7 +16,7 @@ from fastprune.data.builtin import TRAINING_TEXT
 from fastprune.data.text import load_documents, sample_windows, token_stream
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.models.load import load_model
-from fastprune.prune.importance import score
+from fastprune.pruning.importance import score
 
 SAMPLES, LENGTH = 128, 128
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 from fastprune.models.lazy import register_on_first_use
 
 if TYPE_CHECKING:
-    from fastprune import export, prune
     from fastprune.compression.config import CompressConfig
     from fastprune.compression.pipeline import compress
     from fastprune.errors import FastpruneError, GateError, InputError, NumericalError
-    from fastprune.export.config import ExportConfig
+    from fastprune.exporting.config import ExportConfig
+    from fastprune.exporting.pipeline import export
     from fastprune.kernels.ops import taylor as taylor_scores
     from fastprune.kernels.optim import AdamW
-    from fastprune.prune.config import PruneConfig
-    from fastprune.prune.pipeline import PruneResult
+    from fastprune.pruning.config import PruneConfig
+    from fastprune.pruning.pipeline import PruneResult, prune
     from fastprune.recover.config import FinetuneConfig
     from fastprune.recover.pipeline import FinetuneResult, finetune
 
@@ -29,16 +29,18 @@ _PUBLIC = {
     "CompressConfig": "fastprune.compression.config:CompressConfig",
     "compress": "fastprune.compression.pipeline:compress",
     "AdamW": "fastprune.kernels.optim:AdamW",
-    "ExportConfig": "fastprune.export.config:ExportConfig",
+    "ExportConfig": "fastprune.exporting.config:ExportConfig",
     "FinetuneConfig": "fastprune.recover.config:FinetuneConfig",
     "FinetuneResult": "fastprune.recover.pipeline:FinetuneResult",
     "FastpruneError": "fastprune.errors:FastpruneError",
     "GateError": "fastprune.errors:GateError",
     "InputError": "fastprune.errors:InputError",
     "NumericalError": "fastprune.errors:NumericalError",
-    "PruneConfig": "fastprune.prune.config:PruneConfig",
-    "PruneResult": "fastprune.prune.pipeline:PruneResult",
+    "PruneConfig": "fastprune.pruning.config:PruneConfig",
+    "PruneResult": "fastprune.pruning.pipeline:PruneResult",
+    "export": "fastprune.exporting.pipeline:export",
     "finetune": "fastprune.recover.pipeline:finetune",
+    "prune": "fastprune.pruning.pipeline:prune",
     "taylor_scores": "fastprune.kernels.ops:taylor",
 }
 
@@ -63,8 +65,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("export", "prune"):  # packages that can be called
-        return import_module(f"fastprune.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fastprune' has no attribute '{name}'")
     module, _, attribute = _PUBLIC[name].partition(":")

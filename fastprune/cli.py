@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "prune": Command(
         "remove KV groups and MLP channels, measure the result, write a checkpoint",
-        "fastprune.prune.config:PruneConfig",
+        "fastprune.pruning.config:PruneConfig",
         "fastprune.compression.forms:run_prune",
         "fastprune.report.tables:show_prune",
     ),
@@ -95,8 +95,8 @@ COMMANDS = {
     ),
     "export": Command(
         "write a model in the forms that other engines load",
-        "fastprune.export.config:ExportConfig",
-        "fastprune.export.pipeline:run_export",
+        "fastprune.exporting.config:ExportConfig",
+        "fastprune.exporting.pipeline:run_export",
         "fastprune.report.tables:show_export",
     ),
     "compare": Command(

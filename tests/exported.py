@@ -6,7 +6,7 @@ from tiny import tiny_model, tiny_tokenizer
 from tokenizers import Regex, pre_tokenizers
 
 import fastprune
-from fastprune.export.config import ExportConfig
+from fastprune.exporting.config import ExportConfig
 from fastprune.models.families import geometries
 from fastprune.models.modeling import conform, remove_attention, remove_mlp
 

@@ -18,12 +18,12 @@ from tiny import tiny_model, token_ids
 from fastprune import cli, distributed
 from fastprune.inspect.perplexity import evaluate
 from fastprune.models.families import decoder_layers, geometries
-from fastprune.prune.budget import layer_size
-from fastprune.prune.compensation import compensate
-from fastprune.prune.curves import measure_curves
-from fastprune.prune.importance import score
-from fastprune.prune.plan import LayerPlan, Plan
-from fastprune.prune.sensitivity import removal
+from fastprune.pruning.budget import layer_size
+from fastprune.pruning.compensation import compensate
+from fastprune.pruning.curves import measure_curves
+from fastprune.pruning.importance import score
+from fastprune.pruning.plan import LayerPlan, Plan
+from fastprune.pruning.sensitivity import removal
 
 METHODS = ("taylor-first", "taylor-vector", "activation-maw", "obs")
 RUNS = {

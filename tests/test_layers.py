@@ -18,13 +18,13 @@ def test_this_repository_is_in_order():
 @pytest.mark.parametrize(
     ("file", "source", "words"),
     [
-        ("models/a.py", "from fastprune.prune import plan", "prune stands above models"),
-        ("models/a.py", "from ..prune.plan import Plan", "prune stands above models"),
+        ("models/a.py", "from fastprune.pruning import plan", "pruning stands above models"),
+        ("models/a.py", "from ..pruning.plan import Plan", "pruning stands above models"),
         ("models/a.py", "def f():\n    import fastprune.cli", "cli stands above models"),
-        ("prune/a.py", "from fastprune.recover import lora", "never import each other"),
-        ("export/a.py", "from fastprune.recover import merge", "never import each other"),
-        ("prune/a.py", "import fastprune.export", "export stands above prune"),
-        ("prune/a.py", "from fastprune.kernels import _C", "call the compiled module"),
+        ("pruning/a.py", "from fastprune.recover import lora", "never import each other"),
+        ("exporting/a.py", "from fastprune.recover import merge", "never import each other"),
+        ("pruning/a.py", "import fastprune.exporting", "exporting stands above pruning"),
+        ("pruning/a.py", "from fastprune.kernels import _C", "call the compiled module"),
         ("kernels/optim.py", "from ._C import adamw", "call the compiled module"),
         ("errors.py", "import fastprune", "the package itself"),
         ("extra/a.py", "import fastprune.errors", "extra has no level"),
@@ -43,8 +43,8 @@ def test_a_breach_is_named(tmp_path, file, source, words):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("cli.py", "from fastprune.prune import plan\nfrom fastprune.errors import InputError"),
-        ("prune/a.py", "from fastprune.prune.plan import Plan\nimport torch"),
+        ("cli.py", "from fastprune.pruning import plan\nfrom fastprune.errors import InputError"),
+        ("pruning/a.py", "from fastprune.pruning.plan import Plan\nimport torch"),
         ("kernels/ops.py", "from fastprune.kernels import _C"),
         ("__init__.py", "from fastprune.kernels.optim import AdamW"),
     ],

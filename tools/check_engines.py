@@ -40,7 +40,7 @@ import torch
 import fastprune
 from fastprune.data.builtin import WIKITEXT2
 from fastprune.data.text import load_documents
-from fastprune.export.config import ExportConfig
+from fastprune.exporting.config import ExportConfig
 from fastprune.inspect.perplexity import text_windows
 from fastprune.models.load import load_model
 

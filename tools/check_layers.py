@@ -18,8 +18,8 @@ LINES = 500
 LEVELS = (
     ("cli", "__main__"),
     ("compression",),
-    ("export",),
-    ("prune", "recover"),
+    ("exporting",),
+    ("pruning", "recover"),
     ("inspect", "report"),
     ("models", "data"),
     ("kernels",),
@@ -30,7 +30,8 @@ LEVELS = (
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 STRANGERS = {
-    ("prune", "recover"), ("recover", "prune"), ("export", "prune"), ("export", "recover"),
+    ("pruning", "recover"), ("recover", "pruning"),
+    ("exporting", "pruning"), ("exporting", "recover"),
 }  # fmt: skip
 CALLERS_OF_C = {"kernels/ops.py", "kernels/backend.py"}
 SOURCES = {"fastprune": ".py", "tests": ".py", "tools": ".py", "bench": ".py", "csrc": ""}

@@ -67,11 +67,11 @@ def checks(work: Path) -> Iterator[tuple[str, bool, str]]:
 
 def pruned_and_exported(folder: Path, settings: dict):
     """SmolLM2 pruned by `settings`, its tokenizer, and what the export into `folder` says."""
-    from fastprune.export import nemotron
-    from fastprune.export.config import ExportConfig
+    from fastprune.exporting import nemotron
+    from fastprune.exporting.config import ExportConfig
     from fastprune.models.load import load_model
-    from fastprune.prune.config import PruneConfig
-    from fastprune.prune.pipeline import prune
+    from fastprune.pruning.config import PruneConfig
+    from fastprune.pruning.pipeline import prune
 
     config = PruneConfig(model="smollm2-135m", ratio=0.2, **QUICK, **settings)
     model, tokenizer = load_model(config.model, dtype="float32", device="cpu")

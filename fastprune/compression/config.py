@@ -14,7 +14,7 @@ from fastprune.data.builtin import EVALUATION_TEXT, PYDOCS
 from fastprune.data.records import source_names
 from fastprune.errors import InputError
 from fastprune.inspect.tasks import TaskOptions
-from fastprune.prune.config import PruneConfig
+from fastprune.pruning.config import PruneConfig
 from fastprune.recover.config import FinetuneConfig
 
 Effort = Literal["auto", "fast", "balanced", "thorough"]

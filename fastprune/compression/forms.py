@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from fastprune.errors import InputError
-from fastprune.export.config import ExportConfig
-from fastprune.export.formats import find
-from fastprune.export.pipeline import export
+from fastprune.exporting.config import ExportConfig
+from fastprune.exporting.formats import find
+from fastprune.exporting.pipeline import export
 from fastprune.progress import log as progress_log
-from fastprune.prune import pipeline
-from fastprune.prune.config import PruneConfig
-from fastprune.prune.pipeline import PruneResult
+from fastprune.pruning import pipeline
+from fastprune.pruning.config import PruneConfig
+from fastprune.pruning.pipeline import PruneResult
 
 EXPORTED = "exported"
 
@@ -61,7 +61,7 @@ class Forms:
 
 
 def run_prune(config: PruneConfig) -> PruneResult:
-    """The `prune` command: `fastprune.prune.pipeline.run_prune`, and the forms of `--format`."""
+    """The `prune` command: `fastprune.pruning.pipeline.run_prune`, and the forms of `--format`."""
     forms = Forms(config)
     forms.check_settings()
     return pipeline.run_prune(config, beside=forms)

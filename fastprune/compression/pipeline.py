@@ -32,10 +32,10 @@ from fastprune.models.families import family_of
 from fastprune.models.load import load_model
 from fastprune.output import RECORDS, replacing, staged
 from fastprune.progress import log as progress_log
-from fastprune.prune.pipeline import PruneResult, write_result
-from fastprune.prune.plan import Plan
-from fastprune.prune.run import PruneRun
-from fastprune.prune.subject import Subject
+from fastprune.pruning.pipeline import PruneResult, write_result
+from fastprune.pruning.plan import Plan
+from fastprune.pruning.run import PruneRun
+from fastprune.pruning.subject import Subject
 from fastprune.recover.merge import MergeConfig, run_merge
 from fastprune.recover.pipeline import run_finetune
 from fastprune.recover.recipes import load_recipe

@@ -1,7 +1,7 @@
 """Reads the weights of a `.gguf` file by itself, layers of different size (`deci`) included.
 
 transformers does not know such layers. Zeros that stand in a file only because llama.cpp's loader
-needs them (see `fastprune.export.gguf_layout`) are sublayers that are gone.
+needs them (see `fastprune.exporting.gguf_layout`) are sublayers that are gone.
 """
 
 from __future__ import annotations

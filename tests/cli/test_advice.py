@@ -28,8 +28,8 @@ REACHED_BY = {
     "distributed.py": {"prune", "finetune"},
     "compression": {"compress"},
     "compression/forms.py": {"prune", "compress"},
-    "prune": {"prune", "compress"},
-    "export": {"export", "prune", "compress"},
+    "pruning": {"prune", "compress"},
+    "exporting": {"export", "prune", "compress"},
     "recover": {"finetune", "compress"},
     "recover/merge.py": {"merge"},
     "report/compare.py": {"compare"},
@@ -59,12 +59,12 @@ ONE_CALLER = {
     ("inspect/health.py", "--precision"): {"finetune"},  # under autocast, which it alone has
     ("report/costs.py", "--stream"): {"prune"},
     ("inspect/generate.py", "--chat"): {"generate"},
-    ("export/gguf_layout.py", "--align"): {"prune"},
-    ("export/gguf_layout.py", "--layout"): {"prune"},
-    ("export/gguf_layout.py", "--structures"): {"prune"},
-    ("export/pipeline.py", "--adapter"): {"export"},
-    ("export/nemotron.py", "--align"): {"prune"},
-    ("export/nemotron.py", "--layout"): {"prune"},
+    ("exporting/gguf_layout.py", "--align"): {"prune"},
+    ("exporting/gguf_layout.py", "--layout"): {"prune"},
+    ("exporting/gguf_layout.py", "--structures"): {"prune"},
+    ("exporting/pipeline.py", "--adapter"): {"export"},
+    ("exporting/nemotron.py", "--align"): {"prune"},
+    ("exporting/nemotron.py", "--layout"): {"prune"},
 }
 """Flags in shared files that are named for some commands only."""
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from fastprune import cli, progress
 from fastprune.inspect import conclude, verdict
-from fastprune.prune import pipeline, run, subject
+from fastprune.pruning import pipeline, run, subject
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_a_run_that_is_cut_off_leaves_its_log_and_goes_on(prune, tmp_path, monke
 
     log = tmp_path / "out/fastprune/run.log"
     with monkeypatch.context() as patch:
-        patch.setattr("fastprune.prune.pipeline.PruneRun.make_plan", cut_off)
+        patch.setattr("fastprune.pruning.pipeline.PruneRun.make_plan", cut_off)
         prune("--ratio", "0.3")
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [log]
     text = log.read_text()

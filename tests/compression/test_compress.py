@@ -22,7 +22,7 @@ from fastprune.errors import InputError
 from fastprune.inspect.record import Origin
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
-from fastprune.prune.plan import Plan
+from fastprune.pruning.plan import Plan
 from fastprune.report.compare import compare
 
 FLAGS = ["--ratio", "0.2", "--effort", "fast", "--calib-samples", "4", "--calib-seq-len", "32"]

@@ -10,7 +10,7 @@ from fastprune.data.builtin import BUILTIN, FOLDER
 from fastprune.data.records import read_source
 from fastprune.data.text import load_documents
 from fastprune.inspect.perplexity import EvalConfig
-from fastprune.prune.config import PruneConfig
+from fastprune.pruning.config import PruneConfig
 from fastprune.recover.config import FinetuneConfig
 
 TOOL = Path(__file__).parents[2] / "tools" / "builtin_texts.py"

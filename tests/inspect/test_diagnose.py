@@ -13,9 +13,9 @@ from fastprune.inspect.diagnose import DiagnoseConfig, run_diagnose
 from fastprune.inspect.health import check_weights
 from fastprune.models.families import Geometry
 from fastprune.models.load import load_config
-from fastprune.prune.config import PruneConfig
-from fastprune.prune.pipeline import run_prune
-from fastprune.prune.plan import LayerPlan, Plan
+from fastprune.pruning.config import PruneConfig
+from fastprune.pruning.pipeline import run_prune
+from fastprune.pruning.plan import LayerPlan, Plan
 
 
 def saved(folder, change=lambda model: None, family="llama", model=None, **options):

@@ -12,8 +12,8 @@ from fastprune.inspect import speed
 from fastprune.inspect.memory import Extra
 from fastprune.inspect.speed import FULL, Decoding, Reading, Selection, measure_speeds
 from fastprune.models.families import geometries
-from fastprune.prune.plan import LayerPlan, Plan
-from fastprune.prune.surgery import apply_plan
+from fastprune.pruning.plan import LayerPlan, Plan
+from fastprune.pruning.surgery import apply_plan
 
 BRIEF = Selection(prompts=(16, 2048), batches=(1, 3), turns=3)
 

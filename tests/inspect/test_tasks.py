@@ -13,8 +13,8 @@ from fastprune.errors import InputError
 from fastprune.inspect import tasks
 from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
 from fastprune.models.families import geometries
-from fastprune.prune.plan import LayerPlan, Plan, keep_all
-from fastprune.prune.surgery import apply_plan
+from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.surgery import apply_plan
 
 harness = pytest.importorskip("lm_eval", reason="needs the extra eval")
 

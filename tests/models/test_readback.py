@@ -15,7 +15,7 @@ from fastprune.models.load import load_model
 from fastprune.models.readback import ReadBackError, check_read_back
 from fastprune.models.streamed import StreamedModel
 from fastprune.precision import convert_weights
-from fastprune.prune.stream import evaluate as evaluate_streamed
+from fastprune.pruning.stream import evaluate as evaluate_streamed
 
 
 def with_own_head(family: str = "llama") -> nn.Module:

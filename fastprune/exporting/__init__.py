@@ -1,0 +1,1 @@
+"""Forms that other engines load: what `fastprune.export` writes."""

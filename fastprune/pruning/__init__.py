@@ -1,0 +1,1 @@
+"""Score, plan, cut, compensate: what `fastprune.prune` does."""

@@ -1,0 +1,104 @@
+"""What `--dry-run` says without running: bytes, layout, costs; and dry runs without any weights.
+
+A model whose folder holds only a config.json is built on the meta device: its parameters have
+shapes and no values. Sizes follow from the budget then, but no unit can be told from another, so
+only allocations that measure nothing apply.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprune.config import resolve_dtype
+from fastprune.errors import InputError
+from fastprune.models.checkpoint import per_layer_form, stock_form
+from fastprune.models.load import load_config
+from fastprune.models.modeling import per_layer_config
+from fastprune.models.streamed import skeleton
+from fastprune.pruning.config import PruneConfig
+from fastprune.pruning.cost import Costs
+from fastprune.pruning.plan import Plan
+from fastprune.pruning.products import ModelShape
+
+log = logging.getLogger("fastprune")
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
+
+
+def lacks_weights(config: PruneConfig) -> bool:
+    """Whether this is a dry run of a folder that holds a config and no weights at all."""
+    folder = Path(config.model).expanduser()
+    return (
+        config.dry_run
+        and (folder / "config.json").is_file()
+        and not any(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+    )
+
+
+def sizes_only(config: PruneConfig) -> tuple[nn.Module, PruneConfig]:
+    """The model on the meta device, and ``config`` with what can be decided without weights.
+
+    A warning says so where the allocation asked for would have to measure. Raises InputError for
+    what only a measurement can decide, and when there is a place to write to: a plan without scores
+    names no units worth keeping.
+    """
+    if config.out is not None:
+        raise InputError(
+            f"{config.model} has no weights, so there are no scores and no plan to write; "
+            "leave --out away, and use --json for the figures"
+        )
+    if config.target_latency is not None or "sublayer" in config.structures:
+        wanted = "--structures sublayer" if config.target_latency is None else "--target-latency"
+        raise InputError(f"{config.model} has no weights, and {wanted} has to measure them")
+    model_config = load_config(config.model)
+    dtype = resolve_dtype(config.dtype) or model_config.dtype or torch.float32
+    model = skeleton(model_config, dtype)
+    allocation = config.allocation
+    by_file = allocation in ("inverse", "proportional") and Path(config.layer_importance).is_file()
+    if config.plan is None and allocation not in ("auto", "uniform") and not by_file:
+        log.warning(
+            "%s has no weights, so --allocation %s cannot measure: sizes are those of uniform "
+            "(also possible: --layer-importance FILE, --plan FILE)",
+            config.model,
+            allocation,
+        )
+    if not by_file:
+        allocation = "uniform"
+    return model, replace(config, allocation=allocation, importance="random", iterations=1)
+
+
+def facts(model: nn.Module, plan: Plan, config: PruneConfig) -> dict[str, Any]:
+    """The dtype, the layout of the result, and what the run would cost.
+
+    ``model`` is uncut and may be on the meta device. Keys as in the metrics of a dry run.
+    """
+    result = skeleton(per_layer_config(model.config, plan.result()), model.dtype)
+    stock = stock_form(result)
+    form = stock or per_layer_form(result)
+    before, after = ModelShape.of(model), ModelShape.of(result)
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layout": {
+            "kind": "uniform" if stock else "per-layer",
+            "model_type": form.config.model_type,
+            "architecture": form.config.architectures[0],
+        },
+        "costs": {
+            "processes": config.ranks,
+            **{
+                name: [
+                    stage.to_dict()
+                    for stage in Costs(
+                        before, after, config, ranks=config.ranks, stream=stream
+                    ).stages()
+                ]
+                for name, stream in (("memory", False), ("stream", True))
+            },
+        },
+    }

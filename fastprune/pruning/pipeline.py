@@ -1,0 +1,214 @@
+"""The main job: score → plan → surgery → evaluate → save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from fastprune import distributed
+from fastprune.config import resolve_device
+from fastprune.errors import InputError
+from fastprune.models.checkpoint import check_savable, save_checkpoint
+from fastprune.models.load import load_model
+from fastprune.models.readback import check_read_back
+from fastprune.models.streamed import StreamedModel
+from fastprune.output import RECORDS, RUN_LOG, check_out, staged
+from fastprune.pruning.config import PruneConfig
+from fastprune.pruning.dryrun import lacks_weights, sizes_only
+from fastprune.pruning.plan import Plan
+from fastprune.pruning.run import STAGES, PruneRun
+from fastprune.pruning.sensitivity import save_layer_importance
+from fastprune.pruning.subject import Subject
+from fastprune.report.html import write_prune_report
+from fastprune.report.record import PruneRecord, write_record
+from fastprune.report.run import Clock, RunLog, lasting_log
+
+
+@dataclass
+class PruneResult:
+    """What `prune` made. ``model`` was cut in place unless it was a dry run."""
+
+    model: nn.Module
+    tokenizer: Any
+    plan: Plan
+    record: PruneRecord
+    layer_importance: list[float] | None = None
+    out: Path | None = None
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The record as metrics.json holds it."""
+        return self.record.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metrics, and where the checkpoint and the report lie."""
+        where = {} if self.out is None else {"out": str(self.out)}
+        return {**self.metrics, **where}
+
+
+class Beside(Protocol):
+    """What else is made of the pruned model, in the folder of the result."""
+
+    def check(self, model: nn.Module) -> None:
+        """InputError when it cannot be made; called as soon as the model is cut."""
+
+    def write(self, model: nn.Module, tokenizer: Any, directory: Path) -> None:
+        """Make it in `directory`, where the checkpoint is already."""
+
+
+def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
+    """Load, prune, evaluate, and save: the `prune` command.
+
+    Raises InputError, GateError or NumericalError; ``config.out`` is complete or untouched, but for
+    the run's log, which stays there whatever the end, unless that is an InputError.
+    """
+    if not config.model:
+        raise InputError("no MODEL given: name a directory, a hub id, a .gguf file or smollm2-135m")
+    if config.out is None and not config.dry_run:
+        raise InputError("--out DIR is needed (or --dry-run)")
+    config.check()
+    if config.out is not None and distributed.rank() == 0:
+        check_out(config.out, config.overwrite, config.inputs())
+    clock = Clock()
+    if lacks_weights(config):
+        model, decided = sizes_only(config)
+        return prune(model, None, config, clock=clock, planning=decided)
+    with distributed.joined(config.device), _log(config) as run_log:
+        with clock("load"):
+            source = None
+            if config.stream:
+                source = StreamedModel(
+                    config.model,
+                    dtype=config.dtype,
+                    device=config.device,
+                    tokenizer=config.tokenizer,
+                )
+                model, tokenizer = source.model, source.tokenizer
+            else:
+                model, tokenizer = load_model(
+                    config.model,
+                    dtype=config.dtype,
+                    device=str(resolve_device(config.device)),
+                    allow_pickle=config.allow_pickle,
+                    tokenizer=config.tokenizer,
+                )
+        if config.out is None:
+            return prune(model, tokenizer, config, clock=clock, source=source)
+        check_savable(model, tokenizer)
+        with _staged(config.out, config.overwrite) as directory:
+            result = prune(
+                model,
+                tokenizer,
+                config,
+                clock=clock,
+                source=source,
+                directory=directory,
+                beside=beside,
+            )
+            result.out = config.out
+            if distributed.rank() == 0:
+                write_result(directory, result, config, clock, run_log)
+                if beside is not None:
+                    beside.write(model, tokenizer, directory)
+    return result
+
+
+def write_result(
+    directory: Path, result: PruneResult, config: PruneConfig, clock: Clock, run_log: RunLog
+) -> None:
+    """Fill ``directory`` with the checkpoint, read it back, and put the records beside it.
+
+    A streamed result is there already. Raises ReadBackError.
+    """
+    with clock("save"):
+        weights = not config.stream and not config.dry_run
+        _save(directory, result, weights=weights)
+        if weights and config.read_back:
+            check_read_back(result.model, directory)
+    if not config.dry_run:
+        _weigh(directory, result.record)
+    result.record.seconds = clock.totals(STAGES)
+    _record(directory / RECORDS, result, run_log)
+
+
+def _log(config: PruneConfig) -> AbstractContextManager[RunLog]:
+    """The log of the run, in its place from the first second on; in memory where there is none."""
+    if config.out is None or distributed.rank() > 0:
+        return RunLog()
+    return lasting_log(Path(config.out).absolute() / RECORDS / RUN_LOG)
+
+
+@contextmanager
+def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """`staged` of the first process, under its name in all; the others must not write there."""
+    if distributed.rank() > 0:
+        yield distributed.from_first(out)
+        return
+    with staged(out, overwrite) as directory:
+        yield distributed.from_first(directory)
+
+
+def prune(
+    model: nn.Module,
+    tokenizer: Any,
+    config: PruneConfig,
+    *,
+    clock: Clock | None = None,
+    source: StreamedModel | None = None,
+    directory: Path | None = None,
+    planning: PruneConfig | None = None,
+    beside: Beside | None = None,
+) -> PruneResult:
+    """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
+
+    Inside `fastprune.distributed.joined` the processes share the calibration and the evaluation.
+    Nothing is written, unless ``source`` has the weights and ``model`` sizes only: the result then
+    goes straight to ``directory``. A dry run with ``planning`` plans by that instead of ``config``,
+    and uses no text and no weights. ``beside`` is asked whether it can be made of the result.
+
+    Raises InputError for settings that cannot be met, GateError when perplexity grows beyond
+    ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
+    """
+    config.check()
+    run = PruneRun(Subject(model, source, directory), tokenizer, config, clock or Clock())
+    run.prepare(texts=planning is None)
+    if not config.dry_run:
+        run.measure_dense()
+    run.make_plan(planning)
+    if not config.dry_run:
+        run.cut()
+        if beside is not None:
+            beside.check(model)
+        run.measure_pruned()
+    return PruneResult(model, tokenizer, run.plan, run.record(), run.made.layer_importance)
+
+
+def _save(directory: Path, result: PruneResult, *, weights: bool) -> None:
+    if weights:
+        save_checkpoint(result.model, result.tokenizer, directory)
+    records = directory / RECORDS
+    records.mkdir()
+    result.plan.save(records / "plan.json")
+    if result.layer_importance is not None:
+        method = result.record.settings["layer_importance"]
+        save_layer_importance(records / "layer_importance.json", method, result.layer_importance)
+
+
+def _weigh(directory: Path, record: PruneRecord) -> None:
+    """Put the bytes that the weight files really have into ``record``."""
+    written = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    record.bytes["after"] = written
+    if (record.budget or {}).get("unit") == "bytes":
+        assert record.budget is not None
+        record.budget["achieved"] = written
+
+
+def _record(directory: Path, result: PruneResult, run_log: RunLog) -> None:
+    write_record(directory, result.record)
+    write_prune_report(directory / "report.html", result.metrics, result.plan.to_dict())
+    run_log.save(directory / RUN_LOG)

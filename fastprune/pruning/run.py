@@ -1,0 +1,275 @@
+"""One pruning run, step by step: windows, dense figures, plan, surgery, figures of the result."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune import distributed
+from fastprune.errors import InputError
+from fastprune.inspect.memory import peak_memory_bytes
+from fastprune.inspect.perplexity import Perplexity
+from fastprune.inspect.record import Origin
+from fastprune.models.decilm import obstacle
+from fastprune.models.families import Geometry, block_parameters, family_of, geometries
+from fastprune.pruning import latency
+from fastprune.pruning.budget import Budget, budget_of, far_off, saved_bytes
+from fastprune.pruning.config import PruneConfig
+from fastprune.pruning.curves import judging
+from fastprune.pruning.divergence import Yardstick
+from fastprune.pruning.dryrun import facts
+from fastprune.pruning.effort import decided
+from fastprune.pruning.iterate import plan_in_steps
+from fastprune.pruning.latency import CostTable
+from fastprune.pruning.plan import Plan
+from fastprune.pruning.planning import Planned, parameters_removed
+from fastprune.pruning.subject import Subject
+from fastprune.pruning.texts import run_windows, with_lengths
+from fastprune.pruning.worth import check_worth, conclude
+from fastprune.report.record import PruneRecord
+from fastprune.report.run import Clock, command_line, settings, versions
+from fastprune.report.summary import prune_lines
+
+log = logging.getLogger("fastprune")
+
+STAGES = ("load", "score", "plan", "surgery", "compensate", "evaluate", "save")
+
+
+class PruneRun:
+    """The steps of a run in their order, and what each leaves for the next.
+
+    A dry run is `prepare` and `make_plan`; `record` may be called after either.
+    """
+
+    def __init__(self, subject: Subject, tokenizer: Any, config: PruneConfig, clock: Clock) -> None:
+        check_layout(subject.model, config)
+        self.subject, self.tokenizer, self.clock = subject, tokenizer, clock
+        self.config = with_lengths(config, subject.model)
+        self.model: nn.Module = subject.model.eval()
+        self.params = sum(p.numel() for p in self.model.parameters())
+        self.block = block_parameters(self.model)
+        self.sizes: list[Geometry] = geometries(self.model)
+        self.bytes = saved_bytes(self.model)
+        self.given = Plan.load(config.plan) if config.plan else None
+        if self.given:
+            self.given.check_model(self.sizes)
+        self.budget: Budget | None = None
+        self.table: CostTable | None = None
+        self.test: Tensor | None = None
+        self.calibration: Tensor | None = None
+        self.dense: Perplexity | None = None
+        self.pruned: Perplexity | None = None
+        self.yardstick: Yardstick | None = None
+        self.divergence: float | None = None
+        self.earlier = Origin.of(config.model)
+        self.made: Planned
+
+    @property
+    def plan(self) -> Plan:
+        """What `make_plan` decided."""
+        return self.made.plan
+
+    @property
+    def refits(self) -> bool:
+        """Whether what is kept takes over what it can of what is removed."""
+        return self.config.compensate != "none"
+
+    def prepare(self, *, texts: bool) -> None:
+        """Time the model where a latency is asked for, read the budget, and cut the ``texts``.
+
+        Raises InputError for a budget that cannot be met and for texts that are missing.
+        """
+        if self.config.target_latency is not None:
+            with self.clock("plan"):
+                context = self.config.latency_context
+                # by one process alone: the others would disturb the clock
+                self.table = distributed.by_first(partial(latency.measure, self.model, context))
+        self.budget = budget_of(self.config, self.model, self.table)
+        self.config = decided(self.config, self.model, self._share())
+        if texts:
+            calibrate = self.given is None or self.refits
+            self.test, self.calibration = run_windows(
+                self.config, self.model, self.tokenizer, calibrate=calibrate
+            )
+
+    def _share(self) -> float:
+        """Part of the block parameters that the budget takes; about, where it is one of time."""
+        if self.budget is None:
+            assert self.given is not None
+            return parameters_removed(self.model, self.given) / self.block
+        if self.budget.table is not None:
+            return self.budget.need / self.budget.table.dense
+        return self.budget.need / self.block
+
+    def measure_dense(self) -> None:
+        """Perplexity of the model as it came, unless it is known. Raises NumericalError when it is
+        not a number."""
+        assert self.test is not None
+        if self.dense is not None:
+            return
+        with self.clock("evaluate"):
+            self.dense = self.subject.perplexity(self.test)
+
+    def make_plan(self, planning: PruneConfig | None = None) -> None:
+        """Take the plan that was given, or make one: by ``planning`` where that is given."""
+        config = self.config
+        if planning is not None:
+            config = decided(with_lengths(planning, self.model), self.model, self._share())
+        if self.given is not None:
+            self.made = Planned(self.given)
+        else:
+            assert self.budget is not None  # config.check() has seen a budget or a plan
+            windows: Any = self.calibration
+            self.made = plan_in_steps(
+                self.model, windows, self.budget, config, self.clock, self.subject.source
+            )
+        if self.made.divergence is not None and self.dense is not None:
+            assert self.calibration is not None  # the search has used it
+            with self.clock("evaluate"):
+                judged = judging(self.calibration[: self.config.search_samples])
+                self.yardstick = Yardstick(self.model, judged)
+        self.removed = parameters_removed(self.model, self.plan)
+        if self.budget is not None:
+            told = far_off(self.budget, self.config, self.removed, self.block)
+            if told:
+                log.warning("%s", told)
+
+    def cut(self) -> None:
+        """Refit what is kept and apply the plan."""
+        self.subject.cut(self.plan, self.calibration if self.refits else None, self.clock)
+
+    def measure_pruned(self) -> None:
+        """Perplexity, unless it is known, and divergence of the result.
+
+        Raises GateError as `check_worth`.
+        """
+        assert self.test is not None and self.dense is not None
+        if self.pruned is None:
+            with self.clock("evaluate"):
+                self.pruned = self.subject.perplexity_after(self.test)
+        written = self.subject.directory is not None
+        check_worth(self.config, self.dense, self.pruned, self.earlier, written=written)
+        if self.yardstick is not None:
+            with self.clock("evaluate"):
+                self.divergence = self.yardstick.divergence(self.model)
+
+    def record(self) -> PruneRecord:
+        """What is known of the run so far."""
+        config, plan = self.config, self.plan
+        found = _latency(self) if self.table is not None else None
+        record = PruneRecord(
+            model=config.model or type(self.model).__name__,
+            params={
+                "before": self.params,
+                "after": self.params - self.removed,
+                "block_before": self.block,
+                "block_after": self.block - self.removed,
+            },
+            ratio={
+                "requested": _ratio(self.budget, self.block),
+                "achieved": self.removed / self.block,
+            },
+            bytes={"before": self.bytes, "after": saved_bytes(self.model, plan.result())},
+            perplexity=_perplexities(config.eval, self.dense, self.pruned),
+            layers=_layers(self.sizes, plan),
+            divergence=None
+            if self.made.divergence is None
+            else {"predicted": self.made.divergence, "actual": self.divergence},
+            latency=found,
+            seconds=self.clock.totals(STAGES),
+            peak_memory_bytes=distributed.largest(peak_memory_bytes(self.subject.device)),
+            processes=distributed.world(),
+            versions=versions(),
+            command=command_line(),
+            settings=settings(config),
+            **(facts(self.model, plan, config) if config.dry_run else {}),
+        )
+        if self.budget is not None:
+            record.budget = _budget(self.budget, record)
+        conclude(record, config, self.earlier)
+        for line in prune_lines(record.to_dict()):
+            log.info("%s", line)
+        return record
+
+
+def check_layout(model: nn.Module, config: PruneConfig) -> None:
+    """InputError when no model like ``model``, which must be of a supported family, can have the
+    layout that ``config`` asks for.
+    """
+    family_of(model)
+    if config.layout == "deci" and (reason := obstacle(model.config)):
+        raise InputError(f"--layout deci: {reason}; use --layout per-layer or uniform")
+
+
+def _ratio(budget: Budget | None, block: int) -> float | None:
+    """The budget as a share of ``block`` parameters, where it is one of parameters."""
+    return None if budget is None or budget.table is not None else budget.need / block
+
+
+def _latency(run: PruneRun) -> dict[str, float | int | None]:
+    """Milliseconds a token at batch 1: dense, as the table foresaw, and of the pruned model."""
+    table, after = run.table, None
+    assert table is not None
+    with run.clock("evaluate"):
+        if not run.config.dry_run:
+            after = distributed.by_first(partial(latency.measure_again, run.model, table))
+    return {
+        "before": table.dense,
+        "predicted": table.predicted(run.plan.result()),
+        "after": after,
+        "context": table.context,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _budget(budget: Budget, record: PruneRecord) -> dict[str, Any]:
+    """What was asked for and what was reached, in the budget's own unit."""
+    achieved = {
+        "ratio": record.ratio["achieved"],
+        "parameters": record.params["after"],
+        "bytes": record.bytes["after"],
+        "ms/token": (record.latency or {}).get("after"),
+    }[budget.unit]
+    if budget.table is not None and achieved is not None and achieved > budget.requested:
+        log.warning(
+            "decoding takes %.3g ms a token, above the %.3g asked for: the prediction or the "
+            "clock was off; ask for less to be sure",
+            achieved,
+            budget.requested,
+        )
+    return {"unit": budget.unit, "requested": budget.requested, "achieved": achieved}
+
+
+def _perplexities(
+    text: str, dense: Perplexity | None, pruned: Perplexity | None
+) -> list[dict[str, Any]]:
+    if dense is None or pruned is None:
+        return []
+    return [
+        {
+            "text": text,
+            "seq_len": dense.seq_len,
+            "windows": dense.windows,
+            "before": dense.perplexity,
+            "after": pruned.perplexity,
+        }
+    ]
+
+
+def _layers(sizes: list[Geometry], plan: Plan) -> list[dict[str, int]]:
+    return [
+        {
+            "index": i,
+            "query_heads": g.query_heads,
+            "kv_heads": g.kv_heads,
+            "channels": g.channels,
+            "query_heads_before": before.query_heads,
+            "kv_heads_before": before.kv_heads,
+            "channels_before": before.channels,
+        }
+        for i, (g, before) in enumerate(zip(plan.result(), sizes, strict=True))
+    ]

@@ -1,0 +1,214 @@
+"""Compensation against the closed form, and its promise never to make a layer worse."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCABULARY, tiny_model, token_ids
+
+from fastprune.models.blocks import Blocks
+from fastprune.models.families import geometries
+from fastprune.pruning import compensation
+from fastprune.pruning.compensation import MADE_UP, compensate, fitting, random_windows, solve
+from fastprune.pruning.moments import Moments, advance
+from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+
+WINDOWS = token_ids(64, 32)
+
+
+def half_plan(model: torch.nn.Module) -> Plan:
+    """Layer 1 loses half of everything, layer 2 its MLP; the others stay whole."""
+    sizes = tuple(geometries(model))
+    layers = list(keep_all(sizes).layers)
+    layers[1] = LayerPlan(1, (0, 3), tuple(range(0, 96, 2)))
+    layers[2] = LayerPlan(2, (0, 1, 2, 3), ())
+    return Plan(sizes, tuple(layers))
+
+
+def fitted(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The batches of 8 that enter a fit: the eighth of the text is held out."""
+    return [*WINDOWS.split(8)[:7], *random_windows(model, WINDOWS).split(8)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_shrink_and_removed_columns_are_zero(family: str) -> None:
+    model = tiny_model(family)
+    dense = copy.deepcopy(model)
+    refits = compensate(model, half_plan(model), WINDOWS)
+    assert [(r.layer, r.sublayer) for r in refits] == [(1, "attention"), (1, "mlp")]
+    assert all(r.error_after <= r.error_before for r in refits)
+    assert any(r.error_after < 0.9 * r.error_before for r in refits)
+    layers, before = model.model.layers, dense.model.layers
+    assert not layers[1].mlp.down_proj.weight[:, 1::2].any()
+    assert not layers[1].self_attn.o_proj.weight[:, 32:96].any()
+    assert not layers[2].mlp.down_proj.weight.any()
+    for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj"):
+        assert torch.equal(
+            layers[1].get_submodule(name).weight, before[1].get_submodule(name).weight
+        )
+    assert torch.equal(layers[3].mlp.down_proj.weight, before[3].mlp.down_proj.weight)
+
+
+def test_first_cut_is_the_ridge_solution() -> None:
+    model = tiny_model("llama")
+    dense = copy.deepcopy(model)
+    refits = compensate(model, half_plan(model), WINDOWS, batch_size=8)
+    inputs = []
+    linear = dense.model.layers[1].self_attn.o_proj
+    linear.register_forward_pre_hook(lambda m, x: inputs.append(x[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in fitted(dense):
+            dense(input_ids=batch, use_cache=False)
+    x = torch.cat(inputs).double()
+    kept = torch.cat([torch.arange(0, 32), torch.arange(96, 128)])
+    w = linear.weight.detach().double()
+    h = x[:, kept].T @ x[:, kept]
+    ridge = refits[0].strength * h.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    target = x @ w.T
+    expected = torch.linalg.solve(h + ridge, x[:, kept].T @ target + ridge @ w[:, kept].T).T
+    got = model.model.layers[1].self_attn.o_proj.weight[:, kept].double()
+    # bf16 matrix units may make the inputs: 8 bits, averaged over 1,800 tokens
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_later_sublayer_makes_up_for_a_part_of_what_went_wrong(bias: bool) -> None:
+    model = tiny_model("llama", attention_bias=bias, mlp_bias=bias)
+    dense = copy.deepcopy(model)
+    refits = compensate(model, half_plan(model), WINDOWS, batch_size=8)
+    cut, whole = model.model.layers[1], dense.model.layers[1]
+    # the dense model, and one with layer 1's attention as it became
+    half = copy.deepcopy(dense)
+    half.model.layers[1].self_attn.load_state_dict(cut.self_attn.state_dict())
+    x, wanted, had = [], [], []
+    half.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: x.append(a[0]))
+    with torch.no_grad():
+        for batch in fitted(dense):
+            for states, one in ((wanted, dense), (had, half)):
+                out = one.model(input_ids=batch, output_hidden_states=True, use_cache=False)
+                states.append(out.hidden_states[2])
+    x, wanted, had = (torch.cat(part).flatten(0, 1).double() for part in (x, wanted, had))
+    w = whole.mlp.down_proj.weight.detach().double()
+    target = x @ w.T + MADE_UP * (wanted - had)
+    kept = torch.arange(0, 96, 2)
+    means = x.mean(0) * bias, target.mean(0) * bias
+    inputs, goal = (x - means[0])[:, kept], target - means[1]
+    h = inputs.T @ inputs
+    ridge = refits[1].strength * h.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    expected = torch.linalg.solve(h + ridge, inputs.T @ goal + ridge @ w[:, kept].T).T
+    got = cut.mlp.down_proj.weight[:, kept].detach().double()
+    # bf16 matrix units may make the inputs: 8 bits, averaged over 1,800 tokens
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+    assert not torch.allclose(got, w[:, kept], rtol=0.02, atol=0.02 * w.abs().max().item())
+    if bias:
+        output = x[:, kept] @ got.T + cut.mlp.down_proj.bias.detach().double()
+        mean = (target + whole.mlp.down_proj.bias.detach().double()).mean(0)
+        torch.testing.assert_close(
+            output.mean(0), mean, rtol=0, atol=0.02 * mean.abs().max().item()
+        )
+
+
+def from_dense(windows: torch.Tensor) -> float:
+    """How far a model that lost half of all channels is from the dense one, on unseen text."""
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    half = [LayerPlan(i, (0, 1, 2, 3), tuple(range(0, 96, 2))) for i in range(4)]
+    compensate(model, Plan(tuple(geometries(model)), tuple(half)), windows)
+    unseen = token_ids(16, 32, seed=5)
+    with torch.no_grad():
+        states = [m.model(input_ids=unseen).last_hidden_state for m in (model, dense)]
+    return (states[0] - states[1]).norm().item()
+
+
+def test_making_up_brings_the_end_nearer(monkeypatch) -> None:
+    with_it = from_dense(WINDOWS)
+    monkeypatch.setattr(compensation, "MADE_UP", 0.0)
+    assert with_it < 0.99 * from_dense(WINDOWS)
+
+
+def test_random_windows_are_beside_the_text_and_never_judge() -> None:
+    model = tiny_model("llama")
+    random = random_windows(model, WINDOWS)
+    assert random.shape == (16, 32)
+    assert torch.equal(random, random_windows(model, WINDOWS))
+    assert 0.9 * VOCABULARY < random.max() + 1 <= VOCABULARY and random.unique().numel() > 200
+    batches = fitting(WINDOWS[:36], random[:9], 4)
+    assert torch.equal(
+        torch.cat([ids for ids, _ in batches]), torch.cat([WINDOWS[:36], random[:9]])
+    )
+    assert [n for n, (_, held_out) in enumerate(batches) if held_out] == [7, 8]  # of 9 and 3
+    assert [held_out for _, held_out in fitting(WINDOWS[:4], random[:1], 4)] == [True, True]
+    assert [held_out for _, held_out in fitting(WINDOWS[:3], random[:0], 4)] == [True]
+
+
+def test_random_windows_hold_a_refit_where_the_text_says_nothing(monkeypatch) -> None:
+    narrow = WINDOWS % 4  # text of four of the words
+    with_them = from_dense(narrow)
+    monkeypatch.setattr(compensation, "TEXT_PER_RANDOM", 10_000)
+    assert with_them < 0.95 * from_dense(narrow)
+
+
+def test_a_layer_that_does_more_than_add_has_no_targets() -> None:
+    model = tiny_model("llama")
+    blocks = Blocks(model)
+    states = [blocks.embed(WINDOWS[:4])]
+    layer = model.model.layers[0]
+    both = [layer.self_attn.o_proj, layer.mlp.down_proj]
+    assert list(advance(blocks, 0, [states[0].clone()], both)) == both
+    layer.mlp.register_forward_hook(lambda m, a, output: output / output.norm(dim=-1, keepdim=True))
+    assert advance(blocks, 0, states, both) == {}
+    refits = compensate(model, half_plan(model), WINDOWS)
+    assert all(r.error_after <= r.error_before for r in refits)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 10, 64])
+def test_moments_are_whole_and_symmetric(columns: int) -> None:
+    moments = Moments(torch.nn.Linear(columns, 2), targets=True)
+    x, target = torch.randn(50, columns), torch.randn(50, 2)
+    for some in (slice(20), slice(20, 50)):
+        moments.add(x[some], target[some])
+    moments.complete()
+    # 50 products of order 1 in fp32
+    torch.testing.assert_close(moments.squares, x.T @ x, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.cross, target.T @ x, rtol=1e-5, atol=1e-4)
+
+
+def test_bias_takes_the_mean() -> None:
+    moments = Moments(torch.nn.Linear(3, 2))
+    x = torch.randn(50, 3) + 5
+    moments.add(x[:20])
+    moments.add(x[20:].view(2, 15, 3))
+    moments.complete()
+    centred = x - x.mean(0)
+    # fp32 sums of squares of numbers around 5: cancellation costs three digits
+    torch.testing.assert_close(moments.centred(), centred.T @ centred, rtol=1e-3, atol=1e-2)
+    model = tiny_model("llama", attention_bias=True, mlp_bias=True)
+    refits = compensate(model, half_plan(model), WINDOWS)
+    assert all(r.error_after <= r.error_before for r in refits)
+    assert not model.model.layers[2].mlp.down_proj.bias.any()
+
+
+def test_singular_moments_fall_back() -> None:
+    x = torch.randn(2, 8)
+    h = x.T @ x  # rank 2
+    update = solve(h, torch.randn(3, 8), 1e-3)
+    assert update is not None and update.isfinite().all()
+    assert solve(torch.full((4, 4), torch.nan), torch.ones(1, 4), 0.1) is None
+    assert solve(torch.zeros(4, 4), torch.ones(1, 4), 0.1) is None
+
+
+def test_two_runs_are_identical() -> None:
+    models = [tiny_model("qwen2") for _ in range(2)]
+    for model in models:
+        compensate(model, half_plan(model), WINDOWS)
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    refits = compensate(model, half_plan(model), WINDOWS)
+    assert all(r.error_after <= r.error_before for r in refits)
+    assert all(p.dtype == dtype and p.isfinite().all() for p in model.parameters())
