@@ -8,7 +8,7 @@ reads this table; nothing else in the package knows a parameter's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,43 +102,78 @@ def geometries(model: nn.Module) -> list[Geometry]:
     return [geometry(layer) for layer in decoder_layers(model)]
 
 
-def attention_slices(layer: nn.Module) -> list[Slice]:
-    """The parameters that a KV group owns a part of: q, k, v rows and o columns.
+@dataclass(frozen=True)
+class Sublayer:
+    """A sublayer of one decoder layer: its units, and where they lie in its parameters.
 
-    Query head h is served by KV head ``h // queries_per_kv``, so the query rows
-    of one KV group are contiguous. Per-head norms (Qwen3) are shared by all
-    heads and stay whole.
+    ``inputs`` are the slices whose rows make the units, ``output`` the columns through which they
+    reach the hidden states; ``norms`` are the modules that nothing reads without the sublayer.
+    """
+
+    kind: str
+    module: str
+    norms: tuple[str, ...]
+    inputs: tuple[Slice, ...]
+    output: Slice
+    units: int
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Every slice, the output last."""
+        return (*self.inputs, self.output)
+
+    def linear(self, layer: nn.Module) -> nn.Linear:
+        """The linear module of ``layer`` through whose columns the units reach the hidden states."""
+        return layer.get_submodule(self.output.module)
+
+
+KINDS = ("attention", "mlp")
+"""Kinds of sublayers, in the order in which a layer runs them."""
+
+
+def sublayers(layer: nn.Module) -> list[Sublayer]:
+    """The sublayers that ``layer`` has, in the order in which it runs them.
+
+    Query head h is served by KV head ``h // queries_per_kv``, so the query rows of one KV group
+    are contiguous. Per-head norms (Qwen3) are shared by all heads and stay whole.
     """
     g = geometry(layer)
-    if not g.kv_heads:
-        return []
-    query = g.queries_per_kv * g.head_dim
-    rows = [("q_proj", query), ("k_proj", g.head_dim), ("v_proj", g.head_dim)]
-    slices = [
-        Slice(f"self_attn.{name}", parameter, 0, width)
-        for name, width in rows
-        for parameter in _parameters(layer.self_attn, name)
+    found = []
+    if g.kv_heads:
+        query = g.queries_per_kv * g.head_dim
+        rows = {"q_proj": query, "k_proj": g.head_dim, "v_proj": g.head_dim}
+        inputs = _rows(layer, "self_attn", rows)
+        output = Slice("self_attn.o_proj", "weight", 1, query)
+        norms = ("input_layernorm",)
+        found.append(Sublayer("attention", "self_attn", norms, inputs, output, g.kv_heads))
+    if g.channels:
+        inputs = _rows(layer, "mlp", {"gate_proj": 1, "up_proj": 1})
+        output = Slice("mlp.down_proj", "weight", 1, 1)
+        norms = ("post_attention_layernorm",)
+        found.append(Sublayer("mlp", "mlp", norms, inputs, output, g.channels))
+    return found
+
+
+def _rows(layer: nn.Module, parent: str, widths: Mapping[str, int]) -> tuple[Slice, ...]:
+    """Slices of the weights, and biases, of linear modules in ``parent`` by rows a unit."""
+    return tuple(
+        Slice(f"{parent}.{name}", parameter, 0, width)
+        for name, width in widths.items()
+        for parameter in ("weight", "bias")
+        if getattr(layer.get_submodule(f"{parent}.{name}"), parameter) is not None
+    )
+
+
+def attention_slices(layer: nn.Module) -> list[Slice]:
+    """The parameters that a KV group owns a part of: q, k, v rows and o columns."""
+    return [
+        s for sublayer in sublayers(layer) if sublayer.kind == "attention" for s in sublayer.slices
     ]
-    return [*slices, Slice("self_attn.o_proj", "weight", 1, query)]
 
 
 def mlp_slices(layer: nn.Module) -> list[Slice]:
     """The parameters that a channel owns a part of: gate, up rows and down column."""
-    if not geometry(layer).channels:
-        return []
-    slices = [
-        Slice(f"mlp.{name}", parameter, 0, 1)
-        for name in ("gate_proj", "up_proj")
-        for parameter in _parameters(layer.mlp, name)
-    ]
-    return [*slices, Slice("mlp.down_proj", "weight", 1, 1)]
-
-
-def _parameters(parent: nn.Module, name: str) -> Iterator[str]:
-    module = getattr(parent, name)
-    yield "weight"
-    if module.bias is not None:
-        yield "bias"
+    return [s for sublayer in sublayers(layer) if sublayer.kind == "mlp" for s in sublayer.slices]
 
 
 def block_parameters(model: nn.Module) -> int:
@@ -146,7 +181,7 @@ def block_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in decoder_layers(model).parameters())
 
 
-def unit_cost(layer: nn.Module, slices: list[Slice]) -> int:
+def unit_cost(layer: nn.Module, slices: Sequence[Slice]) -> int:
     """Parameters that one unit described by ``slices`` owns in ``layer``."""
     total = 0
     for s in slices:
