@@ -123,7 +123,7 @@ class Sublayer:
         return (*self.inputs, self.output)
 
     def linear(self, layer: nn.Module) -> nn.Linear:
-        """The linear module of ``layer`` through whose columns the units reach the hidden states."""
+        """The linear module of ``layer`` whose columns ``output`` describes."""
         return layer.get_submodule(self.output.module)
 
 
