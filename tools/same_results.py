@@ -123,7 +123,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["FASTPRUNE_CACHE"] = f"{folder}/cache"
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         text = Path(folder, "text.txt")
         text.write_text(TEXT * 40, encoding="utf-8")
         print(f"fastprune {Path(fastprune.__file__).parent.name}, torch {torch.__version__}")
