@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -35,7 +36,7 @@ SCORES = (
     *("magnitude-l2", "activation", "activation-maw", "obs", "random"),
 )
 RULES = {
-    "equal": {"allocation": "equal"},
+    "uniform": {"allocation": "uniform"},
     "inverse": {"allocation": "inverse"},
     "proportional": {"allocation": "proportional", "layer_importance": "activation"},
     "global": {"allocation": "global"},
@@ -49,14 +50,15 @@ def settings() -> Iterator[tuple[str, dict[str, Any]]]:
     for compensate in ("none", "least-squares"):
         one = {**FAST, "compensate": compensate}
         for score in SCORES:
-            yield f"{score} {compensate}", {**one, "importance": score, "allocation": "equal"}
+            yield f"{score} {compensate}", {**one, "importance": score, "allocation": "uniform"}
         for name, rule in RULES.items():
             yield f"{name} {compensate}", one | rule
-        for rule in ("equal", "search"):
+        for rule in ("uniform", "search"):
             whole = {**one, "structures": ("attention", "mlp", "sublayer"), "allocation": rule}
             yield f"sublayers thinned {rule} {compensate}", whole
-        yield f"sublayers {compensate}", {**one, "structures": ("sublayer",), "allocation": "equal"}
-        yield f"uniform {compensate}", {**one, "layout": "uniform"}
+        whole = {**one, "structures": ("sublayer",), "allocation": "uniform"}
+        yield f"sublayers {compensate}", whole
+        yield f"layout uniform {compensate}", {**one, "layout": "uniform"}
         yield f"steps {compensate}", {**one, "iterations": 2}
     yield "aligned", {**FAST, "align": 8, "ratio": 0.3}
     yield "channels", {"structures": ("mlp",), "align": 8}
@@ -69,7 +71,8 @@ def digest(folder: Path) -> tuple[str, str]:
     [plan] = folder.rglob("plan.json")
     weights = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        weights.update(file.read_bytes())
+        for name, tensor in sorted(load_file(file).items()):
+            weights.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     layers = json.loads(plan.read_text(encoding="utf-8"))["layers"]
     return _short(json.dumps(layers).encode()), weights.hexdigest()[:16]
 
