@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 
-from torch import Tensor, nn
-
 from fastprune import distributed
-from fastprune.models.streamed import StreamedModel
 from fastprune.pruning.budget import Budget
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.masking import mask, preserved
 from fastprune.pruning.plan import Plan
@@ -23,12 +21,7 @@ log = logging.getLogger("fastprune")
 
 
 def plan_in_steps(
-    model: nn.Module,
-    windows: Tensor,
-    budget: Budget,
-    config: PruneConfig,
-    clock: Clock,
-    source: StreamedModel | None = None,
+    calibration: Calibration, budget: Budget, config: PruneConfig, clock: Clock
 ) -> Planned:
     """What `make_plan` gives, reached in ``config.iterations`` equal parts of ``budget``.
 
@@ -36,21 +29,22 @@ def plan_in_steps(
     masked weights are always made from the dense ones, so refits do not add up their errors. All
     processes go by the plan of the first one.
     """
-    budget.check_removes(model, config)
+    layers = calibration.layers
+    budget.check_removes(layers.model, config)
     steps = config.iterations
     if steps == 1:
-        return distributed.from_first(make_plan(model, windows, budget, config, clock, source))
-    refit = None if config.compensate == "none" else windows
+        return distributed.from_first(make_plan(calibration, budget, config, clock))
+    refit = None if config.compensate == "none" else calibration
     plan: Plan | None = None
-    with preserved(model) as dense:
+    with preserved(layers) as dense:
         for step in range(1, steps):
             part = budget.part(step / steps)
-            made = make_plan(model, windows, part, config, clock, gone=plan)
+            made = make_plan(calibration, part, config, clock, gone=plan)
             plan = distributed.from_first(made).plan
             dense.restore()
             with clock("compensate"):
-                mask(model, plan, refit)
+                mask(layers, plan, refit)
             log.info("step %d of %d is planned", step, steps)
-        made = make_plan(model, windows, budget, config, clock, gone=plan)
+        made = make_plan(calibration, budget, config, clock, gone=plan)
         # the last step's divergence is the one from the model as masked before it
         return distributed.from_first(made)._replace(divergence=None)

@@ -21,6 +21,11 @@ class LayerPlan:
     kv_groups: tuple[int, ...]
     channels: tuple[int, ...]
 
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """The same by kind of sublayer."""
+        return {"attention": self.kv_groups, "mlp": self.channels}
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -13,14 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprune.cache import cache_directory
 from fastprune.models.checkpoint import has_stock_form
 from fastprune.models.families import decoder_layers, geometries
-from fastprune.models.foreign import cache_directory
-from fastprune.models.streamed import StreamedModel
-from fastprune.pruning import stream
 from fastprune.pruning.budget import Budget, layer_size, layer_sizes, limits_of
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
-from fastprune.pruning.curves import measure_curves
+from fastprune.pruning.curves import Search, measure_curves
 from fastprune.pruning.depth import cheapest_first
 from fastprune.pruning.exchange import Problem, exchange
 from fastprune.pruning.importance import Scores, score
@@ -64,41 +63,36 @@ class Planned(NamedTuple):
 
 
 def make_plan(
-    model: nn.Module,
-    windows: Tensor,
+    calibration: Calibration,
     budget: Budget,
     config: PruneConfig,
     clock: Clock,
-    source: StreamedModel | None = None,
     gone: Plan | None = None,
 ) -> Planned:
     """A plan that meets ``budget``, with the layer sensitivities and the prediction, where used.
 
-    ``windows`` are calibration token ids (n, s). ``source`` has the weights when ``model`` has
-    sizes only. ``gone`` is a plan by which ``model`` is masked already: what it removes goes
-    first. Raises InputError when the limits rule the budget out.
+    ``gone`` is a plan by which the model is masked already: what it removes goes first. Raises
+    InputError when the limits rule the budget out.
     """
+    model = calibration.layers.model
     costs = layer_sizes(model, config)
     check_align(costs, limits_of(config))
     importance = divergence = None
     with clock("score"):
-        if source is None:
-            scores = score(model, windows, config.importance, seed=config.seed)
-        else:
-            scores = stream.score(source, windows, config.importance, seed=config.seed)
+        scores = score(calibration, config.importance, seed=config.seed)
         if gone is not None:
             scores = _gone_first(scores, gone)
         if config.allocation in ("inverse", "proportional"):
-            importance = _sensitivity(model, windows, config, source)
+            importance = _sensitivity(calibration, config)
     try:
         if config.allocation == "search":
             with clock("plan"):
-                removals, divergence = _search(model, windows, scores, costs, budget, config)
+                removals, divergence = _search(calibration, scores, costs, budget, config)
         else:
             fits = partial(_standard, model)
             selected = config.selected_layers(len(costs))
             thin = Thinning(config, selected, scores, importance, fits)
-            spread = _spread(model, windows, costs, budget, thin, clock, source, gone)
+            spread = _spread(calibration, costs, budget, thin, clock, gone)
             with clock("plan"):
                 removals = meet(budget, costs, spread, limits_of(config))
     except BudgetError as error:
@@ -122,72 +116,64 @@ def plan_of(model: nn.Module, scores: Scores, removals: Sequence[Removal]) -> Pl
 
 
 def _spread(
-    model: nn.Module,
-    windows: Tensor,
+    calibration: Calibration,
     costs: list[LayerSize],
     budget: Budget,
     thin: Thinning,
     clock: Clock,
-    source: StreamedModel | None,
     gone: Plan | None,
 ) -> Spread:
     """How the allocation of ``thin`` spreads any number of parameters over the layers."""
     config = thin.config
     if not any(size.whole for size in costs):
         return lambda target: thin(costs, target)
-    some = windows[: config.sensitivity_samples]
+    some = calibration.part(slice(config.sensitivity_samples))
     with clock("score"):
-        if source is None:
-            measure = partial(sublayer_losses, model, some)
-        else:
-            measure = partial(stream.sublayer_losses, source, some)
-        losses = remembered("sublayers", model, some, measure, source)
+        losses = remembered("sublayer-losses", some, sublayer_losses)
         candidates = cheapest_first(costs, _losses_of_gone(losses, gone))
         for s in candidates:
             log.info("without the %s of layer %d: %+.4f nats a token", s.kind, s.layer, s.loss)
         if not any(size.prunable for size in costs):
             return whole_only(candidates, len(costs))
-        price = _price_of_thinning(model, windows, costs, budget, thin, gone)
+        price = _price_of_thinning(calibration, costs, budget, thin, gone)
         log.info("thinning costs %.3g nats a token per million parameters", 1e6 * price)
     return whole_and_thinned(costs, candidates, price, thin)
 
 
 def _price_of_thinning(
-    model: nn.Module,
-    windows: Tensor,
+    calibration: Calibration,
     costs: list[LayerSize],
     budget: Budget,
     thin: Thinning,
     gone: Plan | None,
 ) -> float:
     """Loss per parameter, in nats a token, when thinning alone meets the budget; or infinity."""
-    config = thin.config
-    some = windows[: config.sensitivity_samples]
+    config, layers = thin.config, calibration.layers
+    some = calibration.part(slice(config.sensitivity_samples))
     target = first_guess(budget, costs)
     try:
         removals = thin(remaining(costs, [Removal()] * len(costs)), target)
     except BudgetError:
         return math.inf
-    before = 0 if gone is None else parameters_removed(model, gone)
+    before = 0 if gone is None else parameters_removed(layers.model, gone)
     more = removed_parameters(costs, removals) - before
     if more <= half_unit(costs, limits_of(config)):
         return math.inf
-    dense = mean_loss(model, some)
-    with preserved(model):
-        refit = None if config.compensate == "none" else windows
-        mask(model, plan_of(model, thin.scores, removals), refit)
-        return max(mean_loss(model, some) - dense, 0.0) / more
+    dense = mean_loss(some)
+    with preserved(layers):
+        refit = None if config.compensate == "none" else calibration
+        mask(layers, plan_of(layers.model, thin.scores, removals), refit)
+        return max(mean_loss(some) - dense, 0.0) / more
 
 
-def _losses_of_gone(
-    losses: list[tuple[float, float]], gone: Plan | None
-) -> list[tuple[float, float]]:
+def _losses_of_gone(losses: list[dict[str, float]], gone: Plan | None) -> list[tuple[float, float]]:
     """``losses`` with those of sublayers that are gone already as low as can be."""
+    pairs = [(own["attention"], own["mlp"]) for own in losses]
     if gone is None:
-        return losses
+        return pairs
     return [
         (attention if kept.kv_groups else -math.inf, mlp if kept.channels else -math.inf)
-        for (attention, mlp), kept in zip(losses, gone.layers, strict=True)
+        for (attention, mlp), kept in zip(pairs, gone.layers, strict=True)
     ]
 
 
@@ -200,14 +186,15 @@ def _gone_first(scores: Scores, gone: Plan) -> Scores:
         return below
 
     return Scores(
-        [lowered(s, k.kv_groups) for s, k in zip(scores.attention, gone.layers, strict=True)],
-        [lowered(s, k.channels) for s, k in zip(scores.mlp, gone.layers, strict=True)],
+        [
+            {kind: lowered(values, kept.kept[kind]) for kind, values in units.items()}
+            for units, kept in zip(scores.layers, gone.layers, strict=True)
+        ]
     )
 
 
 def _search(
-    model: nn.Module,
-    windows: Tensor,
+    calibration: Calibration,
     scores: Scores,
     costs: list[LayerSize],
     budget: Budget,
@@ -217,27 +204,23 @@ def _search(
 
     Measured levels are kept for a next run.
     """
-    limits, windows = limits_of(config), windows[: config.search_samples]
-    target, saved = budget.need, None
+    limits, target, saved = limits_of(config), budget.need, None
     if budget.table is not None or (budget.at_least and not any(s.prunable for s in costs)):
         saved = [partial(budget.saved, i, size) for i, size in enumerate(costs)]
     else:
         target += half_unit(costs, limits) if budget.at_least else 0
         check_reachable(costs, round(target), limits)
-    levels, refits = cache_directory() / "levels", config.compensate != "none"
-    curves = measure_curves(model, windows, scores, costs, levels, refits=refits)
+    some = calibration.part(slice(config.search_samples))
+    search = Search(some, scores, config.compensate != "none", cache_directory() / "levels")
+    curves = measure_curves(search, costs)
     removals, divergence = choose(curves, costs, target, limits, saved)
     log.info("search: predicted divergence %.4f nats a token", divergence)
     removals = exchange(
-        model,
-        windows,
-        scores,
-        removals,
+        search,
         Problem(costs, limits, target, saved),
-        partial(plan_of, model, scores),
-        rounds=config.exchange_rounds or 0,
-        refits=refits,
-        cache=levels,
+        removals,
+        partial(plan_of, calibration.layers.model, scores),
+        config.exchange_rounds or 0,
     )
     return removals, predicted(curves, removals)
 
@@ -257,19 +240,16 @@ def keep_best(scores: Tensor, remove: int) -> tuple[int, ...]:
     return tuple(sorted(order[: len(scores) - remove].tolist()))
 
 
-def _sensitivity(
-    model: nn.Module, windows: Tensor, config: PruneConfig, source: StreamedModel | None
-) -> list[float]:
+def _sensitivity(calibration: Calibration, config: PruneConfig) -> list[float]:
     if config.layer_importance not in ("removal", "activation"):
-        return load_layer_importance(Path(config.layer_importance), len(decoder_layers(model)))
-    some = windows[: config.sensitivity_samples]
+        count = len(calibration.layers)
+        return load_layer_importance(Path(config.layer_importance), count)
+    some = calibration.part(slice(config.sensitivity_samples))
 
-    def measure() -> list[float]:
-        if config.layer_importance == "removal":
-            return (removal(model, some) if source is None else stream.removal(source, some))[0]
-        return activation(model, some) if source is None else stream.layer_activation(source, some)
+    def measure(some: Calibration) -> list[float]:
+        return removal(some)[0] if config.layer_importance == "removal" else activation(some)
 
-    return remembered(f"layers-{config.layer_importance}", model, some, measure, source)
+    return remembered(f"layers-{config.layer_importance}", some, measure)
 
 
 def parameters_removed(model: nn.Module, plan: Plan) -> int:

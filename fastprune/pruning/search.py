@@ -43,8 +43,11 @@ class Curve:
     divergence: tuple[float, ...]
 
     @classmethod
-    def rising(cls, layer: int, kind: str, points: Mapping[int, float]) -> Curve:
+    def rising(
+        cls, layer: int, kind: str, points: Mapping[int, float], *, whole: bool = False
+    ) -> Curve:
         """The curve through ``points``; one below its predecessor is noise, and raised to that."""
+        kind = kind if whole else {"attention": "groups", "mlp": "channels"}.get(kind, kind)
         removed = sorted(points)
         values = itertools.accumulate((points[n] for n in removed), max)
         return cls(layer, kind, tuple(removed), tuple(values))

@@ -5,13 +5,25 @@ Counts only, no weights: the vocabulary of allocation.py, depth.py and search.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastprune.errors import InputError
 
 MIN_KEPT = 1
 """Units that a thinned sublayer always keeps: it must stay a working sublayer."""
+
+
+@dataclass(frozen=True)
+class SublayerSize:
+    """What may be removed from one sublayer: ``units`` of ``cost`` parameters each.
+
+    ``whole`` are the parameters of a sublayer that may go as a whole; 0 where it may not.
+    """
+
+    units: int = 0
+    cost: int = 0
+    whole: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,14 @@ class LayerSize:
     channel_cost: int
     attention: int = 0
     mlp: int = 0
+
+    @property
+    def sublayers(self) -> dict[str, SublayerSize]:
+        """The same by kind of sublayer."""
+        return {
+            "attention": SublayerSize(self.groups, self.group_cost, self.attention),
+            "mlp": SublayerSize(self.channels, self.channel_cost, self.mlp),
+        }
 
     @property
     def prunable(self) -> int:
@@ -51,6 +71,20 @@ class Removal:
     channels: int = 0
     attention: bool = False
     mlp: bool = False
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """Kinds of the sublayers that go as a whole."""
+        return frozenset(kind for kind in ("attention", "mlp") if getattr(self, kind))
+
+    def count(self, kind: str) -> int:
+        """Units of ``kind`` to remove."""
+        return {"attention": self.groups, "mlp": self.channels}[kind]
+
+    def with_units(self, units: Mapping[str, int]) -> Removal:
+        """This removal with so many ``units`` of the kinds that it names."""
+        groups, channels = (units.get(k, self.count(k)) for k in ("attention", "mlp"))
+        return replace(self, groups=groups, channels=channels)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from fastprune.models.blocks import Blocks
 from tiny import FAMILIES, VOCABULARY, tiny_model, token_ids
 
-from fastprune.models.blocks import Blocks
 from fastprune.models.families import geometries
 from fastprune.pruning import compensation
 from fastprune.pruning.compensation import MADE_UP, compensate, fitting, random_windows, solve
