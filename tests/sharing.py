@@ -13,6 +13,7 @@ from pathlib import Path
 
 import precise  # noqa: F401
 import torch
+from calibrated import calibrated
 from tiny import tiny_model, token_ids
 
 from fastprune import cli, distributed
@@ -20,7 +21,7 @@ from fastprune.inspect.perplexity import evaluate
 from fastprune.models.families import decoder_layers, geometries
 from fastprune.pruning.budget import layer_size
 from fastprune.pruning.compensation import compensate
-from fastprune.pruning.curves import measure_curves
+from fastprune.pruning.curves import Search, measure_curves
 from fastprune.pruning.importance import score
 from fastprune.pruning.plan import LayerPlan, Plan
 from fastprune.pruning.sensitivity import removal
@@ -30,6 +31,7 @@ RUNS = {
     "memory": ["--allocation", "inverse", "--compensate", "least-squares"],
     "stream": ["--allocation", "inverse", "--compensate", "least-squares", "--stream"],
     "search": ["--allocation", "search", "--importance", "activation-maw"],
+    "search-stream": ["--allocation", "search", "--importance", "activation-maw", "--stream"],
 }
 """Flags of the runs of `prune`, by the folder each leaves."""
 
@@ -55,17 +57,17 @@ def measure(windows: int) -> dict[str, torch.Tensor]:
     ids = token_ids(windows, 512)
     found = {}
     for method in METHODS:
-        scores = score(model, ids, method)
+        scores = score(calibrated(model, ids), method)
         found[f"{method} attention"] = torch.cat(scores.attention)
         found[f"{method} mlp"] = torch.cat(scores.mlp)
-    found["removal"] = torch.tensor(removal(model, ids)[0])
+    found["removal"] = torch.tensor(removal(calibrated(model, ids))[0])
     found["perplexity"] = torch.tensor(evaluate(model, ids, batch_size=1).perplexity)
     if windows > 1:
-        scores = score(model, ids, "magnitude-l2")
+        scores = score(calibrated(model, ids), "magnitude-l2")
         sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
-        curves = measure_curves(model, ids, scores, sizes)
+        curves = measure_curves(Search(calibrated(model, ids), scores), sizes)
         found["curves"] = torch.tensor([v for c in curves for v in c.divergence])
-    refits = compensate(model, half(model), ids)
+    refits = compensate(calibrated(model, ids), half(model))
     found["errors"] = torch.tensor([r.error_after for r in refits])
     found |= {f"weight {name}": p.detach() for name, p in model.named_parameters()}
     return found

@@ -151,7 +151,6 @@ def test_bytes_by_whole_sublayers(settings, allocation: str) -> None:
         ),
         ({"target_latency": 5.0, "stream": True}, "--stream keeps the weights on disk"),
         ({"ratio": 0.2, "iterations": 0}, "--iterations must be at least 1"),
-        ({"ratio": 0.2, "iterations": 2, "stream": True}, "--stream reads the weights"),
     ],
 )
 def test_refusals(settings, change: dict, words: str) -> None:

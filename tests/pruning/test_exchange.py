@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrated import calibrated
 from tiny import tiny_model, token_ids
 
-from fastprune.models.families import decoder_layers, mlp_slices
+from fastprune.models.families import decoder_layers
+from fastprune.models.layers import Layers
 from fastprune.pruning import curves, exchange
 from fastprune.pruning.budget import layer_size
-from fastprune.pruning.curves import Thinned, judging, measure_curves
+from fastprune.pruning.curves import Search, Thinned, measure_curves
 from fastprune.pruning.divergence import Yardstick
 from fastprune.pruning.importance import score
 from fastprune.pruning.masking import mask, preserved
@@ -26,33 +28,27 @@ class Case:
     def __init__(self, structures=("attention", "mlp"), refits: bool = True) -> None:
         self.model = tiny_model("llama")
         self.windows, self.refits = token_ids(16, 32), refits
-        self.scores = score(self.model, self.windows, "magnitude-l2")
+        self.scores = score(calibrated(self.model, self.windows), "magnitude-l2")
         self.sizes = [layer_size(layer, structures) for layer in decoder_layers(self.model)]
-        self.yardstick = Yardstick(self.model, judging(self.windows))
+        self.yardstick = Yardstick(self.search().judging)
         self.plan_of = partial(plan_of, self.model, self.scores)
 
+    def search(self, cache: Path | None = None) -> Search:
+        return Search(calibrated(self.model, self.windows), self.scores, self.refits, cache)
+
     @property
-    def fit(self) -> torch.Tensor | None:
-        return self.windows[len(judging(self.windows)) :] if self.refits else None
+    def layers(self) -> Layers:
+        return Layers(self.model)
 
     def divergence(self, removals) -> float:
-        with preserved(self.model):
-            mask(self.model, self.plan_of(removals), self.fit)
-            return self.yardstick.divergence(self.model)
+        with preserved(self.layers):
+            mask(self.layers, self.plan_of(removals), self.search().fitting)
+            return self.yardstick.divergence(self.layers)
 
     def exchange(self, start, limits=Limits(), *, saved=None, target=None, rounds=2, cache=None):  # noqa: B008
         target = removed_parameters(self.sizes, start) if target is None else target
-        return exchange.exchange(
-            self.model,
-            self.windows,
-            self.scores,
-            start,
-            exchange.Problem(self.sizes, limits, target, saved),
-            self.plan_of,
-            rounds=rounds,
-            refits=self.refits,
-            cache=cache,
-        )
+        problem = exchange.Problem(self.sizes, limits, target, saved)
+        return exchange.exchange(self.search(cache), problem, start, self.plan_of, rounds)
 
 
 def lopsided(case: Case, share: float = 0.75) -> list[Removal]:
@@ -128,15 +124,12 @@ def test_the_level_a_layer_is_at_is_refitted_as_it_was(monkeypatch) -> None:
     case = Case(("mlp",))
     now = [Removal(0, 48)] * len(case.sizes)
 
-    def the_same(thinned, layer, size, scores, index):
-        return [curves._thinning("channels", layer, mlp_slices(layer), scores.mlp, index, [48])]
-
-    monkeypatch.setattr(curves, "_around", the_same)
-    with preserved(case.model) as dense:
-        mask(case.model, case.plan_of(now), case.fit)
-        whole = case.yardstick.divergence(case.model)
+    monkeypatch.setattr(curves._Measurement, "_levels", lambda *_: [48])
+    with preserved(case.layers) as dense:
+        mask(case.layers, case.plan_of(now), case.search().fitting)
+        whole = case.yardstick.divergence(case.layers)
         thinned = Thinned(now, dense, case.yardstick, 1 / 8, 1)
-        found = measure_curves(case.model, case.windows, case.scores, case.sizes, thinned=thinned)
+        found = measure_curves(case.search(), case.sizes, thinned)
     # fp32 sums in another order; without targets the later layers are beyond it
     assert all(abs(curve.divergence[-1]) < 1e-3 * whole for curve in found)
 
@@ -144,15 +137,11 @@ def test_the_level_a_layer_is_at_is_refitted_as_it_was(monkeypatch) -> None:
 def test_curves_of_a_thinned_model_are_what_the_change_adds(tmp_path: Path) -> None:
     case = Case(("mlp",), refits=False)
     now = [Removal(0, 8)] * len(case.sizes)
-    with preserved(case.model) as dense:
-        mask(case.model, case.plan_of(now), None)
+    with preserved(case.layers) as dense:
+        mask(case.layers, case.plan_of(now), None)
         masked = {name: p.clone() for name, p in case.model.state_dict().items()}
-        measure = partial(
-            measure_curves,
-            *(case.model, case.windows, case.scores, case.sizes, tmp_path),
-            refits=False,
-            thinned=Thinned(now, dense, case.yardstick, 1 / 8, 1),
-        )
+        thinned = Thinned(now, dense, case.yardstick, 1 / 8, 1)
+        measure = partial(measure_curves, case.search(tmp_path), case.sizes, thinned)
         found = measure()
         for name, p in case.model.state_dict().items():
             assert torch.equal(p, masked[name]), name
@@ -172,5 +161,7 @@ def test_curves_of_a_thinned_model_are_what_the_change_adds(tmp_path: Path) -> N
 def test_an_interrupted_exchange_goes_on(tmp_path: Path, monkeypatch) -> None:
     case = Case()
     first = case.exchange(lopsided(case), cache=tmp_path)
-    monkeypatch.setattr(curves, "_changed", lambda *_: pytest.fail("measured although cached"))
+    monkeypatch.setattr(
+        curves._Measurement, "_changed", lambda *_: pytest.fail("measured although cached")
+    )
     assert case.exchange(lopsided(case), cache=tmp_path) == first

@@ -7,7 +7,9 @@ import torch
 from tiny import TEXT, tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.families import geometries
+from fastprune.models.layers import Layers
 from fastprune.pruning import planning
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.masking import mask, preserved
 from fastprune.pruning.pipeline import prune
@@ -40,14 +42,16 @@ def test_a_masked_model_computes_what_the_cut_one_does(family: str, windows) -> 
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = tiny_model(family, **biases)
     plan, ids = uneven(model), token_ids(2, 17, seed=1)
+    layers = Layers(model)
+    text = None if windows is None else Calibration(layers, windows)
     dense = {name: p.clone() for name, p in model.state_dict().items()}
     with torch.no_grad():
-        with preserved(model):
-            mask(model, plan, windows)
+        with preserved(layers):
+            mask(layers, plan, text)
             masked = model(ids).logits
         for name, p in model.state_dict().items():
             assert torch.equal(p, dense[name]), name
-        mask(model, plan, windows)
+        mask(layers, plan, text)
         apply_plan(model, plan)
         # only the order of summation differs; logits are of order 10, fp32 has 1e-7 of that
         torch.testing.assert_close(model(ids).logits, masked, atol=1e-4, rtol=1e-4)
@@ -74,9 +78,10 @@ def test_each_step_scores_the_thinned_model(settings, monkeypatch) -> None:
     seen, plans = [], []
     real = planning.score
 
-    def score(model, *args, **options):
-        seen.append(float(sum(p.detach().double().abs().sum() for p in model.parameters())))
-        return real(model, *args, **options)
+    def score(calibration, *args, **options):
+        parameters = calibration.layers.model.parameters()
+        seen.append(float(sum(p.detach().double().abs().sum() for p in parameters)))
+        return real(calibration, *args, **options)
 
     make = planning.make_plan
 

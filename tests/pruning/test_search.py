@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrated import calibrated
 from tiny import tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.families import decoder_layers
 from fastprune.pruning import divergence, pipeline, planning
 from fastprune.pruning.budget import layer_size
 from fastprune.pruning.config import PruneConfig
-from fastprune.pruning.curves import judging, measure_curves
+from fastprune.pruning.curves import Search, judging, measure_curves
 from fastprune.pruning.divergence import DenseTargets
 from fastprune.pruning.importance import score
 from fastprune.pruning.search import Curve, choose, predicted
@@ -86,29 +87,31 @@ def test_divergence_is_kullback_leibler() -> None:
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(16, 40, bias=False)  # fewer words than are kept: nothing is merged
     dense, changed = torch.randn(2, 2, 5, 16, generator=generator)
-    targets = DenseTargets(head)
-    targets.append(dense)
+    targets = DenseTargets()
+    targets.append(dense, head)
     with torch.no_grad():
         p, q = (torch.log_softmax(head(x), -1) for x in (dense, changed))
     expected = (p.exp() * (p - q)).sum()
     # logits may come from bf16 matrix units: 8 bits
-    assert targets.divergence(0, changed) == pytest.approx(expected.item(), rel=0.03)
-    assert targets.divergence(0, dense) == pytest.approx(0, abs=1e-5)  # fp32 rounding, 10 tokens
+    assert targets.divergence(0, changed, head) == pytest.approx(expected.item(), rel=0.03)
+    assert targets.divergence(0, dense, head) == pytest.approx(
+        0, abs=1e-5
+    )  # fp32 rounding, 10 tokens
 
 
 @pytest.fixture
 def measured(tmp_path: Path):
     model = tiny_model("llama")
     windows = token_ids(16, 32)
-    scores = score(model, windows, "magnitude-l2")
+    scores = score(calibrated(model, windows), "magnitude-l2")
     sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
-    return model, windows, scores, sizes, tmp_path / "levels"
+    return model, Search(calibrated(model, windows), scores, cache=tmp_path / "levels"), sizes
 
 
 def test_curves_rise_and_leave_the_model_alone(measured) -> None:
-    model, windows, scores, sizes, cache = measured
+    model, search, sizes = measured
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    curves = measure_curves(model, windows, scores, sizes, cache)
+    curves = measure_curves(search, sizes)
     assert [(c.layer, c.kind) for c in curves] == [
         (i, kind) for i in range(4) for kind in ("groups", "channels")
     ]
@@ -122,25 +125,26 @@ def test_curves_rise_and_leave_the_model_alone(measured) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_curves_of_half_precision_weights(measured, dtype) -> None:
-    model, windows, scores, sizes, _ = measured
-    for curve in measure_curves(model.to(dtype), windows, scores, sizes):
+    model, search, sizes = measured
+    text = calibrated(model.to(dtype), search.calibration.windows)
+    for curve in measure_curves(Search(text, search.scores), sizes):
         assert all(0 <= value < 100 for value in curve.divergence)
 
 
 def test_a_cached_search_measures_nothing_again(measured, monkeypatch) -> None:
-    model, windows, scores, sizes, cache = measured
-    first = measure_curves(model, windows, scores, sizes, cache)
+    _, search, sizes = measured
+    first = measure_curves(search, sizes)
     monkeypatch.setattr(
         DenseTargets, "divergence", lambda *_: pytest.fail("measured although it was cached")
     )
-    assert measure_curves(model, windows, scores, sizes, cache) == first
+    assert measure_curves(search, sizes) == first
 
 
 def test_a_cache_of_another_model_is_not_used(measured) -> None:
-    model, windows, scores, sizes, cache = measured
-    first = measure_curves(model, windows, scores, sizes, cache)
+    model, search, sizes = measured
+    first = measure_curves(search, sizes)
     model.model.layers[0].mlp.down_proj.weight.data *= 2
-    assert measure_curves(model, windows, scores, sizes, cache) != first
+    assert measure_curves(search, sizes) != first
 
 
 def test_the_run_says_what_was_foreseen_and_what_came(tmp_path: Path, monkeypatch) -> None:
@@ -154,9 +158,9 @@ def test_the_run_says_what_was_foreseen_and_what_came(tmp_path: Path, monkeypatc
     }  # fmt: skip
     searched = []
 
-    def measured(model, windows, *args, **more):
-        searched.append(windows)
-        return measure_curves(model, windows, *args, **more)
+    def measured(search, *args):
+        searched.append(search.calibration.windows)
+        return measure_curves(search, *args)
 
     monkeypatch.setattr(planning, "measure_curves", measured)
     model = tiny_model("llama")
