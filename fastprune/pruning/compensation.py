@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.inspect.perplexity import batches
 from fastprune.models.blocks import Blocks
-from fastprune.models.families import attention_slices, mlp_slices
+from fastprune.models.families import sublayers
 from fastprune.progress import track
 from fastprune.pruning.moments import After, Moments, advance, collect
 from fastprune.pruning.plan import LayerPlan, Plan
@@ -136,22 +136,18 @@ class Prefix:
     def refit(self, kept: LayerPlan) -> list[Refit]:
         """Refit the layer at the front in place for the units ``kept`` of it, and step past it."""
         layer, index = self.blocks.layers[kept.index], kept.index
-        sublayers = [
-            (name, layer.get_submodule(slices[-1].module), kept_entries(slices[-1], units))
-            for name, slices, units in (
-                ("attention", attention_slices(layer), kept.kv_groups),
-                ("mlp", mlp_slices(layer), kept.channels),
-            )
-            if slices
+        parts = [
+            (s.kind, s.linear(layer), kept_entries(s.output, kept.kept[s.kind]))
+            for s in sublayers(layer)
         ]
-        thinned = [linear for _, linear, columns in sublayers if len(columns) < linear.in_features]
+        thinned = [linear for _, linear, columns in parts if len(columns) < linear.in_features]
         if thinned and self.dense is None:
             self.dense = [hidden.clone() for hidden in self.hidden]
         after: After = {}
         if self.dense is not None:
             after = advance(self.blocks, index, self.dense, thinned)
         refits: list[Refit] = []
-        for name, linear, columns in sublayers:
+        for name, linear, columns in parts:
             if not len(columns):
                 linear.weight.zero_()
                 if linear.bias is not None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.models.blocks import Blocks
-from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
+from fastprune.models.families import FINEST, KINDS, Slice, Sublayer, decoder_layers, sublayers
 from fastprune.precision import fast_forward
 from fastprune.progress import track
 from fastprune.pruning.compensation import HELD_OUT, MADE_UP, STRENGTHS, fitting, refit
@@ -35,6 +35,8 @@ from fastprune.pruning.surgery import kept_entries
 
 CHANNEL_LEVELS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)
 """Shares of a layer's channels at which its divergence is measured."""
+LEVEL_NAMES = {"attention": "groups", "mlp": "channels"}
+"""What measured levels of units are kept by; those of whole sublayers by their kind."""
 KL_SHARE = 8
 """One calibration window in this many measures divergences; the others fit the refits."""
 
@@ -47,6 +49,8 @@ class _Thinning:
     """
 
     kind: str
+    name: str
+    """by which measured levels are kept"""
     linear: nn.Linear
     last: Slice
     order: list[int]
@@ -127,16 +131,16 @@ def measure_curves(
             (t, removed)
             for t in missing
             for removed in t.levels
-            if known.get(index, t.kind, removed) is None
+            if known.get(index, t.name, removed) is None
         ]
         dense = thinned.dense if thinned else None
         values = _measured(levels, moments, dense, partial(divergence, index))
         for (t, removed), value in zip(levels, values, strict=True):
-            known.put(index, t.kind, removed, value)
+            known.put(index, t.name, removed, value)
         for t in thinnings:
             points = {t.now: 0.0}
-            points |= {n: known.value(index, t.kind, n) - (whole or 0.0) for n in t.levels}
-            curves.append(Curve.rising(index, t.kind, points))
+            points |= {n: known.value(index, t.name, n) - (whole or 0.0) for n in t.levels}
+            curves.append(Curve.rising(index, t.kind, points, whole=not t.order))
         known.save()
         for states in (kl, fit):
             advance(blocks, index, states)
@@ -194,69 +198,42 @@ def _changed(
 
 
 def _thinnings(layer: nn.Module, size: LayerSize, scores: Scores, index: int) -> list[_Thinning]:
-    found = []
-    if size.groups > 1:
-        levels = list(range(1, size.groups))
-        found.append(
-            _thinning("groups", layer, attention_slices(layer), scores.attention, index, levels)
-        )
-    if size.channels > 1:
-        levels = sorted(
-            {round(share * size.channels) for share in CHANNEL_LEVELS} - {0, size.channels}
-        )
-        found.append(_thinning("channels", layer, mlp_slices(layer), scores.mlp, index, levels))
-    for kind, cost, slices in (
-        ("attention", size.attention, attention_slices),
-        ("mlp", size.mlp, mlp_slices),
-    ):
-        if cost:
-            last = slices(layer)[-1]
-            found.append(_Thinning(kind, layer.get_submodule(last.module), last, [], [1]))
-    return found
+    """The levels of every sublayer that may be thinned, then the sublayers that may go whole."""
+    found, whole = [], []
+    for s in sublayers(layer):
+        part = size.sublayers[s.kind]
+        if part.units > 1:
+            levels = set(range(1, part.units))
+            if s.kind == FINEST:
+                levels = {round(share * part.units) for share in CHANNEL_LEVELS} - {0, part.units}
+            found.append(_thinning(layer, s, scores.layers[index][s.kind], sorted(levels)))
+        if part.whole:
+            whole.append(_Thinning(s.kind, s.kind, s.linear(layer), s.output, [], [1]))
+    return found + whole
 
 
 def _around(
     thinned: Thinned, layer: nn.Module, size: LayerSize, scores: Scores, index: int
 ) -> list[_Thinning]:
     """The sublayers still there, with the levels next to those that they are at."""
-    found, now, align = [], thinned.removals[index], thinned.align
-    if size.groups > 1:
-        slices, span = attention_slices(layer), range(size.groups)
-        gone = now.groups
-        found.append(_beside("groups", layer, slices, scores.attention, index, gone, 1, span))
-    if size.channels > 1:
-        slices, span = mlp_slices(layer), range(size.channels % align, size.channels, align)
-        move = max(align, round(thinned.share * size.channels / align) * align)
-        gone = now.channels
-        found.append(_beside("channels", layer, slices, scores.mlp, index, gone, move, span))
+    found, align = [], thinned.align
+    for s in sublayers(layer):
+        units, now = size.sublayers[s.kind].units, thinned.removals[index].count(s.kind)
+        if units > 1:
+            span, move = range(units), 1
+            if s.kind == FINEST:
+                span = range(units % align, units, align)
+                move = max(align, round(thinned.share * units / align) * align)
+            levels = {max(now - move, span[0]), min(now + move, span[-1])} - {now}
+            one = _thinning(layer, s, scores.layers[index][s.kind], sorted(levels))
+            found.append(replace(one, now=now))
     return found
 
 
-def _beside(
-    kind: str,
-    layer: nn.Module,
-    slices: list[Slice],
-    scores: list[Tensor],
-    index: int,
-    now: int,
-    move: int,
-    span: range,
-) -> _Thinning:
-    """Levels of ``span`` at most ``move`` below and above what is gone ``now``."""
-    levels = {max(now - move, span[0]), min(now + move, span[-1])} - {now}
-    return replace(_thinning(kind, layer, slices, scores, index, sorted(levels)), now=now)
-
-
-def _thinning(
-    kind: str,
-    layer: nn.Module,
-    slices: list[Slice],
-    scores: list[Tensor],
-    index: int,
-    levels: list[int],
-) -> _Thinning:
-    order = torch.argsort(scores[index], descending=True, stable=True).flip(0).tolist()
-    return _Thinning(kind, layer.get_submodule(slices[-1].module), slices[-1], order, levels)
+def _thinning(layer: nn.Module, sublayer: Sublayer, scores: Tensor, levels: list[int]) -> _Thinning:
+    order = torch.argsort(scores, descending=True, stable=True).flip(0).tolist()
+    kind, linear = sublayer.kind, sublayer.linear(layer)
+    return _Thinning(kind, LEVEL_NAMES[kind], linear, sublayer.output, order, levels)
 
 
 class _Cache:
@@ -274,7 +251,7 @@ class _Cache:
         return self.values[f"{layer} {kind} {removed}"]
 
     def complete(self, layer: int, t: _Thinning) -> bool:
-        return all(self.get(layer, t.kind, removed) is not None for removed in t.levels)
+        return all(self.get(layer, t.name, removed) is not None for removed in t.levels)
 
     def put(self, layer: int, kind: str, removed: int, value: float) -> None:
         self.values[f"{layer} {kind} {removed}"] = value
@@ -292,7 +269,7 @@ def _name(
     ``whole`` is the divergence of a model that is thinned already, which says from which dense one.
     """
     ranking = hashlib.sha256()
-    for tensor in [*scores.attention, *scores.mlp]:
+    for tensor in (layer[kind] for kind in KINDS for layer in scores.layers):
         ranking.update(tensor.argsort(stable=True).numpy().tobytes())
     refitting = (STRENGTHS, MADE_UP, HELD_OUT, ADDED) if refits else None
     more = [TOP, KL_SHARE, refitting, whole, ranking.hexdigest()]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from fastprune import distributed
+from fastprune.models.families import KINDS
 from fastprune.pruning.allocation import allocate, fit_channels
 from fastprune.pruning.curves import Thinned, judging, measure_curves
 from fastprune.pruning.divergence import Yardstick
@@ -52,7 +53,7 @@ class Problem:
 
     def halfway_to_equal(self, removals: Sequence[Removal]) -> list[Removal] | None:
         """Removals between these and equal shares; None where whole sublayers go or time counts."""
-        if self.saved is not None or any(r.attention or r.mlp for r in removals):
+        if self.saved is not None or any(r.gone for r in removals):
             return None
         thin = [i for i, size in enumerate(self.sizes) if size.prunable]
         chosen = [self.sizes[i] for i in thin]
@@ -69,11 +70,7 @@ class Problem:
     def between(self, a: Sequence[Removal], b: Sequence[Removal], share: float) -> list[Removal]:
         """From ``a`` so far towards ``b``, which loses the same sublayers, within the budget."""
         mixed = [
-            replace(
-                x,
-                groups=round(x.groups + share * (y.groups - x.groups)),
-                channels=round(x.channels + share * (y.channels - x.channels)),
-            )
+            x.with_units({k: round(x.count(k) + share * (y.count(k) - x.count(k))) for k in KINDS})
             for x, y in zip(a, b, strict=True)
         ]
         return fit_channels(self.sizes, mixed, round(self.target), self.limits)
@@ -193,4 +190,4 @@ def _cheapest(
 
 
 def _with(price: Callable[[Removal], float], gone: Removal, thinned: Removal) -> float:
-    return price(replace(thinned, attention=gone.attention, mlp=gone.mlp))
+    return price(Removal(thinned.units, gone.gone))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from fastprune.inspect.health import unsound
 from fastprune.inspect.perplexity import batches, decoder_and_head, loss_and_hidden_grad
 from fastprune.kernels import ops
 from fastprune.models.families import (
+    KINDS,
     Geometry,
     Slice,
     attention_slices,
@@ -51,22 +52,28 @@ Hooks = dict[nn.Parameter, Callable[[Tensor], None]]
 
 @dataclass
 class Scores:
-    """Importance per unit, higher is kept: fp64 CPU tensors, one per layer.
+    """Importance per unit, higher is kept: of each layer by kind of sublayer, fp64 CPU tensors
+    (units,)."""
 
-    ``attention[l]`` has shape (kv_heads,), ``mlp[l]`` (channels,).
-    """
-
-    attention: list[Tensor] = field(default_factory=list)
-    mlp: list[Tensor] = field(default_factory=list)
+    layers: list[dict[str, Tensor]]
 
     @staticmethod
     def of(layers: Iterable[Units]) -> Scores:
         """The scores of all ``layers``, in order."""
-        attention, mlp = zip(*layers)
-        return Scores(list(attention), list(mlp))
+        return Scores([dict(zip(KINDS, units, strict=True)) for units in layers])
+
+    @property
+    def attention(self) -> list[Tensor]:
+        """Scores of the KV groups of every layer."""
+        return [layer["attention"] for layer in self.layers]
+
+    @property
+    def mlp(self) -> list[Tensor]:
+        """Scores of the channels of every layer."""
+        return [layer["mlp"] for layer in self.layers]
 
     def finite(self) -> bool:
-        return all(bool(s.isfinite().all()) for s in [*self.attention, *self.mlp])
+        return all(bool(s.isfinite().all()) for layer in self.layers for s in layer.values())
 
 
 def score(model: nn.Module, windows: Tensor, method: str, *, seed: int = 0) -> Scores:
@@ -154,7 +161,7 @@ def _output_energy(layer: nn.Module, slices: list[Slice], seen: Inputs) -> Tenso
     last = slices[-1]
     _, columns = ops.taylor(layer.get_parameter(last.name).detach(), kind="l2")
     energy = columns.double() * seen.norms[_module(layer, last)].double().square()
-    return energy.view(-1, last.width).sum(1) * seen.scale[layer]
+    return last.by_unit(energy).sum(1) * seen.scale[layer]
 
 
 def _maximum_weight(layer: nn.Module, seen: Inputs) -> Tensor:
@@ -162,8 +169,9 @@ def _maximum_weight(layer: nn.Module, seen: Inputs) -> Tensor:
     total: Tensor | float = 0.0
     for s in slices:
         weight = layer.get_parameter(s.name).detach()
-        spread = weight.amax(1 - s.dim).double() + weight.amin(1 - s.dim).double().abs()
-        total = total + spread / spread.max().clamp_min(torch.finfo(torch.float64).tiny)
+        largest = weight.amax(1 - s.dim).double() + weight.amin(1 - s.dim).double().abs()
+        largest = s.by_unit(largest).flatten()
+        total = total + largest / largest.max().clamp_min(torch.finfo(torch.float64).tiny)
     return total * seen.norms[_module(layer, slices[-1])].double()
 
 
@@ -175,10 +183,11 @@ def _median(x: Tensor) -> Tensor:
 def random(sizes: Sequence[Geometry], seed: int) -> Scores:
     """Uniform random scores for layers of ``sizes``; the same ``seed`` gives the same."""
     generator = torch.Generator().manual_seed(seed)
-    return Scores(
-        [torch.rand(g.kv_heads, generator=generator, dtype=torch.float64) for g in sizes],
-        [torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in sizes],
+    drawn = (
+        [torch.rand(g.units[kind], generator=generator, dtype=torch.float64) for g in sizes]
+        for kind in KINDS
     )
+    return Scores.of(zip(*drawn, strict=True))
 
 
 def _module(layer: nn.Module, s: Slice) -> nn.Module:
@@ -193,7 +202,7 @@ def _reduce(
     if grad is not None:
         parameter = parameter.to(grad.dtype)
     rows, columns = ops.taylor(parameter, grad, x=x, kind=kind)
-    return (rows if s.dim == 0 else columns).double().view(-1, s.width).sum(1)
+    return s.by_unit((rows if s.dim == 0 else columns).double()).sum(1)
 
 
 def _sums(layer: nn.Module, term: Callable[[Slice], Tensor | None]) -> Units:
@@ -229,31 +238,35 @@ class TaylorSums:
 
         The gradients are those of the mean loss of one window times ``self.scale``.
         """
-        return {
-            layer.get_parameter(s.name): self._reducer(total, layer, s)
-            for total, slices in (
-                (self.attention[index], attention_slices(layer)),
-                (self.mlp[index], mlp_slices(layer)),
-            )
-            for s in slices
-        }
+        parts: dict[nn.Parameter, list[Slice]] = {}
+        totals = {}
+        for total, slices in (
+            (self.attention[index], attention_slices(layer)),
+            (self.mlp[index], mlp_slices(layer)),
+        ):
+            for s in slices:
+                parameter = layer.get_parameter(s.name)
+                parts.setdefault(parameter, []).append(s)
+                totals[parameter] = total
+        return {p: self._reducer(totals[p], layer, own) for p, own in parts.items()}
 
     def scores(self, windows: int) -> Scores:
         """The means over so many ``windows``, those of all processes; call it once."""
         distributed.sum_(*self.attention, *self.mlp)
         finish = torch.abs if self.kind == "vector" else torch.Tensor.clone
-        return Scores(
-            [finish(t / windows).cpu() for t in self.attention],
-            [finish(t / windows).cpu() for t in self.mlp],
-        )
+        pairs = zip(self.attention, self.mlp, strict=True)
+        return Scores.of(tuple(finish(t / windows).cpu() for t in pair) for pair in pairs)
 
-    def _reducer(self, total: Tensor, layer: nn.Module, s: Slice) -> Callable[[Tensor], None]:
+    def _reducer(
+        self, total: Tensor, layer: nn.Module, slices: Sequence[Slice]
+    ) -> Callable[[Tensor], None]:
         def reduce(parameter: Tensor) -> None:
             grad = parameter.grad
             assert grad is not None
             parameter.grad = None
             grad = grad if self.scale == 1.0 else grad.float() / self.scale
-            total.add_(_reduce(s, layer, self.kind, grad))
+            for s in slices:
+                total.add_(_reduce(s, layer, self.kind, grad))
 
         return reduce
 

@@ -1,6 +1,6 @@
 """A plan tried out on the uncut model: removed units are zeroed, and come back.
 
-Only o_proj and down_proj change, as in compensation, so only they are kept aside.
+Only the output projections change, as in compensation, so only they are kept aside.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastprune.models.families import attention_slices, decoder_layers, mlp_slices
+from fastprune.models.families import decoder_layers, sublayers
 from fastprune.pruning.compensation import compensate
-from fastprune.pruning.moments import outputs
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.surgery import kept_entries
 
 
 class DenseOutputs:
-    """The o_proj and down_proj of ``model`` as they are now, to be put back bit for bit.
+    """The output projections of ``model`` as they are now, to be put back bit for bit.
 
     The values wait on the host: about a third of the block parameters.
     """
@@ -28,9 +27,8 @@ class DenseOutputs:
         self._saved = {
             parameter: parameter.detach().to("cpu", copy=True)
             for layer in decoder_layers(model)
-            for linear in outputs(layer)
-            if linear is not None
-            for parameter in linear.parameters()
+            for sublayer in sublayers(layer)
+            for parameter in sublayer.linear(layer).parameters()
         }
 
     @torch.no_grad()
@@ -43,7 +41,7 @@ class DenseOutputs:
     @torch.no_grad()
     def shown(self, layer: nn.Module) -> Iterator[None]:
         """Inside the block ``layer`` has these values; afterwards those it has now again."""
-        linears = [linear for linear in outputs(layer) if linear is not None]
+        linears = [sublayer.linear(layer) for sublayer in sublayers(layer)]
         now = [(p, p.clone()) for linear in linears for p in linear.parameters()]
         for linear in linears:
             self.restore(linear)
@@ -56,7 +54,7 @@ class DenseOutputs:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[DenseOutputs]:
-    """What the block does to o_proj and down_proj is undone at its end; yields what undoes it."""
+    """What the block does to output projections is undone at its end; yields what undoes it."""
     dense = DenseOutputs(model)
     try:
         yield dense
@@ -74,14 +72,9 @@ def mask(model: nn.Module, plan: Plan, windows: Tensor | None) -> None:
         return
     with torch.no_grad():
         for layer, kept in zip(decoder_layers(model), plan.layers, strict=True):
-            for slices, units in (
-                (attention_slices(layer), kept.kv_groups),
-                (mlp_slices(layer), kept.channels),
-            ):
-                if not slices:
-                    continue
-                linear = layer.get_submodule(slices[-1].module)
-                zero_removed(linear, kept_entries(slices[-1], units))
+            for sublayer in sublayers(layer):
+                columns = kept_entries(sublayer.output, kept.kept[sublayer.kind])
+                zero_removed(sublayer.linear(layer), columns)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from fastprune.pruning.effort import decided
 from fastprune.pruning.iterate import plan_in_steps
 from fastprune.pruning.latency import CostTable
 from fastprune.pruning.plan import Plan
-from fastprune.pruning.planning import Planned, parameters_removed
+from fastprune.pruning.planning import Planned, Request, parameters_removed
 from fastprune.pruning.subject import Subject
 from fastprune.pruning.texts import run_windows, with_lengths
 from fastprune.pruning.worth import check_worth, conclude
@@ -124,9 +124,9 @@ class PruneRun:
         else:
             assert self.budget is not None  # config.check() has seen a budget or a plan
             windows: Any = self.calibration
-            self.made = plan_in_steps(
-                self.model, windows, self.budget, config, self.clock, self.subject.source
-            )
+            source = self.subject.source
+            request = Request(self.model, windows, self.budget, config, source)
+            self.made = plan_in_steps(request, self.clock)
         if self.made.divergence is not None and self.dense is not None:
             assert self.calibration is not None  # the search has used it
             with self.clock("evaluate"):

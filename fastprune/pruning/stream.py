@@ -23,9 +23,8 @@ from fastprune.inspect.perplexity import (
     loss_and_hidden_grad,
     measured,
 )
-from fastprune.kernels import ops
 from fastprune.models.checkpoint import LAYER_KEY, Form, save_checkpoint
-from fastprune.models.families import attention_slices, geometries, mlp_slices
+from fastprune.models.families import geometries, sublayers
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.shards import ShardWriter
 from fastprune.models.streamed import NORM, StreamedModel, skeleton
@@ -49,7 +48,7 @@ from fastprune.pruning.obs import obs
 from fastprune.pruning.plan import LayerPlan, Plan
 from fastprune.pruning.sensitivity import change, increases, mean_changes
 from fastprune.pruning.sublayers import MODULES, loss_increases, without
-from fastprune.pruning.surgery import kept_entries
+from fastprune.pruning.surgery import cut_parameter
 
 
 def score(source: StreamedModel, windows: Tensor, method: str, *, seed: int = 0) -> Scores:
@@ -203,13 +202,15 @@ def _follow(source: StreamedModel, plan: Plan, calibration: Tensor | None) -> No
 
 def _kept(layer: nn.Module, kept: LayerPlan) -> Iterator[tuple[str, Tensor]]:
     """The parameters of ``layer`` by name, cut to the units ``kept`` of it, one at a time."""
-    owners = {s.name: (s, kept.kv_groups) for s in attention_slices(layer)}
-    owners |= {s.name: (s, kept.channels) for s in mlp_slices(layer)}
+    owners = {
+        name: (slices, kept.kept[sublayer.kind])
+        for sublayer in sublayers(layer)
+        for name, slices in sublayer.owned.items()
+    }
     for name, parameter in layer.named_parameters():
         tensor = parameter.detach()
         if name in owners:
-            s, units = owners[name]
-            (tensor,) = ops.gather([tensor], [kept_entries(s, units)], [s.dim])
+            tensor = cut_parameter(tensor, *owners[name])
         yield name, tensor
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from counting import keeping
 from tiny import FAMILIES, VOCABULARY, tiny_model, token_ids
 
 from fastprune.models.blocks import Blocks
@@ -13,7 +14,7 @@ from fastprune.models.families import geometries
 from fastprune.pruning import compensation
 from fastprune.pruning.compensation import MADE_UP, compensate, fitting, random_windows, solve
 from fastprune.pruning.moments import Moments, advance
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 
 WINDOWS = token_ids(64, 32)
 
@@ -22,8 +23,8 @@ def half_plan(model: torch.nn.Module) -> Plan:
     """Layer 1 loses half of everything, layer 2 its MLP; the others stay whole."""
     sizes = tuple(geometries(model))
     layers = list(keep_all(sizes).layers)
-    layers[1] = LayerPlan(1, (0, 3), tuple(range(0, 96, 2)))
-    layers[2] = LayerPlan(2, (0, 1, 2, 3), ())
+    layers[1] = keeping(1, (0, 3), tuple(range(0, 96, 2)))
+    layers[2] = keeping(2, (0, 1, 2, 3), ())
     return Plan(sizes, tuple(layers))
 
 
@@ -113,7 +114,7 @@ def test_a_later_sublayer_makes_up_for_a_part_of_what_went_wrong(bias: bool) -> 
 def from_dense(windows: torch.Tensor) -> float:
     """How far a model that lost half of all channels is from the dense one, on unseen text."""
     dense, model = tiny_model("llama"), tiny_model("llama")
-    half = [LayerPlan(i, (0, 1, 2, 3), tuple(range(0, 96, 2))) for i in range(4)]
+    half = [keeping(i, (0, 1, 2, 3), tuple(range(0, 96, 2))) for i in range(4)]
     compensate(model, Plan(tuple(geometries(model)), tuple(half)), windows)
     unseen = token_ids(16, 32, seed=5)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import keeping
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, TEXT, VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer, token_ids
 from transformers import AutoModelForCausalLM
@@ -23,7 +24,7 @@ from fastprune.models.streamed import StreamedModel
 from fastprune.pruning import importance, sensitivity, stream
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.pipeline import PruneResult, run_prune
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 
 WINDOWS = token_ids(3, 16)
 
@@ -115,8 +116,8 @@ def test_removed_sublayers(both, tmp_path, compensate):
     """Uneven ones give a per-layer checkpoint, a whole layer a stock one with fewer layers."""
     source = tiny_checkpoint(tmp_path / "model", "qwen3")
     whole = keep_all(geometries(tiny_model("qwen3")))
-    uneven = LayerPlan(0, (), (1, 5)), LayerPlan(1, (1, 2), ()), LayerPlan(2, (), ())
-    for changed in (uneven, (LayerPlan(0, (), ()),)):
+    uneven = keeping(0, (), (1, 5)), keeping(1, (1, 2), ()), keeping(2, (), ())
+    for changed in (uneven, (keeping(0, (), ()),)):
         layers = (*changed, *whole.layers[len(changed) :])
         Plan(whole.geometries, layers).save(tmp_path / "plan.json")
         settings = {"plan": tmp_path / "plan.json", "compensate": compensate, "overwrite": True}
