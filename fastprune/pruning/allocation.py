@@ -1,4 +1,4 @@
-"""How a budget is spread over the layers: units to remove per sublayer.
+"""How a budget is allocated to the layers: units to remove per sublayer.
 
 Counts only, no weights and no scores' tensors, so everything here runs in
 milliseconds. Formulas: the allocation section of docs/numerics.md.
@@ -27,7 +27,7 @@ from fastprune.pruning.sizes import (
 )
 
 ROUNDING = 1e-9
-"""By so much of a unit a computed rate may miss the whole number that it stands for."""
+"""By so much of a unit a computed rate may miss the integer that it stands for."""
 
 
 def layer_weights(sensitivity: Sequence[float], rule: str, alpha: float) -> list[float]:
@@ -50,7 +50,7 @@ def allocate(
     limits: Limits,
     order: Sequence[float] | None = None,
 ) -> list[Removal]:
-    """Spread ``target`` parameters over the layers in proportion to ``weights``.
+    """Allocate ``target`` parameters to the layers in proportion to ``weights``.
 
     A layer's rate is its weight times a common scale, held within ``limits``. Units of the coarse
     kinds are apportioned first; the finest then fill each layer up to its rate, which brings the
@@ -79,7 +79,7 @@ def allocate_same(
     limits: Limits,
     fits: Callable[[Removal], bool] = lambda coarse: True,
 ) -> list[Removal]:
-    """The same counts in every layer, as near to ``target`` as whole layers of units allow.
+    """The same counts in every layer, as near to ``target`` as a step in all of them allows.
 
     ``fits`` says of a removal of coarse units whether a standard model can have what is left.
     """
@@ -189,7 +189,7 @@ def _apportioned(
 
 
 def _nearest_first(wanted: float, low: int, high: int) -> list[int]:
-    """Whole numbers from ``low`` to ``high``, those nearest to ``wanted`` first."""
+    """Integers from ``low`` to ``high``, those nearest to ``wanted`` first."""
     middle = _round(wanted)
     return sorted(range(low, high + 1), key=lambda n: (abs(n - middle), n))
 
@@ -201,7 +201,7 @@ def _apportion(
     total: int,
     order: Sequence[float],
 ) -> list[int]:
-    """Whole numbers near ``wanted``, within bounds, that sum to ``total``: largest remainder."""
+    """Integers near ``wanted``, within bounds, that sum to ``total``: largest remainder."""
     counts = [min(max(math.floor(w), a), b) for w, a, b in zip(wanted, low, high)]
     step = 1 if sum(counts) < total else -1
     queue = [(-step * (w - n), order[i], i) for i, (w, n) in enumerate(zip(wanted, counts))]

@@ -20,7 +20,7 @@ from fastprune.pruning.budget import layer_size
 from fastprune.pruning.config import ALL, PruneConfig
 
 ENDS = 1 / 10
-"""Share of the layers at either end that equal shares leave whole."""
+"""Share of the layers at either end that equal shares leave untouched."""
 CHANNELS_ALONE = 0.4
 """Share of the block parameters up to which channels alone are removed."""
 ROOM = 0.8

@@ -1,6 +1,6 @@
 """Pruning in steps: a part of the budget, what stays refitted, scored anew, and so on.
 
-The model is masked, not cut, between two steps, and whole again at the end. The result of all steps
+The model is masked, not cut, between two steps, and dense again at the end. The result of all steps
 is one plan for the model as it was, so a plan is all that is needed to repeat the run.
 """
 
@@ -20,7 +20,7 @@ log = logging.getLogger("fastprune")
 def plan_in_steps(request: Request, clock: Clock) -> Planned:
     """What `make_plan` gives, reached in ``config.iterations`` equal parts of the budget.
 
-    Each step plans for its whole part of the budget with what went before ranked lowest; the
+    Each step plans for all of the budget up to it, with what went before ranked lowest; the
     masked weights are always made from the dense ones, so refits do not add up their errors. All
     processes go by the plan of the first one.
     """

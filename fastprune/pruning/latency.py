@@ -37,7 +37,7 @@ LEVELS = 8
 
 @dataclass(frozen=True)
 class CostTable:
-    """Milliseconds a token of the whole uncut model (``dense``), and of one sublayer by width.
+    """Milliseconds a token of the uncut model (``dense``), and of one sublayer by width.
 
     ``widths`` are, by kind of sublayer, (kept units, milliseconds), ascending from (0, 0).
     ``stack`` is what the ratios are taken to: the sizes of its layers, their number, and its

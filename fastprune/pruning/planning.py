@@ -136,7 +136,7 @@ def _scores(request: Request) -> Scores:
 
 
 def _allocator(request: Request, costs: list[LayerSize], thin: Thinning, clock: Clock) -> Allocator:
-    """How the allocation of ``thin`` spreads any number of parameters over the layers."""
+    """How any number of parameters is allocated to the layers, units going as ``thin`` says."""
     if not any(size.whole for size in costs):
         return partial(thin, costs)
     model, source = request.model, request.source
