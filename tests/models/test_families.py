@@ -20,6 +20,7 @@ from fastprune.models.families import (
     block_parameters,
     decoder_layers,
     geometries,
+    geometry,
     register_family,
     sublayers,
 )
@@ -283,3 +284,43 @@ def test_what_cannot_be_registered(model) -> None:
         register_family("llama", FUSED)
     with pytest.raises(ValueError, match="declares the sublayers"):
         register_family("half", Family("HalfLayer", FUSED.sublayers[:1]))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "sizes"),
+    [
+        ({}, (0, 0, 0)),
+        ({"self_attn.qkv_proj": (40, 24), "self_attn.o_proj": (24, 24)}, (6, 2, 0)),
+        ({"self_attn.o_proj": (24, 24), "mlp.down_proj": (24, 20)}, (6, 0, 20)),
+        ({"mlp.gate_up_proj": (40, 24), "mlp.down_proj": (24, 20)}, (0, 0, 20)),
+    ],
+)
+def test_sizes_by_the_shapes_of_fused_weights(shapes, sizes) -> None:
+    found = FUSED.geometry(lambda path: shapes.get(path, (0, 0)), HEAD)
+    assert (found.query_heads, found.kv_heads, found.channels) == sizes
+
+
+def test_an_mlp_without_a_gate_has_one_input() -> None:
+    mlp = Declaration("mlp", "mlp", ("norm",), (("fc1", "channel"),), ("fc2", "channel"))
+    assert mlp.entries(lambda path: {"fc1": (20, 24), "fc2": (24, 20)}[path]) == {"channel": 20}
+
+
+class OtherLayer(nn.Module):
+    """A decoder layer that no family declares."""
+
+    def __init__(self, *projections: str) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        self.self_attn.head_dim = HEAD
+        for name in projections:
+            module = self.mlp if name == "down_proj" else self.self_attn
+            heads = 3 if name in ("k_proj", "v_proj") else 6
+            rows = {"down_proj": 8, "o_proj": 8}.get(name, heads * HEAD)
+            module.add_module(name, nn.Linear(24 if rows == 8 else 8, rows))
+
+
+def test_an_undeclared_layer_is_read_by_the_names_of_llama() -> None:
+    """The fingerprints of bases of adapters hold such sizes, of any family."""
+    layer = OtherLayer("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+    assert geometry(layer) == Geometry(6, 3, 24, HEAD)
+    assert geometry(OtherLayer("qkv_proj", "o_proj", "down_proj")) == Geometry(0, 0, 24, HEAD)
