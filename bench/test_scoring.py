@@ -15,7 +15,9 @@ import torch
 from fastprune.data.builtin import TRAINING_TEXT
 from fastprune.data.text import load_documents, sample_windows, token_stream
 from fastprune.inspect.memory import peak_memory_bytes
+from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.importance import score
 
 SAMPLES, LENGTH = 128, 128
@@ -34,7 +36,7 @@ def bare(model, windows):
 
 
 def fastprune(model, windows):
-    score(model, windows, "taylor-first")
+    score(Calibration(Layers(model), windows), "taylor-first")
 
 
 def peak_of_a_fresh_process() -> int:

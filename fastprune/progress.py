@@ -33,9 +33,9 @@ log = logging.getLogger("fastprune.progress")
 
 
 def track(
-    iterable: Iterable[T], description: str, total: int | None = None, done: int = 0
+    iterable: Iterable[T], description: str | None, total: int | None = None, done: int = 0
 ) -> Iterator[T]:
-    """Yield the items of `iterable`, showing how far the loop has come.
+    """Yield the items of `iterable`, showing how far the loop has come, without `description` not.
 
     `total` is the number of items where `iterable` has no length, `done` how many of them came
     before it (of a run that is continued). On a terminal a bar appears after DELAY seconds;
@@ -44,7 +44,7 @@ def track(
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    if console.quiet:
+    if console.quiet or description is None:
         yield from iterable
     elif console.is_terminal:
         yield from _bar(iterable, description, total, done)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import torch
 from tiny import tiny_model, tiny_tokenizer, token_ids
 
-from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import geometries
+from fastprune.models.forward import decoder_and_head
 from fastprune.models.load import load_model
 from fastprune.models.modeling import conform, remove_attention, remove_mlp
 from fastprune.recover.lora import attach, save_adapter

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import precise  # noqa: F401
 import torch
+from calibrated import calibrated
+from counting import keeping
 from tiny import tiny_model, token_ids
 
 from fastprune import cli, distributed
@@ -20,9 +22,9 @@ from fastprune.inspect.perplexity import evaluate
 from fastprune.models.families import decoder_layers, geometries
 from fastprune.pruning.budget import layer_size
 from fastprune.pruning.compensation import compensate
-from fastprune.pruning.curves import measure_curves
+from fastprune.pruning.curves import Search, measure_curves
 from fastprune.pruning.importance import score
-from fastprune.pruning.plan import LayerPlan, Plan
+from fastprune.pruning.plan import Plan
 from fastprune.pruning.sensitivity import removal
 
 METHODS = ("taylor-first", "taylor-vector", "activation-maw", "obs")
@@ -30,6 +32,7 @@ RUNS = {
     "memory": ["--allocation", "inverse", "--compensate", "least-squares"],
     "stream": ["--allocation", "inverse", "--compensate", "least-squares", "--stream"],
     "search": ["--allocation", "search", "--importance", "activation-maw"],
+    "search-stream": ["--allocation", "search", "--importance", "activation-maw", "--stream"],
 }
 """Flags of the runs of `prune`, by the folder each leaves."""
 
@@ -55,17 +58,17 @@ def measure(windows: int) -> dict[str, torch.Tensor]:
     ids = token_ids(windows, 512)
     found = {}
     for method in METHODS:
-        scores = score(model, ids, method)
+        scores = score(calibrated(model, ids), method)
         found[f"{method} attention"] = torch.cat(scores.attention)
         found[f"{method} mlp"] = torch.cat(scores.mlp)
-    found["removal"] = torch.tensor(removal(model, ids)[0])
+    found["removal"] = torch.tensor(removal(calibrated(model, ids))[0])
     found["perplexity"] = torch.tensor(evaluate(model, ids, batch_size=1).perplexity)
     if windows > 1:
-        scores = score(model, ids, "magnitude-l2")
+        scores = score(calibrated(model, ids), "magnitude-l2")
         sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
-        curves = measure_curves(model, ids, scores, sizes)
+        curves = measure_curves(Search(calibrated(model, ids), scores), sizes)
         found["curves"] = torch.tensor([v for c in curves for v in c.divergence])
-    refits = compensate(model, half(model), ids)
+    refits = compensate(calibrated(model, ids), half(model))
     found["errors"] = torch.tensor([r.error_after for r in refits])
     found |= {f"weight {name}": p.detach() for name, p in model.named_parameters()}
     return found
@@ -75,7 +78,7 @@ def half(model: torch.nn.Module) -> Plan:
     """Half of every sublayer."""
     sizes = tuple(geometries(model))
     groups, channels = range(0, sizes[0].kv_heads, 2), range(0, sizes[0].channels, 2)
-    return Plan(sizes, tuple(LayerPlan(i, (*groups,), (*channels,)) for i in range(len(sizes))))
+    return Plan(sizes, tuple(keeping(i, (*groups,), (*channels,)) for i in range(len(sizes))))
 
 
 def main(checkpoint: Path, text: Path, folder: Path) -> int:

@@ -24,7 +24,7 @@ LEVELS = (
     ("models", "data"),
     ("kernels",),
     (
-        *("flags", "config", "precision", "progress", "distributed", "sharding"),
+        *("flags", "config", "cache", "precision", "progress", "distributed", "sharding"),
         *("output", "files", "errors"),
     ),
 )

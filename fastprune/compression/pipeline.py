@@ -29,13 +29,13 @@ from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import family_of
+from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.output import RECORDS, replacing, staged
 from fastprune.progress import log as progress_log
 from fastprune.pruning.pipeline import PruneResult, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
-from fastprune.pruning.subject import Subject
 from fastprune.recover.merge import MergeConfig, run_merge
 from fastprune.recover.pipeline import run_finetune
 from fastprune.recover.recipes import load_recipe
@@ -319,7 +319,7 @@ class CompressRun:
         with RunLog() as run_log:
             with clock("load"):
                 model, tokenizer = self._load(config.model)
-            run = PruneRun(Subject(model, directory=config.out), tokenizer, config, clock)
+            run = PruneRun(Layers(model), tokenizer, config, clock, directory=config.out)
             run.prepare(texts=True)
             run.dense = dense
             run.make_plan()

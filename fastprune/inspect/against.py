@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from fastprune.errors import InputError
-from fastprune.inspect.perplexity import CHUNK_LOGITS
-from fastprune.models.blocks import Blocks
 from fastprune.models.families import block_parameters, geometries
+from fastprune.models.forward import CHUNK_LOGITS
+from fastprune.models.layers import Layers
 from fastprune.progress import track
 
 WINDOWS, TOKENS = 4, 128
@@ -103,7 +103,7 @@ def compare(
     """
     check_comparable(model, dense)
     ids = windows[:WINDOWS, :TOKENS].to(next(model.parameters()).device)
-    ours, theirs = Blocks(model), Blocks(dense)
+    ours, theirs = Layers(model), Layers(dense)
     if len(ours) == len(theirs):
         kept = range(len(theirs))
     elif kept is not None and len(kept) != len(ours):
@@ -138,10 +138,10 @@ def kept_layers(folder: Path) -> list[int] | None:
 
 
 def _walk(
-    ours: Blocks, theirs: Blocks, ids: Tensor, numbers: dict[int, int]
+    ours: Layers, theirs: Layers, ids: Tensor, numbers: dict[int, int]
 ) -> tuple[list[LayerLoss], float]:
     """Every layer's loss, and the divergence of the whole model."""
-    hidden, dense = ours.embed(ids), theirs.embed(ids)
+    (hidden,), (dense,) = ours.embed([ids]), theirs.embed([ids])
     facts = []
     alone: list[Tensor | None] = []
     for index in range(len(theirs)):
@@ -171,20 +171,20 @@ def _walk(
     return layers, kl
 
 
-def _run(blocks: Blocks, index: int, hidden: Tensor) -> Tensor:
+def _run(layers: Layers, index: int, hidden: Tensor) -> Tensor:
     """A layer on another model's hidden states, in its own dtype and back."""
-    return blocks.run(index, hidden.to(blocks.model.dtype)).to(hidden.dtype)
+    return layers.run(index, hidden.to(layers.model.dtype)).to(hidden.dtype)
 
 
-def _final(blocks: Blocks, ids: Tensor) -> Tensor:
-    hidden = blocks.embed(ids)
-    for index in range(len(blocks)):
-        hidden = blocks.run(index, hidden)
-    return hidden
+def _final(layers: Layers, ids: Tensor) -> Tensor:
+    states = layers.embed([ids])
+    for index in range(len(layers)):
+        states = layers.through(index, states)
+    return states[0]
 
 
 def _divergences(
-    reference: Blocks, expected: Tensor, others: Sequence[tuple[Blocks, Tensor]]
+    reference: Layers, expected: Tensor, others: Sequence[tuple[Layers, Tensor]]
 ) -> list[float]:
     """Mean KL(reference ‖ other) in nats a token for each of ``others``, from the hidden states
     (n, s, h) before the norm of each."""
@@ -195,12 +195,12 @@ def _divergences(
         rows = slice(start, start + size)
         true = _log_probabilities(reference, expected.flatten(0, 1)[rows])
         chances = true.exp()
-        for number, (blocks, hidden) in enumerate(others):
-            guess = _log_probabilities(blocks, hidden.flatten(0, 1)[rows])
+        for number, (layers, hidden) in enumerate(others):
+            guess = _log_probabilities(layers, hidden.flatten(0, 1)[rows])
             totals[number] += (chances * (true - guess)).sum().double().item()
     return [max(0.0, total / count) for total in totals]
 
 
-def _log_probabilities(blocks: Blocks, hidden: Tensor) -> Tensor:
-    head: Callable[[Tensor], Tensor] = blocks.model.get_output_embeddings()
-    return head(blocks.norm(hidden)).float().log_softmax(-1)
+def _log_probabilities(layers: Layers, hidden: Tensor) -> Tensor:
+    head: Callable[[Tensor], Tensor] = layers.model.get_output_embeddings()
+    return head(layers.norm(hidden)).float().log_softmax(-1)

@@ -1,15 +1,10 @@
-"""Perplexity in non-overlapping windows, and the loss it rests on.
-
-Logits of a long window are large (1024 tokens of a 128,000-word vocabulary: 0.5 GB in fp32), so the
-head is applied to a few tokens at a time and the logits of a window never stand whole.
-"""
+"""Perplexity in non-overlapping windows, of any causal language model or layer by layer."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,22 +23,15 @@ from fastprune.inspect.health import unsound
 from fastprune.inspect.memory import forget_peak, peak_memory_bytes
 from fastprune.inspect.speed import FULL, Speed, measure_speeds
 from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
-from fastprune.kernels.ops import cross_entropy
-from fastprune.kernels.reference import IGNORED
 from fastprune.models.checks import layer_parameters
+from fastprune.models.forward import batches, chunked_loss, decoder_and_head
+from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.models.quantised import quantise
 from fastprune.models.seq2seq import halves, is_seq2seq, response_states
 from fastprune.models.vocabulary import check_largest
 from fastprune.progress import track
 from fastprune.sharding import inside
-
-CHUNK_LOGITS = 2**24
-"""Logits computed at a time: 64 MB in fp32, large enough to keep a device busy."""
-BATCH_TOKENS = 2048
-"""Tokens in one forward pass where no batch size is given."""
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of families whose logits are not simply the head's output."""
 
 SEQ_LEN = 1024
 """Tokens of an evaluation window where nothing is said and the model has as many positions."""
@@ -254,6 +242,21 @@ def evaluate(
     return measured(total, windows, start, round(distributed.sums([tokens])[0]))
 
 
+@torch.no_grad()
+def evaluate_layers(layers: Layers, windows: Tensor) -> Perplexity:
+    """The perplexity that `evaluate` measures, of `layers` wherever their weights are.
+
+    The token ids `windows` are (n, s), and so are the figures the same bit for bit.
+    """
+    start = time.perf_counter()
+    rows = distributed.share(batches(windows))
+    total = torch.zeros((), dtype=torch.float64, device=layers.device)
+    for ids, hidden in zip(rows, layers.final(rows, "evaluating"), strict=True):
+        total += chunked_loss(hidden, layers.head, ids)[0]
+    distributed.sum_(total)
+    return measured(total, windows, start)
+
+
 def _summed_loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
     """Summed negative log-likelihood of the windows `ids` (n, s), and of how many tokens."""
     decoder, head = decoder_and_head(model)
@@ -262,11 +265,6 @@ def _summed_loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
     else:
         hidden, labels = decoder(input_ids=ids, use_cache=False).last_hidden_state, ids
     return chunked_loss(hidden, head, labels)
-
-
-def batches(windows: Tensor, batch_size: int | None = None) -> Sequence[Tensor]:
-    """`windows` (n, s) in batches of so many, by default of about BATCH_TOKENS tokens."""
-    return windows.split(batch_size or max(1, BATCH_TOKENS // windows.shape[1]))
 
 
 def measured(total: Tensor, windows: Tensor, start: float, tokens: int | None = None) -> Perplexity:
@@ -288,75 +286,6 @@ def measured(total: Tensor, windows: Tensor, start: float, tokens: int | None = 
         tokens_per_second=n * seq_len / seconds,
         peak_memory_bytes=peak_memory_bytes(total.device),
     )
-
-
-def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The part of a causal language model up to the final norm, and its output layer.
-
-    Works through a PEFT wrapper. Raises InputError for models whose logits need more than that.
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name in SCALED_LOGITS:
-        if getattr(inner.config, name, None) is not None:
-            raise InputError(
-                f"models of type '{inner.config.model_type}' scale their logits ({name}), "
-                "which this measurement does not support"
-            )
-    return inner.base_model, inner.get_output_embeddings()
-
-
-def chunked_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, int]:
-    """Summed negative log-likelihood, float64 scalar, and the number of tokens it sums over.
-
-    `hidden` (n, s, h) are final hidden states, `labels` (n, s) the token ids themselves: position t
-    predicts label t+1. Labels of -100 are not scored.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    count = 0
-    for states, targets, _ in scored_chunks(hidden, head, labels):
-        losses, _ = cross_entropy(head(states), targets)
-        total += losses.double().sum()
-        count += len(targets)
-    return total, count
-
-
-@torch.no_grad()
-def loss_and_hidden_grad(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss, fp32 scalar, and its gradient with respect to `hidden` (n, s, h), same dtype.
-
-    Labels as in `chunked_loss`. The gradient of a chunk is (softmax - one hot) @ W, taken while the
-    chunk's logits are at hand, so nothing of vocabulary size outlives its chunk. The head's own
-    gradient is not computed. With no scored token the loss is 0 and so is the gradient.
-    """
-    grad = torch.zeros_like(hidden)
-    flat = grad.view(-1, hidden.shape[-1])
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    count = max(1, int((labels[:, 1:] != IGNORED).sum()))
-    for states, targets, rows in scored_chunks(hidden, head, labels):
-        logits = head(states)
-        losses, _ = cross_entropy(logits, targets, scale=1 / count)
-        total += losses.double().sum()
-        flat[rows] = logits @ head.weight  # the logits are their own gradient now
-    return (total / count).float(), grad
-
-
-def scored_chunks(
-    hidden: Tensor, head: nn.Module, labels: Tensor, chunk_logits: int | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Scored positions, some at a time: hidden states (c, h), targets (c,), flat positions (c,).
-
-    `hidden` and `labels` as in `chunked_loss`. So many positions come at a time that `head` makes
-    about `chunk_logits` (default CHUNK_LOGITS) logits of them.
-    """
-    seq_len = hidden.shape[1]
-    scored = (labels[:, 1:] != IGNORED).to(hidden.device)
-    row, column = scored.nonzero(as_tuple=True)
-    states = hidden.reshape(-1, hidden.shape[-1])
-    targets = labels.to(hidden.device)[row, column + 1]
-    size = max(1, (chunk_logits or CHUNK_LOGITS) // head.weight.shape[0])
-    positions = row * seq_len + column
-    for rows, chosen in zip(positions.split(size), targets.split(size), strict=True):
-        yield states[rows], chosen, rows
 
 
 def _exp(mean: float) -> float:

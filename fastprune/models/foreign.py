@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import pickle
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprune.cache import cache_directory
 from fastprune.errors import InputError
 from fastprune.files import is_sealed, seal
 from fastprune.models.checkpoint import rebuild
@@ -48,12 +48,6 @@ UNFINISHED = "unfinished-"
 STALE_SECONDS = 24 * 3600  # what takes longer than this to write has been killed
 
 log = logging.getLogger("fastprune")
-
-
-def cache_directory() -> Path:
-    """Where converted checkpoints are kept: `fastprune` in the user's cache directory."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "fastprune"
 
 
 def convert_gguf(path: Path) -> Path:

@@ -1,14 +1,12 @@
 """A model whose weights stay on disk: one decoder layer at a time is in memory.
 
 The model is built on the meta device, where parameters have shapes and no values, so everything
-that asks for sizes only (families, plans, checkpoint forms) works on it as on any other. `loaded`
-gives one of its modules values for the time of a block.
+that asks for sizes only (families, plans, checkpoint forms) works on it as on any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +15,21 @@ from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
 from fastprune.models.attention import use_attention
-from fastprune.models.blocks import Blocks
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
-from fastprune.models.families import decoder_layers, family_of_config
+from fastprune.models.families import family_of_config
+from fastprune.models.layers import NORM, FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
 from fastprune.models.states import misfits, resized_config
-from fastprune.progress import track
 
-NORM = "model.norm"
 PIECE = 64 * 2**20
 """Bytes of two tensors that are compared at a time."""
 
 
-class StreamedModel:
+class StreamedModel(FetchedLayers):
     """The causal language model that ``source`` names, read from its safetensors piece by piece.
 
     ``model`` is on the meta device but for its final norm and rotary embedding, which are small.
@@ -56,50 +52,26 @@ class StreamedModel:
         check_unquantised(config, str(folder))
         self.shards = ShardReader(folder)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)
-        self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):
             config.tie_word_embeddings = False
-        self.model = self._fitting(config)
+        super().__init__(self._fitting(config), resolve_device(device))
         _read_generation_config(self.model, folder)
-        self.blocks = Blocks(self.model)
         rotary = self.model.model.rotary_emb
         self.model.model.rotary_emb = type(rotary)(config=self.model.config).to(self.device)
-        self.model.get_submodule(NORM).load_state_dict(self._values(NORM), assign=True)
+        norm = {"weight": self.read(f"{NORM}.weight")}
+        self.model.get_submodule(NORM).load_state_dict(norm, assign=True)
 
-    def read(self, name: str) -> Tensor:
-        """The weight ``name`` of the model, on its device and in its dtype."""
+    def fetch(self, name: str) -> Tensor:
         if name == HEAD and self.model.config.tie_word_embeddings:
             name = EMBEDDING
         return self.shards.read(name, self.dtype, self.device)
 
-    @contextmanager
-    def loaded(self, name: str) -> Iterator[nn.Module]:
-        """The submodule ``name`` with its weights, which are dropped when the block ends."""
-        module = self.model.get_submodule(name)
-        empty = dict(module.named_parameters())
-        module.load_state_dict(self._values(name), assign=True)
-        try:
-            yield module
-        finally:
-            module.load_state_dict(empty, assign=True)
-
-    def layers(
-        self, description: str, order: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, nn.Module]]:
-        """Every decoder layer with its index, or those in ``order``, loaded for its turn."""
-        for index in track(order or range(len(decoder_layers(self.model))), description):
-            with self.loaded(f"model.layers.{index}") as layer:
-                yield index, layer
-
-    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Token ids (n, s) each to the first layer's inputs (n, s, hidden) each, on the CPU."""
-        with self.loaded("model.embed_tokens"):
-            return [self.blocks.embed(ids.to(self.device)).cpu() for ids in batches]
-
-    def _values(self, name: str) -> dict[str, Tensor]:
-        module = self.model.get_submodule(name)
-        return {key: self.read(f"{name}.{key}") for key, _ in module.named_parameters()}
+    def _sources(self) -> Iterator[tuple[str, Tensor | str]]:
+        for file in sorted({entry.file for entry in self.shards.entries.values()}):
+            status = file.stat()
+            yield str(file), f"{status.st_size} {status.st_mtime_ns}"
+        yield "dtype", str(self.dtype)
 
     def _fitting(self, config: Any) -> nn.Module:
         """The model of ``config`` on the meta device, its layers of the sizes in the files.

@@ -1,34 +1,30 @@
 """Least-squares compensation: what is kept takes over what it can of what is removed.
 
-Layer by layer, from the already pruned prefix: with X the inputs of o_proj or down_proj on
-calibration tokens, H = XᵀX, and E what the hidden states behind the uncut layer would lack of the
-dense model's, the kept columns become
+Layer by layer, from the already pruned prefix: with X the inputs of a sublayer's output module on
+calibration tokens, H = XᵀX, and E the propagated error, which is what the hidden states behind the
+uncut sublayer would lack of the dense model's, the kept columns become
 
     W_K ← W_K + (W_R H_RK + β·(EᵀX)_K) (H_KK + λ·mean(diag H)·I)⁻¹
 
 which minimises ‖X_K W_Kᵀ − X Wᵀ − β·E‖² with a pull of strength λ toward the original kept weights:
-the layer gives what it gave, and makes up for a part β of what went wrong before it (as in
-Quantization Error Propagation, arXiv 2504.09629). Windows of random tokens enter H beside the text,
-for what is said with words that it has not. λ is chosen per sublayer on calibration windows
-kept out of H, among values that include "change nothing", so a sublayer's error on unseen text
-never grows.
+the reconstruction target is the uncut sublayer's output and a share β of the propagated error (as
+in Quantization Error Propagation, arXiv 2504.09629). Windows of random tokens enter H beside the
+text, for words that the text does not have. λ is chosen per sublayer on calibration windows kept
+out of H, among values that include "change nothing", so a sublayer's error on unseen text never
+grows.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
-from fastprune.inspect.perplexity import batches
-from fastprune.models.blocks import Blocks
-from fastprune.models.families import attention_slices, mlp_slices
-from fastprune.progress import track
-from fastprune.pruning.moments import After, Moments, advance, collect
+from fastprune.models.families import sublayers
+from fastprune.pruning.calibration import Calibration, Prefix
+from fastprune.pruning.moments import Moments
 from fastprune.pruning.plan import LayerPlan, Plan
 from fastprune.pruning.surgery import kept_entries
 
@@ -37,14 +33,8 @@ log = logging.getLogger("fastprune")
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Pull toward the original weights, in units of the mean diagonal of H."""
 
-MADE_UP = 0.25
-"""β: the part of what went wrong before a sublayer that it makes up for."""
-
-HELD_OUT = 8
-"""One calibration batch in this many, and the last, judge the strengths instead of entering H."""
-
-TEXT_PER_RANDOM = 4
-"""Beside so many calibration windows one of random tokens enters H."""
+PROPAGATED = 0.25
+"""β: the share of the propagated error that a sublayer's reconstruction target takes in."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class Refit:
     """What compensation did to one sublayer, measured on held-out calibration text.
 
     Errors are squared output errors relative to the squared output: of plain removal, and after.
-    What a sublayer is to make up for is a part of its output here.
+    A sublayer's share of the propagated error is a part of its output here.
     """
 
     layer: int
@@ -64,124 +54,52 @@ class Refit:
 
 @torch.no_grad()
 def compensate(
-    model: nn.Module,
-    plan: Plan,
-    windows: Tensor,
-    *,
-    batch_size: int | None = None,
-    random: bool = True,
+    calibration: Calibration, plan: Plan, *, batch_size: int | None = None, random: bool = True
 ) -> list[Refit]:
-    """Refit o_proj and down_proj of the uncut ``model`` in place for the units that ``plan`` keeps.
+    """Refit the output modules of the uncut model in place for the units that ``plan`` keeps.
 
-    ``windows`` (n, s) are calibration token ids; with ``random`` the `random_windows` go beside
-    them. The columns of removed units become zero, so that surgery afterwards changes nothing any
-    more. Hidden states of all windows, as they become and as the dense model's are, stay on the
-    host; the device holds one layer's activations of a batch and its moments.
+    With ``random`` windows of random tokens go beside those of the text. The columns of removed
+    units become zero, so that surgery afterwards changes nothing any more. Hidden states of all
+    windows, as they become and as the dense model's are, stay on the host; the device holds one
+    layer's activations of a batch and its moments. What is refitted of weights that are fetched
+    layer by layer is kept.
     """
-    prefix = Prefix(model, windows, batch_size, random=random)
+    prefix = Prefix(calibration, batch_size=batch_size, random=random)
     refits: list[Refit] = []
-    for kept in track(plan.layers, "compensating"):
-        refits += prefix.refit(kept)
+    for index, _ in calibration.layers.walk("compensating"):
+        refits += refit_layer(prefix, plan.layers[index])
+        calibration.layers.keep(index)
     return refits
 
 
-def random_windows(model: nn.Module, windows: Tensor) -> Tensor:
-    """Windows (n // TEXT_PER_RANDOM, s) of tokens from all of the vocabulary, to go with (n, s).
-
-    Where the calibration text says little, they hold a refit to what the dense model does there.
-    """
-    vocabulary = model.get_input_embeddings().num_embeddings
-    shape = (len(windows) // TEXT_PER_RANDOM, windows.shape[1])
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-
-
-def fitting(
-    windows: Tensor, random: Tensor | None = None, batch_size: int | None = None
-) -> Sequence[tuple[Tensor, bool]]:
-    """This process's batches of ``windows`` (n, s) and ``random`` ones, and which are held out.
-
-    Text alone is held out, unless it is one batch, which then does for both.
-    """
-    text = batches(windows, batch_size)
-    last = len(text) - 1
-    found = [(ids, n % HELD_OUT == HELD_OUT - 1 or n == last) for n, ids in enumerate(text)]
-    if random is not None and len(random):
-        found += [(ids, last == 0) for ids in batches(random, batch_size)]
-    return distributed.share(found)
-
-
-class Prefix:
-    """The calibration hidden states at the front of the pruned prefix, kept on the host.
-
-    They are those of token ``windows`` (n, s), with ``random`` of `random_windows` too. Each
-    process keeps those of its own batches and counts their moments; refits are the same in all of
-    them. The dense model's own are kept beside them from the first thinned layer on.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        windows: Tensor,
-        batch_size: int | None = None,
-        *,
-        random: bool = True,
-    ) -> None:
-        self.blocks = Blocks(model)
-        self.device = next(model.parameters()).device
-        fit = fitting(windows, random_windows(model, windows) if random else None, batch_size)
-        self.held_out = [held_out for _, held_out in fit]
-        self.hidden = [self.blocks.embed(ids.to(self.device)).cpu() for ids, _ in fit]
-        self.dense: list[Tensor] | None = None
-
-    def refit(self, kept: LayerPlan) -> list[Refit]:
-        """Refit the layer at the front in place for the units ``kept`` of it, and step past it."""
-        layer, index = self.blocks.layers[kept.index], kept.index
-        sublayers = [
-            (name, layer.get_submodule(slices[-1].module), kept_entries(slices[-1], units))
-            for name, slices, units in (
-                ("attention", attention_slices(layer), kept.kv_groups),
-                ("mlp", mlp_slices(layer), kept.channels),
-            )
-            if slices
-        ]
-        thinned = [linear for _, linear, columns in sublayers if len(columns) < linear.in_features]
-        if thinned and self.dense is None:
-            self.dense = [hidden.clone() for hidden in self.hidden]
-        after: After = {}
-        if self.dense is not None:
-            after = advance(self.blocks, index, self.dense, thinned)
-        refits: list[Refit] = []
-        for name, linear, columns in sublayers:
-            if not len(columns):
-                linear.weight.zero_()
-                if linear.bias is not None:
-                    linear.bias.zero_()
-            elif linear in thinned:
-                fit, test = self.moments(index, linear, after)
-                solution = refit(linear, columns.to(self.device), fit, test)
-                solution.write(linear)
-                refits.append(
-                    Refit(
-                        index,
-                        name,
-                        solution.strength,
-                        solution.error_before,
-                        solution.error_after,
-                    )
-                )
-                log.debug("%s", refits[-1])
-        self.advance(index)
-        return refits
-
-    def moments(
-        self, index: int, linear: nn.Linear, after: After | None = None
-    ) -> tuple[Moments, Moments]:
-        """Moments of the inputs of ``linear`` in layer ``index``: to fit, and held out."""
-        return collect(self.blocks, index, [linear], self.hidden, self.held_out, after)[linear]
-
-    def advance(self, index: int) -> None:
-        """Carry the hidden states through layer ``index`` as it is now."""
-        advance(self.blocks, index, self.hidden)
+def refit_layer(prefix: Prefix, plan: LayerPlan) -> list[Refit]:
+    """Refit the layer at the front of ``prefix`` in place by ``plan``, and step past it."""
+    index = plan.index
+    layer = prefix.layers.modules[index]
+    parts = [
+        (sublayer.kind, sublayer.linear(layer), kept_entries(sublayer.output, kept))
+        for sublayer in sublayers(layer)
+        for kept in [plan.kept[sublayer.kind]]
+    ]
+    thinned = [linear for _, linear, columns in parts if len(columns) < linear.in_features]
+    if thinned:
+        prefix.part_from_dense()
+    after = prefix.advance_dense(index, thinned)
+    refits: list[Refit] = []
+    for kind, linear, columns in parts:
+        if not len(columns):
+            linear.weight.zero_()
+            if linear.bias is not None:
+                linear.bias.zero_()
+        elif linear in thinned:
+            fit, test = prefix.moments(index, [linear], after)[linear]
+            solution = refit(linear, columns.to(linear.weight.device), fit, test)
+            solution.write(linear)
+            errors = solution.error_before, solution.error_after
+            refits.append(Refit(index, kind, solution.strength, *errors))
+            log.debug("%s", refits[-1])
+    prefix.advance(index)
+    return refits
 
 
 @dataclass(frozen=True)
@@ -235,7 +153,7 @@ def refit(linear: nn.Linear, kept: Tensor, fit: Moments, test: Moments) -> Solut
     if linear.bias is not None:
         bias = linear.bias + (weight - best) @ (fit.sums / max(fit.count, 1))
         if fit.cross is not None:
-            bias = bias + MADE_UP * _mean_error(linear, fit)
+            bias = bias + PROPAGATED * _mean_error(linear, fit)
     return Solution(best, bias, strength, before, after)
 
 
@@ -268,7 +186,7 @@ def _problem(
     )
     lacking = cross - weight @ h
     lost = square - ((cross + lacking) * weight).sum()  # ‖T − X Wᵀ‖²
-    return h, MADE_UP * lacking, MADE_UP**2 * lost.clamp_min(0)
+    return h, PROPAGATED * lacking, PROPAGATED**2 * lost.clamp_min(0)
 
 
 def _mean_error(linear: nn.Linear, moments: Moments) -> Tensor:

@@ -233,11 +233,6 @@ class PruneConfig(CommonConfig):
         """InputError when --stream stands beside what needs the whole model in memory."""
         if not self.stream:
             return
-        if self.allocation == "search":
-            raise InputError(
-                "--stream runs a layer at a time, --allocation search the whole model; "
-                "use another allocation, or --plan with a plan that a search made"
-            )
         if self.target_latency is not None:
             raise InputError(
                 "--stream keeps the weights on disk, so decoding cannot be timed; "
@@ -247,16 +242,6 @@ class PruneConfig(CommonConfig):
             raise InputError(
                 "--stream runs a layer at a time, --calib self writes text with the whole model; "
                 "calibrate on another text"
-            )
-        if self.iterations > 1:
-            raise InputError(
-                "--stream reads the weights as they are on disk, --iterations scores thinned ones; "
-                "leave one of them out"
-            )
-        if "sublayer" in self.structures and len(set(self.structures)) > 1:
-            raise InputError(
-                "--stream cannot weigh whole sublayers against thinned ones, which takes the whole "
-                "model; use --structures sublayer alone, or without it"
             )
 
     def selected_layers(self, count: int) -> range:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastprune.inspect.perplexity import BATCH_TOKENS
-from fastprune.pruning.compensation import STRENGTHS, TEXT_PER_RANDOM
+from fastprune.models.forward import BATCH_TOKENS
+from fastprune.pruning.calibration import TEXT_PER_RANDOM
+from fastprune.pruning.compensation import STRENGTHS
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.curves import CHANNEL_LEVELS, KL_SHARE
 from fastprune.pruning.divergence import TOP

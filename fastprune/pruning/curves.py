@@ -8,10 +8,9 @@ those of the model as it stands, computed once. `search` chooses among the curve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,16 +18,15 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.errors import InputError
-from fastprune.models.blocks import Blocks
-from fastprune.models.families import Slice, attention_slices, decoder_layers, mlp_slices
-from fastprune.precision import fast_forward
-from fastprune.progress import track
-from fastprune.pruning.compensation import HELD_OUT, MADE_UP, STRENGTHS, fitting, refit
+from fastprune.models.families import FINEST, Sublayer, sublayers
+from fastprune.models.layers import Branches
+from fastprune.pruning.calibration import HELD_OUT, Calibration, Prefix
+from fastprune.pruning.compensation import PROPAGATED, STRENGTHS, refit
 from fastprune.pruning.divergence import TOP, Yardstick
 from fastprune.pruning.importance import Scores
 from fastprune.pruning.masking import DenseOutputs, zero_removed
 from fastprune.pruning.measured import fingerprint, keep, read
-from fastprune.pruning.moments import ADDED, After, Moments, advance, collect
+from fastprune.pruning.moments import ADDED, After, Moments, advance
 from fastprune.pruning.search import Curve
 from fastprune.pruning.sizes import LayerSize, Removal
 from fastprune.pruning.surgery import kept_entries
@@ -40,18 +38,27 @@ KL_SHARE = 8
 
 
 @dataclass(frozen=True)
-class _Thinning:
-    """One sublayer and the levels at which it is to be measured.
+class Search:
+    """What a search goes by: text, the ranking of units, and whether what stays is refitted.
 
-    Without an ``order`` of units it is measured as a whole, gone.
+    Measured levels are kept in the folder ``cache``, in a file for this model, text and ranking.
     """
 
-    kind: str
-    linear: nn.Linear
-    last: Slice
-    order: list[int]
-    levels: list[int]
-    now: int = 0
+    calibration: Calibration
+    scores: Scores
+    refits: bool = True
+    cache: Path | None = None
+
+    @property
+    def judging(self) -> Calibration:
+        """The windows that measure divergences."""
+        return self.calibration.part(slice(len(judging(self.calibration.windows))))
+
+    @property
+    def fitting(self) -> Calibration | None:
+        """The other windows, where they refit what stays."""
+        rest = slice(len(judging(self.calibration.windows)), None)
+        return self.calibration.part(rest) if self.refits else None
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,32 @@ class Thinned:
     dense: DenseOutputs
     yardstick: Yardstick
     share: float
-    """of a layer's channels: so many fewer and more are tried, and a KV group fewer and more"""
+    """of a layer's finest units: so many fewer and more are tried, and one coarse unit"""
     align: int
-    """channels are kept in multiples of this"""
+    """the finest units are kept in multiples of this"""
+
+
+@dataclass(frozen=True)
+class _Thinning:
+    """One sublayer of layer ``index`` and the ``levels``, units gone, at which it is measured.
+
+    Without an ``order`` of units it is measured gone as a whole.
+    """
+
+    index: int
+    sublayer: Sublayer
+    linear: nn.Linear
+    order: list[int]
+    levels: list[int]
+    now: int = 0
+
+    def key(self, removed: int) -> str:
+        """The name of a level in the cache."""
+        return f"{self.index} {self.sublayer.kind} {removed} of {len(self.order) or 1}"
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key(removed) for removed in self.levels]
 
 
 def judging(windows: Tensor) -> Tensor:
@@ -74,189 +104,141 @@ def judging(windows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_curves(
-    model: nn.Module,
-    windows: Tensor,
-    scores: Scores,
-    sizes: Sequence[LayerSize],
-    cache: Path | None = None,
-    *,
-    refits: bool = True,
-    thinned: Thinned | None = None,
+    search: Search, sizes: Sequence[LayerSize], thinned: Thinned | None = None
 ) -> list[Curve]:
-    """Divergence curves of every sublayer that ``sizes`` allows to thin.
+    """Divergence curves of every sublayer that ``sizes`` allows to thin, on two windows or more.
 
-    ``windows`` (n, s) are calibration token ids, n >= 2. Of a model that is ``thinned`` the curves
-    hold what a sublayer's change adds to its divergence, at the level it has, one less and one
-    more. Levels are kept in the folder ``cache``, in a file for this model, text and ranking of
-    units, and are not measured again: an interrupted search goes on where it was. The model is
-    left as it was. Raises InputError for one window.
+    Of a model that is ``thinned`` the curves hold what a sublayer's change adds to its divergence,
+    at the level it has, one less and one more. Levels in the cache are not measured again. Where
+    all layers are resident they go there layer by layer, so an interrupted search goes on where it
+    was. Elsewhere all levels travel side by side: the host keeps the hidden states of each on the
+    windows that judge. The model is left as it was. Raises InputError for one window.
     """
-    if len(windows) < 2:
+    if len(search.calibration.windows) < 2:
         raise InputError("the search needs two calibration windows; use more --calib-samples")
-    device = next(model.parameters()).device
-    blocks = Blocks(model)
-    yardstick = thinned.yardstick if thinned else Yardstick(model, judging(windows))
-    kl = [blocks.embed(ids.to(device)) for ids in yardstick.batches]
-    others = windows[len(judging(windows)) :]
-    batches = fitting(others) if refits else []
-    fit = [blocks.embed(ids.to(device)) for ids, _ in batches]
-    held_out = [judges for _, judges in batches]
-    dense_fit = [hidden.clone() for hidden in fit] if thinned else []
+    return _Measurement(search, thinned).curves(sizes)
 
-    def divergence(start: int) -> float:
-        return yardstick.mean(_suffix(blocks, start, hidden) for hidden in kl)
 
-    whole = divergence(0) if thinned else None
-    name = _name(model, windows, scores, refits, whole)
-    known = _Cache(None if cache is None else cache / name)
-    curves = []
-    for index in track(range(len(blocks)), "measuring sublayers"):
-        layer = decoder_layers(model)[index]
-        if thinned:
-            thinnings = _around(thinned, layer, sizes[index], scores, index)
-        else:
-            thinnings = _thinnings(layer, sizes[index], scores, index)
-        missing = [t for t in thinnings if not known.complete(index, t)]
-        refitted = [t.linear for t in missing if t.order] if refits else []
-        after: After = {}
-        if thinned and refits:
-            with thinned.dense.shown(layer):
-                after = advance(blocks, index, dense_fit, refitted)
-        moments = collect(blocks, index, refitted, fit, held_out, after)
+class _Measurement:
+    """One walk through the layers that measures what the cache lacks."""
+
+    def __init__(self, search: Search, thinned: Thinned | None) -> None:
+        self.search, self.thinned = search, thinned
+        self.layers = search.calibration.layers
+        yardstick = thinned.yardstick if thinned else Yardstick(search.judging)
+        self.base = yardstick.divergence(self.layers) if thinned else None
+        self.known = _Cache(
+            None if search.cache is None else search.cache / _name(search, self.base)
+        )
+        self.branches = Branches(self.layers, yardstick.mean, fast=True)
+        self.judged = self.layers.embed(yardstick.batches)
+        self.fit: Prefix | None = None
+        if search.fitting is not None:
+            self.fit = Prefix(search.fitting, random=False, place=self.layers.waiting)
+            if thinned:
+                self.fit.part_from_dense()
+        self.pending: list[str] = []
+
+    def curves(self, sizes: Sequence[LayerSize]) -> list[Curve]:
+        """The curves of all layers, in order."""
+        found = []
+        for index, layer in self.layers.walk("measuring sublayers"):
+            thinnings = list(self._thinnings(index, layer, sizes[index]))
+            found += thinnings
+            self.branches.pass_through(index)
+            self._measure(index, [t for t in thinnings if not self.known.has(t.keys)])
+            if self.layers.resident:
+                self._settle()
+            advance(self.layers, index, self.judged)
+            if self.fit is not None:
+                self.fit.advance(index)
+        self.branches.finish()
+        self._settle()
+        return [self._curve(t) for t in found]
+
+    def _measure(self, index: int, missing: Sequence[_Thinning]) -> None:
+        """Begin a branch for each missing level; each is measured by one process."""
+        moments: dict[nn.Linear, tuple[Moments, Moments]] = {}
+        if self.fit is not None:
+            refitted = [t.linear for t in missing if t.order]
+            after: After = {}
+            if self.thinned:
+                with self.thinned.dense.shown(index):
+                    after = self.fit.advance_dense(index, refitted)
+            moments = self.fit.moments(index, refitted, after)
         levels = [
             (t, removed)
             for t in missing
             for removed in t.levels
-            if known.get(index, t.kind, removed) is None
+            if not self.known.has([t.key(removed)])
         ]
-        dense = thinned.dense if thinned else None
-        values = _measured(levels, moments, dense, partial(divergence, index))
-        for (t, removed), value in zip(levels, values, strict=True):
-            known.put(index, t.kind, removed, value)
-        for t in thinnings:
-            points = {t.now: 0.0}
-            points |= {n: known.value(index, t.kind, n) - (whole or 0.0) for n in t.levels}
-            curves.append(Curve.rising(index, t.kind, points))
-        known.save()
-        for states in (kl, fit):
-            advance(blocks, index, states)
-    return curves
+        for t, removed in distributed.share(levels):
+            with self._changed(t, removed, moments.get(t.linear) if t.order else None):
+                behind = (
+                    self.layers.run(index, hidden.to(self.layers.device), fast=True)
+                    for hidden in self.judged
+                )
+                self.branches.leave(t.key(removed), index, behind)
+        self.pending += [t.key(removed) for t, removed in levels]
 
+    def _settle(self) -> None:
+        """Put the values of pending levels, which some process has measured, into the cache."""
+        mine = [self.branches.values.get(key, 0.0) for key in self.pending]
+        self.known.add(dict(zip(self.pending, distributed.sums(mine), strict=True)))
+        self.pending.clear()
 
-def _measured(
-    levels: Sequence[tuple[_Thinning, int]],
-    moments: Mapping[nn.Linear, tuple[Moments, Moments]],
-    dense: DenseOutputs | None,
-    divergence: Callable[[], float],
-) -> list[float]:
-    """The ``divergence`` at each of ``levels``; each is measured by one process."""
-    values = [0.0] * len(levels)
-    for n in distributed.share(range(len(levels))):
-        t, removed = levels[n]
-        with _changed(t, removed, moments.get(t.linear) if t.order else None, dense):
-            values[n] = divergence()
-    return distributed.sums(values)
+    def _curve(self, t: _Thinning) -> Curve:
+        points = {t.now: 0.0}
+        points |= {n: self.known.values[t.key(n)] - (self.base or 0.0) for n in t.levels}
+        return Curve.rising(t.index, t.sublayer.kind, points, whole=not t.order)
 
+    @contextmanager
+    def _changed(
+        self, t: _Thinning, removed: int, moments: tuple[Moments, Moments] | None
+    ) -> Iterator[None]:
+        """The sublayer without its ``removed`` lowest units, with ``moments`` the rest refitted."""
+        linear = t.linear
+        before = {name: p.clone() for name, p in linear.named_parameters()}
+        try:
+            if self.thinned:
+                self.thinned.dense.show(t.index, t.sublayer.kind)
+            kept = kept_entries(t.sublayer.output, tuple(sorted(t.order[removed:])))
+            kept = kept.to(linear.weight.device)
+            if moments is not None and removed:
+                refit(linear, kept, *moments).write(linear)
+            else:
+                zero_removed(linear, kept)
+            yield
+        finally:
+            for name, p in linear.named_parameters():
+                p.copy_(before[name])
 
-def _suffix(blocks: Blocks, start: int, hidden: Tensor) -> Tensor:
-    """Final hidden states from the input of layer ``start``."""
-    with fast_forward(hidden.device, hidden.dtype):
-        for index in range(start, len(blocks)):
-            hidden = blocks.run(index, hidden)
-        return blocks.norm(hidden)
+    def _thinnings(self, index: int, layer: nn.Module, size: LayerSize) -> Iterator[_Thinning]:
+        """The sublayers of a layer that are to be measured: unit by unit, then as a whole."""
+        parts = [(s, s.linear(layer), size.sublayers[s.kind]) for s in sublayers(layer)]
+        for sublayer, linear, part in parts:
+            if part.units > 1:
+                scores = self.search.scores.layers[index][sublayer.kind]
+                order = torch.argsort(scores, descending=True, stable=True).flip(0).tolist()
+                now = self.thinned.removals[index].count(sublayer.kind) if self.thinned else 0
+                levels = self._levels(sublayer.kind, part.units, now)
+                yield _Thinning(index, sublayer, linear, order, levels, now)
+        for sublayer, linear, part in parts:
+            if part.whole and not self.thinned:
+                yield _Thinning(index, sublayer, linear, [], [1])
 
-
-@contextmanager
-def _changed(
-    t: _Thinning,
-    removed: int,
-    moments: tuple[Moments, Moments] | None,
-    dense: DenseOutputs | None,
-) -> Iterator[None]:
-    """A sublayer without its ``removed`` lowest units, and with ``moments`` the rest refitted.
-
-    ``dense`` has its weights where it is thinned already.
-    """
-    linear = t.linear
-    before = {name: p.clone() for name, p in linear.named_parameters()}
-    try:
-        if dense is not None:
-            dense.restore(linear)
-        kept = kept_entries(t.last, tuple(sorted(t.order[removed:]))).to(linear.weight.device)
-        if moments is not None and removed:
-            refit(linear, kept, *moments).write(linear)
-        else:
-            zero_removed(linear, kept)
-        yield
-    finally:
-        for name, p in linear.named_parameters():
-            p.copy_(before[name])
-
-
-def _thinnings(layer: nn.Module, size: LayerSize, scores: Scores, index: int) -> list[_Thinning]:
-    found = []
-    if size.groups > 1:
-        levels = list(range(1, size.groups))
-        found.append(
-            _thinning("groups", layer, attention_slices(layer), scores.attention, index, levels)
-        )
-    if size.channels > 1:
-        levels = sorted(
-            {round(share * size.channels) for share in CHANNEL_LEVELS} - {0, size.channels}
-        )
-        found.append(_thinning("channels", layer, mlp_slices(layer), scores.mlp, index, levels))
-    for kind, cost, slices in (
-        ("attention", size.attention, attention_slices),
-        ("mlp", size.mlp, mlp_slices),
-    ):
-        if cost:
-            last = slices(layer)[-1]
-            found.append(_Thinning(kind, layer.get_submodule(last.module), last, [], [1]))
-    return found
-
-
-def _around(
-    thinned: Thinned, layer: nn.Module, size: LayerSize, scores: Scores, index: int
-) -> list[_Thinning]:
-    """The sublayers still there, with the levels next to those that they are at."""
-    found, now, align = [], thinned.removals[index], thinned.align
-    if size.groups > 1:
-        slices, span = attention_slices(layer), range(size.groups)
-        gone = now.groups
-        found.append(_beside("groups", layer, slices, scores.attention, index, gone, 1, span))
-    if size.channels > 1:
-        slices, span = mlp_slices(layer), range(size.channels % align, size.channels, align)
-        move = max(align, round(thinned.share * size.channels / align) * align)
-        gone = now.channels
-        found.append(_beside("channels", layer, slices, scores.mlp, index, gone, move, span))
-    return found
-
-
-def _beside(
-    kind: str,
-    layer: nn.Module,
-    slices: list[Slice],
-    scores: list[Tensor],
-    index: int,
-    now: int,
-    move: int,
-    span: range,
-) -> _Thinning:
-    """Levels of ``span`` at most ``move`` below and above what is gone ``now``."""
-    levels = {max(now - move, span[0]), min(now + move, span[-1])} - {now}
-    return replace(_thinning(kind, layer, slices, scores, index, sorted(levels)), now=now)
-
-
-def _thinning(
-    kind: str,
-    layer: nn.Module,
-    slices: list[Slice],
-    scores: list[Tensor],
-    index: int,
-    levels: list[int],
-) -> _Thinning:
-    order = torch.argsort(scores[index], descending=True, stable=True).flip(0).tolist()
-    return _Thinning(kind, layer.get_submodule(slices[-1].module), slices[-1], order, levels)
+    def _levels(self, kind: str, units: int, now: int) -> list[int]:
+        """Numbers of units gone to measure at; of a thinned model those next to ``now``."""
+        if self.thinned is None:
+            if kind != FINEST:
+                return list(range(1, units))
+            return sorted({round(share * units) for share in CHANNEL_LEVELS} - {0, units})
+        step, move = 1, 1
+        if kind == FINEST:
+            step = self.thinned.align
+            move = max(step, round(self.thinned.share * units / step) * step)
+        span = range(units % step, units, step)
+        return sorted({max(now - move, span[0]), min(now + move, span[-1])} - {now})
 
 
 class _Cache:
@@ -267,33 +249,24 @@ class _Cache:
         found = None if path is None else read(path, dict)
         self.values: dict[str, float] = distributed.from_first(found or {})
 
-    def get(self, layer: int, kind: str, removed: int) -> float | None:
-        return self.values.get(f"{layer} {kind} {removed}")
+    def has(self, keys: Sequence[str]) -> bool:
+        return all(key in self.values for key in keys)
 
-    def value(self, layer: int, kind: str, removed: int) -> float:
-        return self.values[f"{layer} {kind} {removed}"]
-
-    def complete(self, layer: int, t: _Thinning) -> bool:
-        return all(self.get(layer, t.kind, removed) is not None for removed in t.levels)
-
-    def put(self, layer: int, kind: str, removed: int, value: float) -> None:
-        self.values[f"{layer} {kind} {removed}"] = value
-
-    def save(self) -> None:
+    def add(self, values: dict[str, float]) -> None:
+        self.values |= values
         if self.path is not None:
             keep(self.path, self.values)
 
 
-def _name(
-    model: nn.Module, windows: Tensor, scores: Scores, refits: bool, whole: float | None
-) -> str:
+def _name(search: Search, base: float | None) -> str:
     """The name of the file that holds the levels: it tells all that these depend on.
 
-    ``whole`` is the divergence of a model that is thinned already, which says from which dense one.
+    ``base`` is the divergence of a model that is thinned already, which says from which dense one.
     """
     ranking = hashlib.sha256()
-    for tensor in [*scores.attention, *scores.mlp]:
-        ranking.update(tensor.argsort(stable=True).numpy().tobytes())
-    refitting = (STRENGTHS, MADE_UP, HELD_OUT, ADDED) if refits else None
-    more = [TOP, KL_SHARE, refitting, whole, ranking.hexdigest()]
-    return f"{fingerprint(model, windows, more=more)}.json"
+    for units in search.scores.layers:
+        for scores in units.values():
+            ranking.update(scores.argsort(stable=True).numpy().tobytes())
+    refitting = (STRENGTHS, PROPAGATED, HELD_OUT, ADDED) if search.refits else None
+    more = [TOP, KL_SHARE, refitting, base, ranking.hexdigest()]
+    return f"{fingerprint(search.calibration, more=more)}.json"

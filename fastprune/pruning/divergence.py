@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastprune.inspect.perplexity import batches, decoder_and_head
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
+from fastprune.models.forward import batches
+from fastprune.models.layers import Layers
 from fastprune.precision import fast_forward
+from fastprune.pruning.calibration import Calibration
 
 TOP = 64
 """Dense probabilities kept per token; the rest of the vocabulary counts as one outcome."""
@@ -27,16 +29,15 @@ class DenseTargets:
     dense logits again: memory is 3·TOP numbers a token, not one per word of the vocabulary.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
-        self.head = head
+    def __init__(self) -> None:
         self._indices: list[Tensor] = []
         self._logs: list[Tensor] = []
 
     @torch.no_grad()
-    def append(self, hidden: Tensor) -> None:
-        """Record the dense final hidden states (n, s, h) of the next batch."""
+    def append(self, hidden: Tensor, head: nn.Linear) -> None:
+        """Record what the dense model's ``head`` reads (n, s, h) of the next batch."""
         indices, logs = [], []
-        for logits in self._logits(hidden):
+        for logits in _logits(hidden, head):
             top, index = logits.topk(min(TOP, logits.shape[-1]))
             logs.append(_with_rest(top.float() - _log_normaliser(logits)))
             indices.append(index)
@@ -44,10 +45,11 @@ class DenseTargets:
         self._logs.append(torch.cat(logs))
 
     @torch.no_grad()
-    def divergence(self, batch: int, hidden: Tensor) -> float:
-        """Summed KL(dense ‖ changed) in nats over the tokens of ``batch``, given final states."""
+    def divergence(self, batch: int, hidden: Tensor, head: nn.Linear) -> float:
+        """Summed KL(dense ‖ changed) in nats over the tokens of ``batch``, given what the changed
+        model's ``head`` reads."""
         start, total = 0, 0.0
-        for logits in self._logits(hidden):
+        for logits in _logits(hidden, head):
             rows = slice(start, start + logits.shape[0])
             start += logits.shape[0]
             dense = self._logs[batch][rows]
@@ -56,49 +58,46 @@ class DenseTargets:
             total += (dense.exp() * (dense - changed)).sum(-1).double().sum().item()
         return total
 
-    def _logits(self, hidden: Tensor):  # type: ignore[no-untyped-def]
-        size = max(1, CHUNK_LOGITS // self.head.weight.shape[0])
-        for states in hidden.flatten(0, -2).split(size):
-            with fast_forward(hidden.device, self.head.weight.dtype):
-                logits = self.head(states)
-            yield logits
-
 
 class Yardstick:
     """How far a model has gone from what it was, on fixed text.
 
     Args:
-        model: as it is now; its distributions are kept, not its weights.
-        windows: token ids (n, s).
+        calibration: the model as it is now, of which distributions are kept, not weights, and the
+            windows (n, s) to measure on. Every process measures all of them.
     """
 
-    def __init__(self, model: nn.Module, windows: Tensor) -> None:
-        self.windows = windows
-        self._dense = DenseTargets(decoder_and_head(model)[1])
-        for hidden in self._states(model):
-            self._dense.append(hidden)
+    def __init__(self, calibration: Calibration) -> None:
+        self.windows = calibration.windows
+        self._dense = DenseTargets()
+        layers = calibration.layers
+        for hidden in self._final(layers):
+            self._dense.append(hidden, layers.head)
 
     @property
     def batches(self) -> Sequence[Tensor]:
         """The windows in the batches by which `mean` counts."""
         return batches(self.windows)
 
-    def divergence(self, model: nn.Module) -> float:
-        """KL divergence of ``model`` from what it was, in nats a token."""
-        return self.mean(self._states(model))
+    def divergence(self, layers: Layers) -> float:
+        """KL divergence of the model of ``layers`` from what it was, in nats a token."""
+        return self.mean(self._final(layers), layers.head)
 
-    def mean(self, states: Iterable[Tensor]) -> float:
-        """The same from a model's final hidden states (n, s, h), batch after batch."""
-        sums = (self._dense.divergence(n, hidden) for n, hidden in enumerate(states))
+    def mean(self, finals: Iterable[Tensor], head: nn.Linear) -> float:
+        """The same from what a model's ``head`` reads (n, s, h), batch after batch."""
+        sums = (self._dense.divergence(n, hidden, head) for n, hidden in enumerate(finals))
         return sum(sums) / self.windows.numel()
 
-    @torch.no_grad()
-    def _states(self, model: nn.Module) -> Iterator[Tensor]:
-        decoder, head = decoder_and_head(model)
-        for ids in self.batches:
-            ids = ids.to(head.weight.device)
-            with fast_forward(ids.device, head.weight.dtype):
-                yield decoder(input_ids=ids, use_cache=False).last_hidden_state
+    def _final(self, layers: Layers) -> Iterator[Tensor]:
+        return layers.final(self.batches, "divergence", fast=True)
+
+
+def _logits(hidden: Tensor, head: nn.Linear) -> Iterator[Tensor]:
+    size = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    for states in hidden.flatten(0, -2).split(size):
+        with fast_forward(hidden.device, head.weight.dtype):
+            logits = head(states)
+        yield logits
 
 
 def _log_normaliser(logits: Tensor) -> Tensor:

@@ -1,26 +1,25 @@
-"""Exchange: layers trade channels and KV groups while the whole pruned model comes closer.
+"""Exchange: layers trade units while the pruned model as a whole comes closer to the dense one.
 
-What `search` adds up was measured one sublayer at a time in the dense model, and errors that meet
-do not add up. Here the model is thinned as it will be, and of every sublayer is measured what one
-level less and one more is worth *there*; the mix is chosen anew within that reach, and kept if the
-divergence of the whole model falls.
+What `search` adds up was measured one sublayer at a time in the dense model, and errors of several
+layers do not add up. Here the model is thinned as it will be, and of every sublayer is measured
+what one level less and one more is worth *there*; the mix is chosen anew within that reach, and
+kept if the divergence of the model falls.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-
-from torch import Tensor, nn
 
 from fastprune import distributed
+from fastprune.models.families import KINDS
+from fastprune.models.layers import Layers
 from fastprune.pruning.allocation import allocate, fit_channels
-from fastprune.pruning.curves import Thinned, judging, measure_curves
+from fastprune.pruning.calibration import Calibration
+from fastprune.pruning.curves import Search, Thinned, measure_curves
 from fastprune.pruning.divergence import Yardstick
-from fastprune.pruning.importance import Scores
 from fastprune.pruning.masking import DenseOutputs, mask, preserved
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.search import choose
@@ -52,7 +51,7 @@ class Problem:
 
     def halfway_to_equal(self, removals: Sequence[Removal]) -> list[Removal] | None:
         """Removals between these and equal shares; None where whole sublayers go or time counts."""
-        if self.saved is not None or any(r.attention or r.mlp for r in removals):
+        if self.saved is not None or any(r.gone for r in removals):
             return None
         thin = [i for i, size in enumerate(self.sizes) if size.prunable]
         chosen = [self.sizes[i] for i in thin]
@@ -69,11 +68,7 @@ class Problem:
     def between(self, a: Sequence[Removal], b: Sequence[Removal], share: float) -> list[Removal]:
         """From ``a`` so far towards ``b``, which loses the same sublayers, within the budget."""
         mixed = [
-            replace(
-                x,
-                groups=round(x.groups + share * (y.groups - x.groups)),
-                channels=round(x.channels + share * (y.channels - x.channels)),
-            )
+            x.with_units({k: round(x.count(k) + share * (y.count(k) - x.count(k))) for k in KINDS})
             for x, y in zip(a, b, strict=True)
         ]
         return fit_channels(self.sizes, mixed, round(self.target), self.limits)
@@ -83,11 +78,11 @@ class Problem:
 class Trial:
     """The uncut model thinned by one mix after the other, and how far each takes it."""
 
-    model: nn.Module
+    layers: Layers
     dense: DenseOutputs
     yardstick: Yardstick
     plan_of: Callable[[Sequence[Removal]], Plan]
-    refit: Tensor | None
+    fitting: Calibration | None
 
     def __call__(self, removals: Sequence[Removal]) -> float:
         """Divergence of the model thinned by ``removals``, in nats a token; it stays so.
@@ -95,36 +90,28 @@ class Trial:
         All processes go by what the first one measures: they must take the same turns.
         """
         self.dense.restore()
-        mask(self.model, self.plan_of(removals), self.refit)
-        return distributed.from_first(self.yardstick.divergence(self.model))
+        mask(self.layers, self.plan_of(removals), self.fitting)
+        return distributed.from_first(self.yardstick.divergence(self.layers))
 
 
 def exchange(
-    model: nn.Module,
-    windows: Tensor,
-    scores: Scores,
-    start: Sequence[Removal],
+    search: Search,
     problem: Problem,
+    start: Sequence[Removal],
     plan_of: Callable[[Sequence[Removal]], Plan],
-    *,
     rounds: int,
-    refits: bool,
-    cache: Path | None = None,
 ) -> list[Removal]:
     """The removals that ``rounds`` of exchange make of ``start``, of the same budget.
 
-    ``windows`` (n, s) are calibration token ids; those of `judging` measure, and where the result
-    will be compensated (``refits``) the others fit. Sublayers that are gone stay gone. Measured
-    levels are kept in the folder ``cache``. The model is left as it was.
+    The windows of ``search`` that judge measure; where the result will be compensated the others
+    fit. Sublayers that are gone stay gone. The model is left as it was.
     """
     thinnable = any(size.prunable for size in remaining(problem.sizes, start))
     if not (rounds and thinnable and problem.left(start) > 0):
         return list(start)
-    judged = judging(windows)
-    yardstick = Yardstick(model, judged)
-    with preserved(model) as dense:
-        fit = windows[len(judged) :] if refits else None
-        trial = Trial(model, dense, yardstick, plan_of, fit)
+    layers, yardstick = search.calibration.layers, Yardstick(search.judging)
+    with preserved(layers) as dense:
+        trial = Trial(layers, dense, yardstick, plan_of, search.fitting)
         best, least = list(start), trial(start)
         log.info("exchange: divergence %.4f as the search has it", least)
         halfway = problem.halfway_to_equal(start)
@@ -138,7 +125,7 @@ def exchange(
         share = REACH
         for number in range(rounds):
             thinned = Thinned(best, dense, yardstick, share, problem.limits.align)
-            aim = _cheapest(model, windows, scores, problem, thinned, refits, cache)
+            aim = _cheapest(search, problem, thinned)
             moved = _better(trial, problem, best, aim, least)
             if moved is None:
                 log.info("exchange: round %d found nothing better", number + 1)
@@ -164,27 +151,11 @@ def _better(
     return None
 
 
-def _cheapest(
-    model: nn.Module,
-    windows: Tensor,
-    scores: Scores,
-    problem: Problem,
-    thinned: Thinned,
-    refits: bool,
-    cache: Path | None,
-) -> list[Removal]:
+def _cheapest(search: Search, problem: Problem, thinned: Thinned) -> list[Removal]:
     """The cheapest mix within reach of what the model is thinned by, as measured in it."""
     gone = thinned.removals
     left = remaining(problem.sizes, gone)
-    curves = measure_curves(
-        model,
-        windows,
-        scores,
-        left,
-        cache,
-        refits=refits,
-        thinned=thinned,
-    )
+    curves = measure_curves(search, left, thinned)
     saved = problem.saved
     if saved is not None:
         saved = [partial(_with, price, r) for price, r in zip(saved, gone, strict=True)]
@@ -193,4 +164,4 @@ def _cheapest(
 
 
 def _with(price: Callable[[Removal], float], gone: Removal, thinned: Removal) -> float:
-    return price(replace(thinned, attention=gone.attention, mlp=gone.mlp))
+    return price(*merged([gone], [thinned]))

@@ -11,26 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.inspect.health import unsound
-from fastprune.inspect.perplexity import batches, decoder_and_head, loss_and_hidden_grad
 from fastprune.kernels import ops
-from fastprune.models.families import (
-    Geometry,
-    Slice,
-    attention_slices,
-    decoder_layers,
-    geometries,
-    mlp_slices,
-)
+from fastprune.models.families import KINDS, Slice, Sublayer, sublayers
+from fastprune.models.forward import loss_and_hidden_grad
+from fastprune.models.layers import Layers
 from fastprune.precision import fast_forward
 from fastprune.progress import track
-from fastprune.pruning.compensation import Prefix
+from fastprune.pruning.calibration import Calibration, Prefix
 from fastprune.pruning.obs import obs
 
 TAYLOR = {
@@ -43,63 +37,65 @@ MAGNITUDE = {"magnitude-l1": "l1", "magnitude-l2": "l2"}
 ACTIVATION = ("activation", "activation-maw")
 METHODS = (*TAYLOR, *MAGNITUDE, *ACTIVATION, "obs", "random")
 
-Units = tuple[Tensor, Tensor]
-"""One layer's sums per KV group (kv_heads,) and per channel (channels,), fp64 on the CPU."""
+Units = dict[str, Tensor]
+"""One layer's sums per unit (units,), fp64 on the CPU, by kind of sublayer."""
 Hooks = dict[nn.Parameter, Callable[[Tensor], None]]
 """What to do with the gradient of a parameter as soon as it exists."""
 
 
 @dataclass
 class Scores:
-    """Importance per unit, higher is kept: fp64 CPU tensors, one per layer.
+    """Importance per unit, higher is kept: of each layer fp64 CPU tensors (units,) by kind.
 
-    ``attention[l]`` has shape (kv_heads,), ``mlp[l]`` (channels,).
+    A sublayer that is gone has no units.
     """
 
-    attention: list[Tensor] = field(default_factory=list)
-    mlp: list[Tensor] = field(default_factory=list)
+    layers: list[Units]
 
-    @staticmethod
-    def of(layers: Iterable[Units]) -> Scores:
-        """The scores of all ``layers``, in order."""
-        attention, mlp = zip(*layers)
-        return Scores(list(attention), list(mlp))
+    def __post_init__(self) -> None:
+        nothing = {kind: torch.zeros(0, dtype=torch.float64) for kind in KINDS}
+        self.layers = [nothing | units for units in self.layers]
+
+    @property
+    def attention(self) -> list[Tensor]:
+        """Those of the KV groups of every layer."""
+        return [units["attention"] for units in self.layers]
+
+    @property
+    def mlp(self) -> list[Tensor]:
+        """Those of the channels of every layer."""
+        return [units["mlp"] for units in self.layers]
 
     def finite(self) -> bool:
-        return all(bool(s.isfinite().all()) for s in [*self.attention, *self.mlp])
+        return all(bool(s.isfinite().all()) for units in self.layers for s in units.values())
 
 
-def score(model: nn.Module, windows: Tensor, method: str, *, seed: int = 0) -> Scores:
-    """Score every unit of ``model`` by ``method`` on token ``windows`` (n, s).
+def score(calibration: Calibration, method: str, *, seed: int = 0) -> Scores:
+    """Score every unit of a model by ``method`` on the windows of ``calibration``.
 
-    Magnitude and random need no windows. The model is left as it was.
-    Raises NumericalError when a score is not finite, and ValueError for an unknown method.
+    Magnitude and random need no windows. The model is left as it was. Where layers are fetched the
+    host keeps (layers + 1)·n·s hidden states for Taylor scores, n·s for activation and OBS. Raises
+    NumericalError when a score is not finite, and ValueError for an unknown method.
     """
+    layers = calibration.layers
     if method in TAYLOR:
-        scores = _taylor(model, windows, TAYLOR[method])
+        found = _taylor(calibration, TAYLOR[method])
     elif method in MAGNITUDE:
-        scores = Scores.of(magnitude(layer, MAGNITUDE[method]) for layer in decoder_layers(model))
+        kind = MAGNITUDE[method]
+        found = [magnitude(layer, kind) for _, layer in layers.walk("scoring")]
     elif method in ACTIVATION:
-        with inputs_of(decoder_layers(model)) as seen:
-            _forward(model, windows)
-        scores = Scores.of(activation(layer, seen, method) for layer in decoder_layers(model))
+        found = _activations(calibration, method)
     elif method == "obs":
         with torch.no_grad():
-            prefix = Prefix(model, windows, random=False)
-            scores = Scores.of(
-                obs(prefix, index) for index in track(range(len(prefix.blocks)), "OBS")
-            )
+            prefix = Prefix(calibration, random=False)
+            found = [obs(prefix, index) for index, _ in layers.walk("OBS")]
     elif method == "random":
-        scores = random(geometries(model), seed)
+        found = random(layers, seed)
     else:
         raise ValueError(f"unknown importance '{method}'; known: {', '.join(METHODS)}")
-    return checked(scores, method, model)
-
-
-def checked(scores: Scores, method: str, model: nn.Module) -> Scores:
-    """``scores`` of ``model`` by ``method``, or NumericalError when one of them is not finite."""
+    scores = Scores(found)
     if not scores.finite():
-        raise unsound(model, f"the {method} scores")
+        raise unsound(layers.model, f"the {method} scores")
     return scores
 
 
@@ -108,14 +104,55 @@ def magnitude(layer: nn.Module, kind: str) -> Units:
     return _sums(layer, lambda s: _reduce(s, layer, kind))
 
 
-@dataclass
 class Inputs:
-    """What the layers have read, over all tokens."""
+    """What ``layer`` and its cut linear modules read, summed over tokens.
 
-    norms: dict[nn.Module, Tensor]
-    """of each of q, k, v, o, gate, up, down the L2 norms of its input columns, (in_features,)"""
-    scale: dict[nn.Module, float]
-    """of each layer the mean over tokens of 1 / ‖h‖², h the hidden state it reads"""
+    Attributes:
+        norms: of each of those modules the L2 norms of its input columns, (in_features,).
+        scale: the mean over tokens of 1 / ‖h‖², h the hidden state that the layer reads.
+    """
+
+    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+        self.layer = layer
+        modules = {layer.get_submodule(s.module): None for s in _slices(layer)}
+        self._squares = {
+            module: torch.zeros(module.in_features, dtype=torch.float64, device=device)
+            for module in modules
+        }
+        # Σ 1 / ‖h‖² and the number of tokens. The first token's ‖h‖ can be a hundred times the
+        # others', and a mean of ‖h‖² would show nothing else.
+        self._inverse = torch.zeros(2, dtype=torch.float64, device=device)
+        self.norms: dict[nn.Module, Tensor] = {}
+        self.scale = 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """What the layer is given inside the block counts."""
+        handles = [m.register_forward_pre_hook(self._see_columns) for m in self._squares]
+        handles.append(self.layer.register_forward_pre_hook(self._see_states))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def complete(self) -> Inputs:
+        """Itself, with what all processes have seen; call it once, after everything was seen."""
+        distributed.sum_(*self._squares.values(), self._inverse)
+        self.norms = {module: total.sqrt().float() for module, total in self._squares.items()}
+        total, count = self._inverse
+        self.scale = (total / count.clamp_min(1)).item()
+        return self
+
+    def _see_columns(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        self._squares[module] += x.square().sum(0).double()
+
+    def _see_states(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        energy = inputs[0].flatten(0, -2).float().square().sum(1).double()
+        counted = energy > 0  # masks, not indices: the device need not be waited for
+        self._inverse[0] += torch.where(counted, energy.reciprocal(), 0.0).sum()
+        self._inverse[1] += counted.sum()
 
 
 def activation(layer: nn.Module, seen: Inputs, method: str) -> Units:
@@ -129,42 +166,45 @@ def activation(layer: nn.Module, seen: Inputs, method: str) -> Units:
     maximum absolute weight of optipfair) times the channel's own activation norm.
     """
     if method == "activation-maw":
-        groups, channels = (
-            _output_energy(layer, slices, seen)
-            for slices in (attention_slices(layer), mlp_slices(layer))
-        )
-        if len(channels):
-            m = _maximum_weight(layer, seen)
-            channels = _median(channels) * (m / _median(m)).square()
-        return groups.cpu(), channels.cpu()
+        return {
+            sublayer.kind: _energies(layer, sublayer, seen).cpu() for sublayer in sublayers(layer)
+        }
     return _sums(
         layer,
         lambda s: (
-            _reduce(s, layer, "activation", x=seen.norms[_module(layer, s)])
+            _reduce(s, layer, "activation", x=seen.norms[layer.get_submodule(s.module)])
             if s.parameter == "weight"
             else None
         ),
     )
 
 
-def _output_energy(layer: nn.Module, slices: list[Slice], seen: Inputs) -> Tensor:
-    """Energy (units,) that leaves with each unit's columns of o_proj or down_proj."""
-    if not slices:
-        return torch.zeros(0, dtype=torch.float64)
-    last = slices[-1]
-    _, columns = ops.taylor(layer.get_parameter(last.name).detach(), kind="l2")
-    energy = columns.double() * seen.norms[_module(layer, last)].double().square()
-    return energy.view(-1, last.width).sum(1) * seen.scale[layer]
+def _energies(layer: nn.Module, sublayer: Sublayer, seen: Inputs) -> Tensor:
+    """Energy (units,) that leaves with each unit's columns of the output module.
+
+    Where a unit is one column, the median energy, weighed by the units' largest weights.
+    """
+    output = sublayer.output
+    columns = seen.norms[sublayer.linear(layer)].double()
+    _, squares = ops.taylor(layer.get_parameter(output.name).detach(), kind="l2")
+    energy = output.by_unit(squares.double() * columns.square()).sum(1) * seen.scale
+    if output.width > 1:
+        return energy
+    m = _maximum_weight(layer, sublayer) * columns
+    return _median(energy) * (m / _median(m)).square()
 
 
-def _maximum_weight(layer: nn.Module, seen: Inputs) -> Tensor:
-    slices = [s for s in mlp_slices(layer) if s.parameter == "weight"]
+def _maximum_weight(layer: nn.Module, sublayer: Sublayer) -> Tensor:
+    """Largest weights (units,) of each unit, relative to the layer's, summed over its slices."""
     total: Tensor | float = 0.0
-    for s in slices:
-        weight = layer.get_parameter(s.name).detach()
-        spread = weight.amax(1 - s.dim).double() + weight.amin(1 - s.dim).double().abs()
-        total = total + spread / spread.max().clamp_min(torch.finfo(torch.float64).tiny)
-    return total * seen.norms[_module(layer, slices[-1])].double()
+    for s in sublayer.slices:
+        if s.parameter == "weight":
+            weight = layer.get_parameter(s.name).detach()
+            extent = weight.amax(1 - s.dim).double() + weight.amin(1 - s.dim).double().abs()
+            extent = s.by_unit(extent).flatten()
+            total = total + extent / extent.max().clamp_min(torch.finfo(torch.float64).tiny)
+    assert isinstance(total, Tensor)
+    return total
 
 
 def _median(x: Tensor) -> Tensor:
@@ -172,17 +212,19 @@ def _median(x: Tensor) -> Tensor:
     return x[x > 0].median() if bool((x > 0).any()) else x.new_ones(())
 
 
-def random(sizes: Sequence[Geometry], seed: int) -> Scores:
-    """Uniform random scores for layers of ``sizes``; the same ``seed`` gives the same."""
+def random(layers: Layers, seed: int) -> list[Units]:
+    """Uniform random scores of every layer; the same ``seed`` gives the same."""
     generator = torch.Generator().manual_seed(seed)
-    return Scores(
-        [torch.rand(g.kv_heads, generator=generator, dtype=torch.float64) for g in sizes],
-        [torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in sizes],
-    )
+    found: list[Units] = [{} for _ in layers.modules]
+    for kind in KINDS:
+        for units, layer in zip(found, layers.modules, strict=True):
+            for count in (s.units for s in sublayers(layer) if s.kind == kind):
+                units[kind] = torch.rand(count, generator=generator, dtype=torch.float64)
+    return found
 
 
-def _module(layer: nn.Module, s: Slice) -> nn.Module:
-    return layer.get_submodule(s.module)
+def _slices(layer: nn.Module) -> list[Slice]:
+    return [s for sublayer in sublayers(layer) for s in sublayer.slices]
 
 
 def _reduce(
@@ -193,94 +235,148 @@ def _reduce(
     if grad is not None:
         parameter = parameter.to(grad.dtype)
     rows, columns = ops.taylor(parameter, grad, x=x, kind=kind)
-    return (rows if s.dim == 0 else columns).double().view(-1, s.width).sum(1)
+    return s.by_unit((rows if s.dim == 0 else columns).double()).sum(1)
 
 
 def _sums(layer: nn.Module, term: Callable[[Slice], Tensor | None]) -> Units:
-    totals = []
-    for slices in (attention_slices(layer), mlp_slices(layer)):
-        terms = [t for s in slices if (t := term(s)) is not None]
-        total = sum(terms[1:], terms[0]) if terms else torch.zeros(0, dtype=torch.float64)
-        totals.append(total.cpu())
-    return totals[0], totals[1]
+    found = {}
+    for sublayer in sublayers(layer):
+        terms = [t for s in sublayer.slices if (t := term(s)) is not None]
+        found[sublayer.kind] = sum(terms[1:], terms[0]).cpu()
+    return found
 
 
 class TaylorSums:
-    """Sums over windows of Taylor terms, fed by the gradients of one layer or of all.
+    """Sums over windows of Taylor terms, fed by the gradients of some of the ``layers`` at a time.
 
-    ``sizes`` are the geometries of all layers, ``kind`` the term as the `taylor` kernel calls it,
-    ``dtype`` that of the weights.
+    ``kind`` is the term as the `taylor` kernel calls it.
     """
 
-    def __init__(
-        self, sizes: Sequence[Geometry], kind: str, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.kind = kind
-        self.attention = [
-            torch.zeros(g.kv_heads, dtype=torch.float64, device=device) for g in sizes
+    def __init__(self, layers: Layers, kind: str) -> None:
+        self.layers, self.kind = layers, kind
+        self.totals: list[Units] = [
+            {
+                s.kind: torch.zeros(s.units, dtype=torch.float64, device=layers.device)
+                for s in sublayers(layer)
+            }
+            for layer in layers.modules
         ]
-        self.mlp = [torch.zeros(g.channels, dtype=torch.float64, device=device) for g in sizes]
         # Gradients of a mean loss underflow in fp16: the loss is scaled, and the gradient scaled
         # back in fp32 before its reduction.
-        self.scale = 2.0**12 if dtype == torch.float16 else 1.0
+        self.scale = 2.0**12 if layers.dtype == torch.float16 else 1.0
 
-    def hooks(self, index: int, layer: nn.Module) -> Hooks:
-        """What to do with each gradient of ``layer``, the model's layer ``index``, as it is made.
+    @contextmanager
+    def watching(self, stage: range) -> Iterator[None]:
+        """Inside the block the layers of ``stage`` are loaded, and each gradient of what units own
+        in them is summed up and freed as soon as it exists; nothing else gets one.
 
         The gradients are those of the mean loss of one window times ``self.scale``.
         """
-        return {
-            layer.get_parameter(s.name): self._reducer(total, layer, s)
-            for total, slices in (
-                (self.attention[index], attention_slices(layer)),
-                (self.mlp[index], mlp_slices(layer)),
-            )
-            for s in slices
-        }
+        with self.layers.loaded(stage) as modules:
+            hooks: Hooks = {}
+            for index, layer in zip(stage, modules, strict=True):
+                for sublayer in sublayers(layer):
+                    total = self.totals[index][sublayer.kind]
+                    for name in dict.fromkeys(s.name for s in sublayer.slices):
+                        own = [s for s in sublayer.slices if s.name == name]
+                        hooks[layer.get_parameter(name)] = self._reducer(total, layer, own)
+            with only_gradients_of([*modules, self.layers.final_norm], hooks):
+                yield
 
-    def scores(self, windows: int) -> Scores:
+    def means(self, windows: int) -> list[Units]:
         """The means over so many ``windows``, those of all processes; call it once."""
-        distributed.sum_(*self.attention, *self.mlp)
+        distributed.sum_(*(total for units in self.totals for total in units.values()))
         finish = torch.abs if self.kind == "vector" else torch.Tensor.clone
-        return Scores(
-            [finish(t / windows).cpu() for t in self.attention],
-            [finish(t / windows).cpu() for t in self.mlp],
-        )
+        return [
+            {kind: finish(total / windows).cpu() for kind, total in units.items()}
+            for units in self.totals
+        ]
 
-    def _reducer(self, total: Tensor, layer: nn.Module, s: Slice) -> Callable[[Tensor], None]:
+    def _reducer(
+        self, total: Tensor, layer: nn.Module, slices: Sequence[Slice]
+    ) -> Callable[[Tensor], None]:
         def reduce(parameter: Tensor) -> None:
             grad = parameter.grad
             assert grad is not None
             parameter.grad = None
             grad = grad if self.scale == 1.0 else grad.float() / self.scale
-            total.add_(_reduce(s, layer, self.kind, grad))
+            for s in slices:
+                total.add_(_reduce(s, layer, self.kind, grad))
 
         return reduce
 
 
-def _taylor(model: nn.Module, windows: Tensor, kind: str) -> Scores:
-    layers = decoder_layers(model)
-    weight = next(layers.parameters())
-    device, dtype = weight.device, weight.dtype
-    sums = TaylorSums(geometries(model), kind, dtype, device)
-    hooks: Hooks = {}
-    for index, layer in enumerate(layers):
-        hooks |= sums.hooks(index, layer)
-    decoder, head = decoder_and_head(model)
-    with only_gradients_of(model, hooks):
-        for window in track(distributed.share(windows), "scoring"):
-            ids = window[None].to(device)
-            with fast_forward(device, dtype):
-                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            _, gradient = loss_and_hidden_grad(hidden.detach(), head, ids)
-            hidden.backward(gradient * sums.scale)
-    return sums.scores(len(windows))
+def _taylor(calibration: Calibration, kind: str) -> list[Units]:
+    """A forward and a backward pass for each window, stage by stage.
+
+    The last stage ends at the loss, where the backward pass begins. Of the stages before it only
+    the inputs are kept, and their forward is computed again; there are none where all layers are
+    resident.
+    """
+    layers, sums = calibration.layers, TaylorSums(calibration.layers, kind)
+    *before, last = layers.stages
+    with sums.watching(last):
+        for group, description in layers.groups(calibration.single(), "scoring"):
+            states = layers.embed(group)
+            inputs = []
+            for stage in track(before, description and f"{description}, forward"):
+                inputs.append(states)
+                # With gradients, though none are taken: kernels may be chosen by that.
+                with sums.watching(stage):
+                    states = [
+                        _through(layers, stage, h)[1].detach().to(layers.waiting) for h in states
+                    ]
+            gradients = _from_loss(sums, last, states, group)
+            backward = description and f"{description}, backward"
+            for stage in track(list(reversed(before)), backward):
+                with sums.watching(stage):
+                    for number, hidden in enumerate(inputs.pop()):
+                        first, after = _through(layers, stage, hidden)
+                        after.backward(gradients[number].to(layers.device))
+                        if first.grad is not None:
+                            gradients[number] = first.grad.to(layers.waiting)
+    return sums.means(len(calibration.windows))
+
+
+def _through(
+    layers: Layers, stage: range, hidden: Tensor, *, norm: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Input and output of the layers of ``stage``, and with ``norm`` of the final norm behind them.
+
+    As in the whole model, embeddings need no gradient.
+    """
+    first = hidden.to(layers.device).detach().requires_grad_(stage.start > 0)
+    after = first
+    with fast_forward(layers.device, layers.dtype):
+        for index in stage:
+            after = layers.run(index, after)
+        return first, layers.norm(after) if norm else after
+
+
+def _from_loss(
+    sums: TaylorSums, last: range, states: Sequence[Tensor], ids: Sequence[Tensor]
+) -> list[Tensor]:
+    """Back from the loss through the stage ``last``, whose inputs are ``states``.
+
+    Returns the gradients of ``sums.scale`` times each window's mean loss for them, where anything
+    is before that stage.
+    """
+    layers, gradients = sums.layers, []
+    with layers.headed() as head:
+        for hidden, window in zip(states, ids, strict=True):
+            first, final = _through(layers, last, hidden, norm=True)
+            _, gradient = loss_and_hidden_grad(final.detach(), head, window.to(layers.device))
+            final.backward(gradient * sums.scale)
+            if first.grad is not None:
+                gradients.append(first.grad.to(layers.waiting))
+    return gradients
 
 
 @contextmanager
-def only_gradients_of(module: nn.Module, hooks: Hooks) -> Iterator[None]:
-    """Only the parameters in ``hooks`` get gradients, and their hook sees each as it is made."""
-    before = {p: p.requires_grad for p in module.parameters()}
+def only_gradients_of(modules: Iterable[nn.Module], hooks: Hooks) -> Iterator[None]:
+    """Of ``modules`` only the parameters in ``hooks`` get gradients, and their hook sees each as it
+    is made."""
+    before = {p: p.requires_grad for module in modules for p in module.parameters()}
     for parameter in before:
         parameter.requires_grad_(parameter in hooks)
     handles = [p.register_post_accumulate_grad_hook(hook) for p, hook in hooks.items()]
@@ -294,58 +390,18 @@ def only_gradients_of(module: nn.Module, hooks: Hooks) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextmanager
-def inputs_of(layers: Iterable[nn.Module]) -> Iterator[Inputs]:
-    """Watch what ``layers`` and their cut linear modules read while the body runs them.
-
-    Afterwards the `Inputs` hold the sums over the tokens that all processes have seen.
-    """
-    layers = list(layers)
-    watched = {
-        _module(layer, s): None
-        for layer in layers
-        for s in attention_slices(layer) + mlp_slices(layer)
-    }
-    squares = {
-        module: torch.zeros(module.in_features, dtype=torch.float64, device=module.weight.device)
-        for module in watched
-    }
-    # Σ 1 / ‖h‖² and the number of tokens. The first token's ‖h‖ can be a hundred times the others',
-    # and a mean of ‖h‖² would show nothing else.
-    inverse = {
-        layer: torch.zeros(2, dtype=torch.float64, device=next(layer.parameters()).device)
-        for layer in layers
-    }
-    seen = Inputs({}, {})
-
-    def columns(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2).float()
-        squares[module] += x.square().sum(0).double()
-
-    def states(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        energy = inputs[0].flatten(0, -2).float().square().sum(1).double()
-        counted = energy > 0  # masks, not indices: the device need not be waited for
-        inverse[layer][0] += torch.where(counted, energy.reciprocal(), 0.0).sum()
-        inverse[layer][1] += counted.sum()
-
-    handles = [module.register_forward_pre_hook(columns) for module in watched]
-    handles += [layer.register_forward_pre_hook(states) for layer in layers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-    distributed.sum_(*squares.values(), *inverse.values())
-    seen.norms |= {module: total.sqrt().float() for module, total in squares.items()}
-    seen.scale |= {
-        layer: (total / count.clamp_min(1)).item() for layer, (total, count) in inverse.items()
-    }
-
-
 @torch.no_grad()
-def _forward(model: nn.Module, windows: Tensor) -> None:
-    weight = next(model.parameters())
-    decoder, _ = decoder_and_head(model)
-    for ids in track(distributed.share(batches(windows)), "activations"):
-        with fast_forward(weight.device, weight.dtype):
-            decoder(input_ids=ids.to(weight.device), use_cache=False)
+def _activations(calibration: Calibration, method: str) -> list[Units]:
+    """A layer is scored as soon as the last group has gone through it, while it is loaded."""
+    layers, batches = calibration.layers, calibration.batches()
+    seen = [Inputs(layer, layers.device) for layer in layers.modules]
+    found, left = [], len(batches)
+    for group, description in layers.groups(batches, "activations"):
+        states = layers.embed(group)
+        left -= len(group)
+        for index, layer in layers.walk(description):
+            with seen[index].watching():
+                states = layers.through(index, states, fast=True)
+            if not left:
+                found.append(activation(layer, seen[index].complete(), method))
+    return found

@@ -1,6 +1,7 @@
 """A plan tried out on the uncut model: removed units are zeroed, and come back.
 
-Only o_proj and down_proj change, as in compensation, so only they are kept aside.
+Only the output modules of sublayers change, as in compensation, so only they are kept aside: of a
+resident model as they were, of one that is fetched layer by layer as they become.
 """
 
 from __future__ import annotations
@@ -11,42 +12,38 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastprune.models.families import attention_slices, decoder_layers, mlp_slices
+from fastprune.models.families import sublayers
+from fastprune.models.layers import Layers
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.compensation import compensate
-from fastprune.pruning.moments import outputs
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.surgery import kept_entries
 
 
 class DenseOutputs:
-    """The o_proj and down_proj of ``model`` as they are now, to be put back bit for bit.
+    """The output modules of all ``layers`` as they are now, to be put back bit for bit."""
 
-    The values wait on the host: about a third of the block parameters.
-    """
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self._saved = layers.saved()
 
-    def __init__(self, model: nn.Module) -> None:
-        self._saved = {
-            parameter: parameter.detach().to("cpu", copy=True)
-            for layer in decoder_layers(model)
-            for linear in outputs(layer)
-            if linear is not None
-            for parameter in linear.parameters()
-        }
+    def restore(self) -> None:
+        """Put back all of them."""
+        self.layers.restore(self._saved)
 
     @torch.no_grad()
-    def restore(self, linear: nn.Linear | None = None) -> None:
-        """Put back one of the layers, or all of them."""
-        for parameter in self._saved if linear is None else linear.parameters():
-            parameter.copy_(self._saved[parameter])
+    def show(self, index: int, kind: str | None = None) -> None:
+        """Put them back in layer ``index``, which is loaded, alone; all of its kinds or one."""
+        for name, parameter in self.layers.outputs(index, kind):
+            parameter.copy_(self.layers.restored(self._saved, name))
 
     @contextmanager
     @torch.no_grad()
-    def shown(self, layer: nn.Module) -> Iterator[None]:
-        """Inside the block ``layer`` has these values; afterwards those it has now again."""
-        linears = [linear for linear in outputs(layer) if linear is not None]
-        now = [(p, p.clone()) for linear in linears for p in linear.parameters()]
-        for linear in linears:
-            self.restore(linear)
+    def shown(self, index: int) -> Iterator[None]:
+        """Inside the block layer ``index``, which is loaded, has these values; afterwards those it
+        has now again."""
+        now = [(p, p.clone()) for _, p in self.layers.outputs(index)]
+        self.show(index)
         try:
             yield
         finally:
@@ -55,33 +52,28 @@ class DenseOutputs:
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[DenseOutputs]:
-    """What the block does to o_proj and down_proj is undone at its end; yields what undoes it."""
-    dense = DenseOutputs(model)
+def preserved(layers: Layers) -> Iterator[DenseOutputs]:
+    """What the block does to output modules is undone at its end; yields what undoes it."""
+    dense = DenseOutputs(layers)
     try:
         yield dense
     finally:
         dense.restore()
 
 
-def mask(model: nn.Module, plan: Plan, windows: Tensor | None) -> None:
-    """Make the uncut ``model`` compute what it will after ``plan``.
+def mask(layers: Layers, plan: Plan, calibration: Calibration | None) -> None:
+    """Make the uncut model of ``layers`` compute what it will after ``plan``.
 
-    With token ``windows`` (n, s) what stays is refitted, as `compensate` does, on these alone.
+    With ``calibration`` what stays is refitted, as `compensate` does, on its text alone.
     """
-    if windows is not None:
-        compensate(model, plan, windows, random=False)
+    if calibration is not None:
+        compensate(calibration, plan, random=False)
         return
-    with torch.no_grad():
-        for layer, kept in zip(decoder_layers(model), plan.layers, strict=True):
-            for slices, units in (
-                (attention_slices(layer), kept.kv_groups),
-                (mlp_slices(layer), kept.channels),
-            ):
-                if not slices:
-                    continue
-                linear = layer.get_submodule(slices[-1].module)
-                zero_removed(linear, kept_entries(slices[-1], units))
+    for index, layer in layers.walk():
+        for sublayer in sublayers(layer):
+            kept = kept_entries(sublayer.output, plan.layers[index].kept[sublayer.kind])
+            zero_removed(sublayer.linear(layer), kept)
+        layers.keep(index)
 
 
 @torch.no_grad()

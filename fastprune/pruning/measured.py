@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from fastprune import distributed
-from fastprune.models.foreign import cache_directory
-from fastprune.models.streamed import StreamedModel
+from fastprune.cache import cache_directory
 from fastprune.precision import bf16_is_fast
+from fastprune.pruning.calibration import Calibration
 from fastprune.report.run import write_json
 
 log = logging.getLogger("fastprune")
@@ -27,23 +26,16 @@ log = logging.getLogger("fastprune")
 T = TypeVar("T", bound=Sequence[Any])
 
 
-def remembered(
-    name: str,
-    model: nn.Module,
-    windows: Tensor,
-    compute: Callable[[], T],
-    source: StreamedModel | None = None,
-) -> T:
-    """What ``compute`` measures of ``model`` on token ``windows`` (n, s), or has measured before.
+def remembered(name: str, calibration: Calibration, compute: Callable[[Calibration], T]) -> T:
+    """What ``compute`` measures of ``calibration``, or has measured before.
 
-    A list, of numbers or of lists, of which only one called ``name`` follows from these. ``source``
-    has the weights where ``model`` has sizes only.
+    A list of what JSON knows, of which only one called ``name`` follows from the calibration.
     """
-    path = cache_directory() / "measured" / f"{name}-{fingerprint(model, windows, source)}.json"
+    path = cache_directory() / "measured" / f"{name}-{fingerprint(calibration)}.json"
     found = distributed.from_first(read(path, list))
     if found is not None:
         return found
-    measured = compute()
+    measured = compute(calibration)
     keep(path, measured)
     return measured
 
@@ -70,25 +62,20 @@ def keep(path: Path, figures: Any) -> None:
         write_json(path, figures)
 
 
-def fingerprint(
-    model: nn.Module, windows: Tensor, source: StreamedModel | None = None, more: Sequence[Any] = ()
-) -> str:
+def fingerprint(calibration: Calibration, more: Sequence[Any] = ()) -> str:
     """A digest of the weights in their order, of where and how they compute, and of the tokens.
 
     ``more`` is what else counts. Of weights in files their names, sizes and times count.
     """
-    device = next(model.parameters()).device if source is None else source.device
+    layers, windows = calibration.layers, calibration.windows
     digest = hashlib.sha256(windows.cpu().numpy().tobytes())
-    digest.update(repr([device.type, bf16_is_fast(device), *more]).encode())
-    if source is not None:
-        for file in sorted({entry.file for entry in source.shards.entries.values()}):
-            status = file.stat()
-            digest.update(repr([str(file), status.st_size, status.st_mtime_ns]).encode())
-        digest.update(str(source.dtype).encode())
-        return digest.hexdigest()
-    for name, parameter in model.named_parameters():
-        digest.update(repr([name, tuple(parameter.shape), str(parameter.dtype)]).encode())
-        values = parameter.detach()
+    digest.update(repr([layers.device.type, bf16_is_fast(layers.device), *more]).encode())
+    for name, what in layers.identity():
+        if isinstance(what, str):
+            digest.update(repr([name, what]).encode())
+            continue
+        digest.update(repr([name, tuple(what.shape), str(what.dtype)]).encode())
+        values = what.detach()
         # of a matrix the sums of its rows and of its columns: they change when two are exchanged
         sums = [values.sum(d, dtype=torch.float64) for d in range(values.dim())]
         for part in sums if values.dim() > 1 else [values]:

@@ -1,8 +1,9 @@
-"""What a layer's inputs on calibration text are like, and what its output should have been.
+"""Second moments of a layer's inputs on calibration text, alone and with reconstruction targets.
 
 In the pruned prefix the hidden states leave those of the dense model. Beside the second moments of
-a linear layer's inputs x, XᵀX, those with its target t are kept, TᵀX: t is what the sublayer would
-have to add to the hidden states it gets so that they come out as the dense model's do.
+a linear layer's inputs x, XᵀX, those with its reconstruction target t are kept, TᵀX: t is what the
+sublayer would have to add to the hidden states it gets so that they come out as the dense model's
+do.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
-from fastprune.models.blocks import Blocks
-from fastprune.models.families import attention_slices, mlp_slices
-from fastprune.precision import fast_forward
+from fastprune.models.families import sublayers
+from fastprune.models.layers import Layers
 
 ADDED = 0.1
-"""A layer adds its two outputs to the hidden states if, by the median token, so much of what it
-changes at most is anything else."""
+"""A layer adds the outputs of its sublayers to the hidden states if, by the median token, so much
+of what it changes at most is anything else."""
 
 ROWS = 4
 """XᵀX is symmetric: it is counted in so many rows of blocks, each from the diagonal on."""
 
 After = Mapping[nn.Linear, Sequence[Tensor]]
-"""The dense model's hidden states (n, s, hidden) after o_proj or down_proj, batch by batch."""
+"""The dense model's hidden states (n, s, hidden) behind a sublayer, by its output module, batch by
+batch."""
 
 
 class Moments:
@@ -93,7 +94,7 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def collect(
-    blocks: Blocks,
+    layers: Layers,
     index: int,
     linears: Sequence[nn.Linear],
     states: Sequence[Tensor],
@@ -102,25 +103,23 @@ def collect(
 ) -> dict[nn.Linear, tuple[Moments, Moments]]:
     """Moments of the inputs of ``linears`` in layer ``index``: to fit, and held out.
 
-    ``linears`` are its o_proj, its down_proj, or both in this order; ``states`` (n, s, hidden)
-    the layer's inputs, anywhere; ``held_out`` says of each batch which it is for. Targets are
-    counted for those that ``after`` has, for the same batches.
+    ``linears`` are output modules of its sublayers, in their order; ``states`` (n, s, hidden) the
+    layer's inputs, anywhere; ``held_out`` says of each batch which it is for. Targets are counted
+    for those that ``after`` has, for the same batches.
     """
     if not linears:
         return {}
     after = after or {}
-    layer, device = blocks.layers[index], linears[0].weight.device
     found = {
         linear: tuple(Moments(linear, targets=linear in after) for _ in range(2))
         for linear in linears
     }
-    attention, _ = outputs(layer)
     before = torch.empty(0)  # the hidden states that the next sublayer adds to
     dense: dict[nn.Linear, Tensor] = {}  # what they should be after it
     side = 0
 
     def see(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        target = dense[linear].to(device).float() - before if linear in dense else None
+        target = dense[linear].to(layers.device).float() - before if linear in dense else None
         found[linear][side].add(inputs[0], target)
         if linear is linears[-1]:
             raise _Stop
@@ -130,15 +129,16 @@ def collect(
         before = before + output
 
     handles = [linear.register_forward_pre_hook(see) for linear in linears]
-    if attention is not None and after:
-        handles.append(attention.register_forward_hook(pass_by))
+    if after:
+        every = outputs(layers.modules[index])
+        handles += [linear.register_forward_hook(pass_by) for linear in every[:-1]]
     try:
         for number, hidden in enumerate(states):
-            hidden = hidden.to(device)
+            hidden = hidden.to(layers.device)
             before, side = hidden.float(), int(held_out[number])
             dense = {linear: batches[number] for linear, batches in after.items()}
-            with contextlib.suppress(_Stop), fast_forward(device, hidden.dtype):
-                blocks.run(index, hidden)
+            with contextlib.suppress(_Stop):
+                layers.run(index, hidden, fast=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -150,19 +150,17 @@ def collect(
 
 @torch.no_grad()
 def advance(
-    blocks: Blocks, index: int, states: Sequence[Tensor], targets: Sequence[nn.Linear] = ()
+    layers: Layers, index: int, states: Sequence[Tensor], targets: Sequence[nn.Linear] = ()
 ) -> After:
     """Carry the hidden states (n, s, hidden) through layer ``index`` as it is, in their place:
     new memory for them at every layer would leave the heap in pieces.
 
-    What they are after those sublayers whose o_proj or down_proj is among ``targets`` comes back,
-    for `collect`: nothing where the layer does more than to add the outputs of the two to its
+    What they are behind those sublayers whose output module is among ``targets`` comes back, for
+    `collect`: nothing where the layer does more than to add the outputs of its sublayers to its
     input, such as to put a norm behind them, for then no weights can be fitted to a target.
     """
-    layer = blocks.layers[index]
-    device = next(layer.parameters()).device
     added: dict[nn.Module, Tensor] = {}
-    watched = [linear for linear in outputs(layer) if linear is not None] if targets else []
+    watched = outputs(layers.modules[index]) if targets else []
     handles = [
         linear.register_forward_hook(lambda module, _, output: added.__setitem__(module, output))
         for linear in watched
@@ -171,18 +169,20 @@ def advance(
     plain = True
     try:
         for number, hidden in enumerate(states):
-            place, hidden = hidden.device, hidden.to(device)
-            with fast_forward(device, hidden.dtype):
-                output = blocks.run(index, hidden).to(hidden.dtype)
+            place, hidden = hidden.device, hidden.to(layers.device)
+            output = layers.run(index, hidden, fast=True).to(hidden.dtype)
             if watched and number == 0:
                 plain = _only_adds(hidden, output, list(added.values()))
             states[number].copy_(output)
             for linear in targets:
-                if linear is watched[-1]:
-                    after[linear].append(states[number])
-                else:
-                    middle = output.float() - added[watched[-1]]
-                    after[linear].append(middle.to(place, hidden.dtype))
+                later = watched[watched.index(linear) + 1 :]
+                behind = states[number]
+                if later:
+                    behind = output.float()
+                    for other in later:
+                        behind = behind - added[other]
+                    behind = behind.to(place, hidden.dtype)
+                after[linear].append(behind)
             added.clear()
     finally:
         for handle in handles:
@@ -192,13 +192,9 @@ def advance(
     return after if plain else {}
 
 
-def outputs(layer: nn.Module) -> tuple[nn.Linear | None, nn.Linear | None]:
-    """o_proj and down_proj of ``layer``; None for a sublayer that it has not."""
-    attention, mlp = (
-        layer.get_submodule(slices[-1].module) if slices else None
-        for slices in (attention_slices(layer), mlp_slices(layer))
-    )
-    return attention, mlp
+def outputs(layer: nn.Module) -> list[nn.Linear]:
+    """The output modules of the sublayers that ``layer`` has, in their order."""
+    return [sublayer.linear(layer) for sublayer in sublayers(layer)]
 
 
 def _only_adds(before: Tensor, after: Tensor, added: Sequence[Tensor]) -> bool:

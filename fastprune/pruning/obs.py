@@ -1,7 +1,7 @@
 """Optimal Brain Surgeon scores: what a unit's removal costs when the others take over.
 
-With X the inputs of o_proj or down_proj and H = XᵀX + λI, removing the columns g of W and refitting
-the rest changes the layer's output by tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ) (squared). Units leave in steps,
+With X the inputs of a sublayer's output module and H = XᵀX + λI, removing the columns g of W and
+refitting the rest changes the output by tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ) (squared). Units leave in steps,
 cheapest first; after each step W is refitted and H⁻¹ loses the removed columns by its Schur
 complement, so the next costs are those of the thinned layer. A unit's score is its cost when it
 left. Source: Hassibi and Stork, "Optimal Brain Surgeon", 1993; in blocks as in ZipLM (arXiv
@@ -11,10 +11,10 @@ left. Source: Hassibi and Stork, "Optimal Brain Surgeon", 1993; in blocks as in 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastprune.models.families import Slice, attention_slices, mlp_slices
-from fastprune.pruning.compensation import Prefix
+from fastprune.models.families import sublayers
+from fastprune.pruning.calibration import Prefix
 
 DAMPING = 1e-2
 """λ in units of the mean diagonal of H."""
@@ -22,27 +22,19 @@ STEPS = 32
 """Steps in which a layer's units leave; a unit's cost is exact at the start of its step."""
 
 
-def obs(prefix: Prefix, index: int) -> tuple[Tensor, Tensor]:
-    """Scores (kv_heads,) and (channels,) fp64 of the layer at the front of ``prefix``.
+def obs(prefix: Prefix, index: int) -> dict[str, Tensor]:
+    """Scores (units,) fp64 of the layer at the front of ``prefix``, by kind of sublayer.
 
     Steps past the layer, which is not changed: inputs are the dense model's.
     """
-    layer = prefix.blocks.layers[index]
-    attention, mlp = (
-        _sublayer(prefix, index, layer, slices[-1])
-        if slices
-        else torch.zeros(0, dtype=torch.float64)
-        for slices in (attention_slices(layer), mlp_slices(layer))
-    )
+    layer, found = prefix.layers.modules[index], {}
+    for sublayer in sublayers(layer):
+        linear = sublayer.linear(layer)
+        fit, held_out = prefix.moments(index, [linear])[linear]
+        h = fit.squares if fit is held_out else fit.squares + held_out.squares
+        found[sublayer.kind] = elimination_costs(linear.weight, h, sublayer.output.width).cpu()
     prefix.advance(index)
-    return attention, mlp
-
-
-def _sublayer(prefix: Prefix, index: int, layer: nn.Module, last: Slice) -> Tensor:
-    linear = layer.get_submodule(last.module)
-    fit, held_out = prefix.moments(index, linear)
-    h = fit.squares if fit is held_out else fit.squares + held_out.squares
-    return elimination_costs(linear.weight, h, last.width).cpu()
+    return found
 
 
 def elimination_costs(weight: Tensor, h: Tensor, width: int, steps: int = STEPS) -> Tensor:

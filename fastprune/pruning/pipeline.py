@@ -14,6 +14,7 @@ from fastprune import distributed
 from fastprune.config import resolve_device
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import check_savable, save_checkpoint
+from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import StreamedModel
@@ -23,7 +24,6 @@ from fastprune.pruning.dryrun import lacks_weights, sizes_only
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import STAGES, PruneRun
 from fastprune.pruning.sensitivity import save_layer_importance
-from fastprune.pruning.subject import Subject
 from fastprune.report.html import write_prune_report
 from fastprune.report.record import PruneRecord, write_record
 from fastprune.report.run import Clock, RunLog, lasting_log
@@ -77,44 +77,22 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
     clock = Clock()
     if lacks_weights(config):
         model, decided = sizes_only(config)
-        return prune(model, None, config, clock=clock, planning=decided)
+        run = PruneRun(Layers(model), None, config, clock)
+        return carry_out(run, planning=decided)
     with distributed.joined(config.device), _log(config) as run_log:
         with clock("load"):
-            source = None
-            if config.stream:
-                source = StreamedModel(
-                    config.model,
-                    dtype=config.dtype,
-                    device=config.device,
-                    tokenizer=config.tokenizer,
-                )
-                model, tokenizer = source.model, source.tokenizer
-            else:
-                model, tokenizer = load_model(
-                    config.model,
-                    dtype=config.dtype,
-                    device=str(resolve_device(config.device)),
-                    allow_pickle=config.allow_pickle,
-                    tokenizer=config.tokenizer,
-                )
+            layers, tokenizer = _load(config)
         if config.out is None:
-            return prune(model, tokenizer, config, clock=clock, source=source)
-        check_savable(model, tokenizer)
+            return carry_out(PruneRun(layers, tokenizer, config, clock))
+        check_savable(layers.model, tokenizer)
         with _staged(config.out, config.overwrite) as directory:
-            result = prune(
-                model,
-                tokenizer,
-                config,
-                clock=clock,
-                source=source,
-                directory=directory,
-                beside=beside,
-            )
+            run = PruneRun(layers, tokenizer, config, clock, directory)
+            result = carry_out(run, beside=beside)
             result.out = config.out
             if distributed.rank() == 0:
                 write_result(directory, result, config, clock, run_log)
                 if beside is not None:
-                    beside.write(model, tokenizer, directory)
+                    beside.write(result.model, tokenizer, directory)
     return result
 
 
@@ -154,38 +132,56 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def prune(
-    model: nn.Module,
-    tokenizer: Any,
-    config: PruneConfig,
-    *,
-    clock: Clock | None = None,
-    source: StreamedModel | None = None,
-    directory: Path | None = None,
-    planning: PruneConfig | None = None,
-    beside: Beside | None = None,
+    model: nn.Module, tokenizer: Any, config: PruneConfig, *, clock: Clock | None = None
 ) -> PruneResult:
     """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
 
     Inside `fastprune.distributed.joined` the processes share the calibration and the evaluation.
-    Nothing is written, unless ``source`` has the weights and ``model`` sizes only: the result then
-    goes straight to ``directory``. A dry run with ``planning`` plans by that instead of ``config``,
-    and uses no text and no weights. ``beside`` is asked whether it can be made of the result.
-
-    Raises InputError for settings that cannot be met, GateError when perplexity grows beyond
-    ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
+    Nothing is written. Raises InputError for settings that cannot be met, GateError when perplexity
+    grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
     """
     config.check()
-    run = PruneRun(Subject(model, source, directory), tokenizer, config, clock or Clock())
+    return carry_out(PruneRun(Layers(model), tokenizer, config, clock or Clock()))
+
+
+def carry_out(
+    run: PruneRun, *, planning: PruneConfig | None = None, beside: Beside | None = None
+) -> PruneResult:
+    """All steps of ``run``; what it leaves in memory is not written.
+
+    A dry run with ``planning`` plans by that instead of the run's own settings, and uses no text
+    and no weights. ``beside`` is asked whether it can be made of the result. Raises what `prune`
+    raises.
+    """
     run.prepare(texts=planning is None)
-    if not config.dry_run:
+    if not run.config.dry_run:
         run.measure_dense()
     run.make_plan(planning)
-    if not config.dry_run:
+    if not run.config.dry_run:
         run.cut()
         if beside is not None:
-            beside.check(model)
+            beside.check(run.model)
         run.measure_pruned()
-    return PruneResult(model, tokenizer, run.plan, run.record(), run.made.layer_importance)
+    made = run.made
+    return PruneResult(run.model, run.tokenizer, run.plan, run.record(), made.layer_importance)
+
+
+def _load(config: PruneConfig) -> tuple[Layers, Any]:
+    """The layers of the model that ``config`` names, and its tokenizer. Raises InputError."""
+    own = config.tokenizer
+    if config.stream:
+        source = StreamedModel(
+            config.model, dtype=config.dtype, device=config.device, tokenizer=own
+        )
+        return source, source.tokenizer
+    model, tokenizer = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=str(resolve_device(config.device)),
+        allow_pickle=config.allow_pickle,
+        tokenizer=own,
+    )
+    return Layers(model), tokenizer
 
 
 def _save(directory: Path, result: PruneResult, *, weights: bool) -> None:

@@ -16,8 +16,8 @@ from operator import attrgetter
 
 from torch import nn
 
-from fastprune.inspect.perplexity import CHUNK_LOGITS
 from fastprune.models.families import attention_slices, decoder_layers, geometry, mlp_slices
+from fastprune.models.forward import CHUNK_LOGITS
 
 FP32 = 4
 """Bytes of a number in fp32."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.inspect.memory import peak_memory_bytes
-from fastprune.inspect.perplexity import Perplexity
+from fastprune.inspect.perplexity import Perplexity, evaluate_layers, sound
 from fastprune.inspect.record import Origin
 from fastprune.models.decilm import obstacle
 from fastprune.models.families import Geometry, block_parameters, family_of, geometries
+from fastprune.models.layers import Layers
+from fastprune.models.streamed import StreamedModel
 from fastprune.pruning import latency
 from fastprune.pruning.budget import Budget, budget_of, far_off, saved_bytes
+from fastprune.pruning.calibration import Calibration
+from fastprune.pruning.compensation import compensate
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.curves import judging
 from fastprune.pruning.divergence import Yardstick
@@ -26,8 +31,9 @@ from fastprune.pruning.effort import decided
 from fastprune.pruning.iterate import plan_in_steps
 from fastprune.pruning.latency import CostTable
 from fastprune.pruning.plan import Plan
-from fastprune.pruning.planning import Planned, parameters_removed
-from fastprune.pruning.subject import Subject
+from fastprune.pruning.planning import Planned, Request, parameters_removed
+from fastprune.pruning.stream import write_cut
+from fastprune.pruning.surgery import apply_plan
 from fastprune.pruning.texts import run_windows, with_lengths
 from fastprune.pruning.worth import check_worth, conclude
 from fastprune.report.record import PruneRecord
@@ -42,14 +48,24 @@ STAGES = ("load", "score", "plan", "surgery", "compensate", "evaluate", "save")
 class PruneRun:
     """The steps of a run in their order, and what each leaves for the next.
 
-    A dry run is `prepare` and `make_plan`; `record` may be called after either.
+    ``layers`` are the model's, wherever its weights are. The result is the model itself, cut in
+    place, or goes to ``directory`` where its weights stay on disk. A dry run is `prepare` and
+    `make_plan`; `record` may be called after either.
     """
 
-    def __init__(self, subject: Subject, tokenizer: Any, config: PruneConfig, clock: Clock) -> None:
-        check_layout(subject.model, config)
-        self.subject, self.tokenizer, self.clock = subject, tokenizer, clock
-        self.config = with_lengths(config, subject.model)
-        self.model: nn.Module = subject.model.eval()
+    def __init__(
+        self,
+        layers: Layers,
+        tokenizer: Any,
+        config: PruneConfig,
+        clock: Clock,
+        directory: Path | None = None,
+    ) -> None:
+        check_layout(layers.model, config)
+        self.layers, self.directory = layers, directory
+        self.tokenizer, self.clock = tokenizer, clock
+        self.config = with_lengths(config, layers.model)
+        self.model: nn.Module = layers.model.eval()
         self.params = sum(p.numel() for p in self.model.parameters())
         self.block = block_parameters(self.model)
         self.sizes: list[Geometry] = geometries(self.model)
@@ -60,7 +76,7 @@ class PruneRun:
         self.budget: Budget | None = None
         self.table: CostTable | None = None
         self.test: Tensor | None = None
-        self.calibration: Tensor | None = None
+        self.calibration: Calibration | None = None
         self.dense: Perplexity | None = None
         self.pruned: Perplexity | None = None
         self.yardstick: Yardstick | None = None
@@ -92,9 +108,11 @@ class PruneRun:
         self.config = decided(self.config, self.model, self._share())
         if texts:
             calibrate = self.given is None or self.refits
-            self.test, self.calibration = run_windows(
+            self.test, windows = run_windows(
                 self.config, self.model, self.tokenizer, calibrate=calibrate
             )
+            if windows is not None:
+                self.calibration = Calibration(self.layers, windows)
 
     def _share(self) -> float:
         """Part of the block parameters that the budget takes; about, where it is one of time."""
@@ -112,7 +130,8 @@ class PruneRun:
         if self.dense is not None:
             return
         with self.clock("evaluate"):
-            self.dense = self.subject.perplexity(self.test)
+            found = evaluate_layers(self.layers, self.test)
+            self.dense = sound(found, self.model, "the loss of the model")
 
     def make_plan(self, planning: PruneConfig | None = None) -> None:
         """Take the plan that was given, or make one: by ``planning`` where that is given."""
@@ -123,15 +142,14 @@ class PruneRun:
             self.made = Planned(self.given)
         else:
             assert self.budget is not None  # config.check() has seen a budget or a plan
-            windows: Any = self.calibration
-            self.made = plan_in_steps(
-                self.model, windows, self.budget, config, self.clock, self.subject.source
-            )
+            nothing = Calibration(self.layers, torch.empty(0, 0, dtype=torch.int64))
+            text = self.calibration or nothing  # what is planned by sizes alone needs none
+            self.made = plan_in_steps(Request(text, self.budget, config), self.clock)
         if self.made.divergence is not None and self.dense is not None:
             assert self.calibration is not None  # the search has used it
             with self.clock("evaluate"):
-                judged = judging(self.calibration[: self.config.search_samples])
-                self.yardstick = Yardstick(self.model, judged)
+                some = self.calibration.part(slice(self.config.search_samples))
+                self.yardstick = Yardstick(some.part(slice(len(judging(some.windows)))))
         self.removed = parameters_removed(self.model, self.plan)
         if self.budget is not None:
             told = far_off(self.budget, self.config, self.removed, self.block)
@@ -139,8 +157,21 @@ class PruneRun:
                 log.warning("%s", told)
 
     def cut(self) -> None:
-        """Refit what is kept and apply the plan."""
-        self.subject.cut(self.plan, self.calibration if self.refits else None, self.clock)
+        """Refit what is kept and apply the plan; the layers are those of the result then."""
+        calibration = self.calibration if self.refits else None
+        if isinstance(self.layers, StreamedModel):
+            assert self.directory is not None  # run_prune has seen --out or --dry-run
+            with self.clock("surgery"):
+                write_cut(self.layers, self.plan, calibration, self.directory)
+            self.layers = StreamedModel(self.directory, device=str(self.layers.device))
+            return
+        if calibration is not None:
+            with self.clock("compensate"):
+                compensate(calibration, self.plan)
+        with self.clock("surgery"):
+            self.layers.commit()
+            apply_plan(self.model, self.plan)
+        self.layers = type(self.layers)(self.model, self.layers.device)
 
     def measure_pruned(self) -> None:
         """Perplexity, unless it is known, and divergence of the result.
@@ -150,12 +181,13 @@ class PruneRun:
         assert self.test is not None and self.dense is not None
         if self.pruned is None:
             with self.clock("evaluate"):
-                self.pruned = self.subject.perplexity_after(self.test)
-        written = self.subject.directory is not None
+                found = evaluate_layers(self.layers, self.test)
+                self.pruned = sound(found, self.layers.model, "the loss of the pruned model")
+        written = self.directory is not None
         check_worth(self.config, self.dense, self.pruned, self.earlier, written=written)
         if self.yardstick is not None:
             with self.clock("evaluate"):
-                self.divergence = self.yardstick.divergence(self.model)
+                self.divergence = self.yardstick.divergence(self.layers)
 
     def record(self) -> PruneRecord:
         """What is known of the run so far."""
@@ -181,7 +213,7 @@ class PruneRun:
             else {"predicted": self.made.divergence, "actual": self.divergence},
             latency=found,
             seconds=self.clock.totals(STAGES),
-            peak_memory_bytes=distributed.largest(peak_memory_bytes(self.subject.device)),
+            peak_memory_bytes=distributed.largest(peak_memory_bytes(self.layers.device)),
             processes=distributed.world(),
             versions=versions(),
             command=command_line(),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,92 +14,82 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
-from fastprune.inspect.perplexity import chunked_loss, decoder_and_head
-from fastprune.models.blocks import Blocks
-from fastprune.progress import track
+from fastprune.models.forward import chunked_loss
+from fastprune.models.layers import Branches
+from fastprune.pruning.calibration import Calibration
 
 FORMAT = "fastprune-layer-importance/1"
 
 
 @torch.no_grad()
-def removal(model: nn.Module, windows: Tensor) -> tuple[list[float], float]:
-    """Perplexity increase on ``windows`` (n, s) when each layer in turn is skipped.
+def removal(calibration: Calibration) -> tuple[list[float], float]:
+    """Perplexity increase on the calibration windows when each layer in turn is skipped.
 
     The hidden states before a layer are the same whether it is skipped or not, so they are
-    computed once: layer l costs a run of the layers after it only. Returns the increases, one
-    per layer, and the dense perplexity. Raises NumericalError when a loss is not finite.
+    computed once: layer l costs a run of the layers after it only. Where layers are fetched the
+    host keeps (layers + 1)·n·s hidden states. Returns the increases, one per layer, and the dense
+    perplexity. Raises NumericalError when a loss is not finite.
     """
-    blocks = Blocks(model)
-    _, head = decoder_and_head(model)
-    device = next(model.parameters()).device
-    totals = [0.0] * (len(blocks) + 1)
-    for window in track(distributed.share(windows), "layer sensitivity"):
-        ids = window[None].to(device)
-
-        def loss(hidden: Tensor, ids: Tensor = ids) -> float:
-            return chunked_loss(blocks.norm(hidden), head, ids)[0].item()
-
-        hidden = blocks.embed(ids)
-        for skipped in range(len(blocks)):
-            rest = hidden
-            for index in range(skipped + 1, len(blocks)):
-                rest = blocks.run(index, rest)
-            totals[skipped] += loss(rest)
-            hidden = blocks.run(skipped, hidden)
-        totals[-1] += loss(hidden)
-    return increases(totals, windows, model)
+    layers = calibration.layers
+    totals = [0.0] * (len(layers) + 1)
+    for group, description in layers.groups(calibration.single(), "layer sensitivity"):
+        branches = Branches(layers, partial(summed_loss, group))
+        states = layers.embed(group)
+        for index, _ in layers.walk(description):
+            branches.pass_through(index)
+            branches.leave(index, index, states)  # the branch that skips this layer
+            states = layers.through(index, states)
+        branches.leave(len(layers), len(layers), states)
+        for number, loss in enumerate(branches.finish().values()):
+            totals[number] += loss
+    return _increases(totals, calibration)
 
 
 @torch.no_grad()
-def activation(model: nn.Module, windows: Tensor) -> list[float]:
+def activation(calibration: Calibration) -> list[float]:
     """How much each layer changes its input: mean over tokens of ‖f(x) − x‖ / ‖x‖.
 
-    ``windows`` are token ids (n, s). One forward pass where `removal` needs one for every layer.
-    Raises NumericalError when a state is not finite.
+    One forward pass of the calibration windows where `removal` needs one for every layer. Raises
+    NumericalError when a state is not finite.
     """
-    blocks = Blocks(model)
-    device = next(model.parameters()).device
-    totals = [0.0] * len(blocks)
-    for window in track(distributed.share(windows), "layer sensitivity"):
-        hidden = blocks.embed(window[None].to(device))
-        for index in range(len(blocks)):
-            after = blocks.run(index, hidden)
-            totals[index] += change(hidden, after)
-            hidden = after
-    return mean_changes(totals, windows, model)
+    layers = calibration.layers
+    totals = [0.0] * len(layers)
+    for group, description in layers.groups(calibration.single(), "layer sensitivity"):
+        states = layers.embed(group)
+        for index, _ in layers.walk(description):
+            after = layers.through(index, states)
+            for changed in map(_change, states, after):
+                totals[index] += changed
+            states = after
+    totals = distributed.sums(totals)
+    if not all(map(math.isfinite, totals)):
+        raise unsound(layers.model, "the hidden states")
+    return [total / calibration.windows.numel() for total in totals]
 
 
-def change(before: Tensor, after: Tensor) -> float:
+def summed_loss(ids: Iterable[Tensor], finals: Iterable[Tensor], head: nn.Linear) -> float:
+    """Negative log-likelihood of token ``ids`` (n, s) each, summed, given what the head reads."""
+    losses = (chunked_loss(final, head, own)[0].item() for final, own in zip(finals, ids))
+    return sum(losses, 0.0)
+
+
+def _change(before: Tensor, after: Tensor) -> float:
     """Sum over tokens of ‖after − before‖ / ‖before‖; hidden states (n, s, h)."""
     x, y = before.float(), after.float()
     norms = x.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((y - x).norm(dim=-1) / norms).double().sum().item()
 
 
-def mean_changes(totals: Sequence[float], windows: Tensor, model: nn.Module) -> list[float]:
-    """Sums of `change` in ``model`` over ``windows`` (n, s) per token, added up over the processes.
-
-    Raises NumericalError when one is not finite.
-    """
-    totals = distributed.sums(totals)
-    if not all(map(math.isfinite, totals)):
-        raise unsound(model, "the hidden states")
-    return [total / windows.numel() for total in totals]
-
-
-def increases(
-    totals: Sequence[float], windows: Tensor, model: nn.Module
-) -> tuple[list[float], float]:
-    """Summed losses of ``model`` on ``windows`` (n, s) as perplexities: each minus the last, and
-    the last.
+def _increases(totals: Sequence[float], calibration: Calibration) -> tuple[list[float], float]:
+    """Losses summed over the windows as perplexities: each minus the last, and the last.
 
     The losses are added up over the processes. Raises NumericalError when one is not finite.
     """
     totals = distributed.sums(totals)
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    n, length = calibration.windows.shape
     if not all(map(math.isfinite, totals)):
-        raise unsound(model, "the loss with a layer skipped")
-    perplexities = [math.exp(min(total / tokens, 100.0)) for total in totals]
+        raise unsound(calibration.layers.model, "the loss with a layer skipped")
+    perplexities = [math.exp(min(total / (n * (length - 1)), 100.0)) for total in totals]
     return [p - perplexities[-1] for p in perplexities[:-1]], perplexities[-1]
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastprune.errors import InputError
-from fastprune.inspect import perplexity
-from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.kernels.ops import cross_entropy
+from fastprune.models import forward
+from fastprune.models.forward import decoder_and_head
 from fastprune.models.load import STATE_SUFFIXES, load_model
 from fastprune.recover.align import align_layers
 from fastprune.recover.loss import head_loss, product_dtype, scored_tokens
@@ -148,7 +148,7 @@ class Distiller:
         labels = inputs["labels"]
         criterion = _Divergence(states, self.head, self.weight, self.temperature)
         loss = head_loss(
-            hidden, head, labels, criterion, items, chunk_logits=perplexity.CHUNK_LOGITS // 2
+            hidden, head, labels, criterion, items, chunk_logits=forward.CHUNK_LOGITS // 2
         )
         count = max(1, scored_tokens(labels))
         self.parts = {

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastprune.errors import InputError
-from fastprune.inspect.perplexity import scored_chunks
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
+from fastprune.models.forward import scored_chunks
 
 PRODUCT_ELEMENTS = 1 << 20
 """Of the output layer's gradient, computed at a time on the CPU."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
-from fastprune.inspect.perplexity import decoder_and_head
+from fastprune.models.forward import decoder_and_head
 from fastprune.models.seq2seq import is_seq2seq, response_states
 from fastprune.precision import bf16_is_fast, lacks_units
 from fastprune.recover.loss import next_token_loss

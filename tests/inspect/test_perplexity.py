@@ -8,15 +8,9 @@ from tiny import FAMILIES, TEXT, tiny_checkpoint, tiny_model, token_ids
 from torch.nn.functional import cross_entropy
 
 from fastprune.errors import InputError
-from fastprune.inspect import perplexity
-from fastprune.inspect.perplexity import (
-    EvalConfig,
-    chunked_loss,
-    decoder_and_head,
-    evaluate,
-    loss_and_hidden_grad,
-    run_eval,
-)
+from fastprune.inspect.perplexity import EvalConfig, evaluate, run_eval
+from fastprune.models import forward
+from fastprune.models.forward import chunked_loss, decoder_and_head, loss_and_hidden_grad
 
 CHUNKS = [2**24, 300 * 7, 1]
 """Logits at a time: all, 7 tokens (which divides no row), one token."""
@@ -45,7 +39,7 @@ def test_perplexity_is_its_definition(family):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_loss_in_chunks_is_the_loss(chunk, monkeypatch):
-    monkeypatch.setattr(perplexity, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(forward, "CHUNK_LOGITS", chunk)
     head = tiny_model("llama").lm_head
     hidden = torch.randn(3, 20, 64, generator=torch.Generator().manual_seed(1))
     hidden.requires_grad_()

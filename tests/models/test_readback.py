@@ -10,12 +10,12 @@ from torch import nn
 from transformers import GenerationConfig
 
 from fastprune.errors import InputError
+from fastprune.inspect.perplexity import evaluate_layers
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.load import load_model
 from fastprune.models.readback import ReadBackError, check_read_back
 from fastprune.models.streamed import StreamedModel
 from fastprune.precision import convert_weights
-from fastprune.pruning.stream import evaluate as evaluate_streamed
 
 
 def with_own_head(family: str = "llama") -> nn.Module:
@@ -101,7 +101,7 @@ def test_a_streamed_model_reads_a_head_of_its_own(tmp_path: Path) -> None:
     with torch.no_grad():
         labels = token_ids(2, 32)
         loss = model(labels, labels=labels).loss
-    found = evaluate_streamed(streamed, labels).perplexity
+    found = evaluate_layers(streamed, labels).perplexity
     assert found == pytest.approx(loss.exp().item(), rel=1e-4)
 
 

@@ -12,8 +12,9 @@ from transformers import UMT5ForConditionalGeneration as UMT5
 
 from fastprune.errors import InputError
 from fastprune.inspect.generate import chat, generate
-from fastprune.inspect.perplexity import chunked_loss, evaluate
+from fastprune.inspect.perplexity import evaluate
 from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.forward import chunked_loss
 from fastprune.models.load import load_model
 from fastprune.models.seq2seq import halves, response_states
 

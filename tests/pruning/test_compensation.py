@@ -6,14 +6,16 @@ import copy
 
 import pytest
 import torch
+from calibrated import calibrated
+from counting import keeping
 from tiny import FAMILIES, VOCABULARY, tiny_model, token_ids
 
-from fastprune.models.blocks import Blocks
 from fastprune.models.families import geometries
-from fastprune.pruning import compensation
-from fastprune.pruning.compensation import MADE_UP, compensate, fitting, random_windows, solve
+from fastprune.models.layers import Layers
+from fastprune.pruning import calibration, compensation
+from fastprune.pruning.compensation import PROPAGATED, compensate, solve
 from fastprune.pruning.moments import Moments, advance
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 
 WINDOWS = token_ids(64, 32)
 
@@ -22,21 +24,21 @@ def half_plan(model: torch.nn.Module) -> Plan:
     """Layer 1 loses half of everything, layer 2 its MLP; the others stay whole."""
     sizes = tuple(geometries(model))
     layers = list(keep_all(sizes).layers)
-    layers[1] = LayerPlan(1, (0, 3), tuple(range(0, 96, 2)))
-    layers[2] = LayerPlan(2, (0, 1, 2, 3), ())
+    layers[1] = keeping(1, (0, 3), tuple(range(0, 96, 2)))
+    layers[2] = keeping(2, (0, 1, 2, 3), ())
     return Plan(sizes, tuple(layers))
 
 
 def fitted(model: torch.nn.Module) -> list[torch.Tensor]:
     """The batches of 8 that enter a fit: the eighth of the text is held out."""
-    return [*WINDOWS.split(8)[:7], *random_windows(model, WINDOWS).split(8)]
+    return [*WINDOWS.split(8)[:7], *calibrated(model, WINDOWS).random_windows().split(8)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_errors_shrink_and_removed_columns_are_zero(family: str) -> None:
     model = tiny_model(family)
     dense = copy.deepcopy(model)
-    refits = compensate(model, half_plan(model), WINDOWS)
+    refits = compensate(calibrated(model, WINDOWS), half_plan(model))
     assert [(r.layer, r.sublayer) for r in refits] == [(1, "attention"), (1, "mlp")]
     assert all(r.error_after <= r.error_before for r in refits)
     assert any(r.error_after < 0.9 * r.error_before for r in refits)
@@ -54,7 +56,7 @@ def test_errors_shrink_and_removed_columns_are_zero(family: str) -> None:
 def test_first_cut_is_the_ridge_solution() -> None:
     model = tiny_model("llama")
     dense = copy.deepcopy(model)
-    refits = compensate(model, half_plan(model), WINDOWS, batch_size=8)
+    refits = compensate(calibrated(model, WINDOWS), half_plan(model), batch_size=8)
     inputs = []
     linear = dense.model.layers[1].self_attn.o_proj
     linear.register_forward_pre_hook(lambda m, x: inputs.append(x[0].flatten(0, 1)))
@@ -74,10 +76,10 @@ def test_first_cut_is_the_ridge_solution() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_later_sublayer_makes_up_for_a_part_of_what_went_wrong(bias: bool) -> None:
+def test_a_later_sublayer_takes_in_a_share_of_the_propagated_error(bias: bool) -> None:
     model = tiny_model("llama", attention_bias=bias, mlp_bias=bias)
     dense = copy.deepcopy(model)
-    refits = compensate(model, half_plan(model), WINDOWS, batch_size=8)
+    refits = compensate(calibrated(model, WINDOWS), half_plan(model), batch_size=8)
     cut, whole = model.model.layers[1], dense.model.layers[1]
     # the dense model, and one with layer 1's attention as it became
     half = copy.deepcopy(dense)
@@ -91,7 +93,7 @@ def test_a_later_sublayer_makes_up_for_a_part_of_what_went_wrong(bias: bool) -> 
                 states.append(out.hidden_states[2])
     x, wanted, had = (torch.cat(part).flatten(0, 1).double() for part in (x, wanted, had))
     w = whole.mlp.down_proj.weight.detach().double()
-    target = x @ w.T + MADE_UP * (wanted - had)
+    target = x @ w.T + PROPAGATED * (wanted - had)
     kept = torch.arange(0, 96, 2)
     means = x.mean(0) * bias, target.mean(0) * bias
     inputs, goal = (x - means[0])[:, kept], target - means[1]
@@ -113,52 +115,57 @@ def test_a_later_sublayer_makes_up_for_a_part_of_what_went_wrong(bias: bool) -> 
 def from_dense(windows: torch.Tensor) -> float:
     """How far a model that lost half of all channels is from the dense one, on unseen text."""
     dense, model = tiny_model("llama"), tiny_model("llama")
-    half = [LayerPlan(i, (0, 1, 2, 3), tuple(range(0, 96, 2))) for i in range(4)]
-    compensate(model, Plan(tuple(geometries(model)), tuple(half)), windows)
+    half = [keeping(i, (0, 1, 2, 3), tuple(range(0, 96, 2))) for i in range(4)]
+    compensate(calibrated(model, windows), Plan(tuple(geometries(model)), tuple(half)))
     unseen = token_ids(16, 32, seed=5)
     with torch.no_grad():
         states = [m.model(input_ids=unseen).last_hidden_state for m in (model, dense)]
     return (states[0] - states[1]).norm().item()
 
 
-def test_making_up_brings_the_end_nearer(monkeypatch) -> None:
+def test_the_propagated_error_in_the_target_brings_the_end_nearer(monkeypatch) -> None:
     with_it = from_dense(WINDOWS)
-    monkeypatch.setattr(compensation, "MADE_UP", 0.0)
+    monkeypatch.setattr(compensation, "PROPAGATED", 0.0)
     assert with_it < 0.99 * from_dense(WINDOWS)
 
 
 def test_random_windows_are_beside_the_text_and_never_judge() -> None:
     model = tiny_model("llama")
-    random = random_windows(model, WINDOWS)
+    random = calibrated(model, WINDOWS).random_windows()
     assert random.shape == (16, 32)
-    assert torch.equal(random, random_windows(model, WINDOWS))
+    assert torch.equal(random, calibrated(model, WINDOWS).random_windows())
     assert 0.9 * VOCABULARY < random.max() + 1 <= VOCABULARY and random.unique().numel() > 200
-    batches = fitting(WINDOWS[:36], random[:9], 4)
-    assert torch.equal(
-        torch.cat([ids for ids, _ in batches]), torch.cat([WINDOWS[:36], random[:9]])
-    )
+
+    def fitting(windows: int, random: bool = True) -> list[tuple[torch.Tensor, bool]]:
+        return calibrated(model, WINDOWS[:windows]).fitting(random=random, batch_size=4)
+
+    random = calibrated(model, WINDOWS[:36]).random_windows()
+    batches = fitting(36)
+    assert torch.equal(torch.cat([ids for ids, _ in batches]), torch.cat([WINDOWS[:36], random]))
     assert [n for n, (_, held_out) in enumerate(batches) if held_out] == [7, 8]  # of 9 and 3
-    assert [held_out for _, held_out in fitting(WINDOWS[:4], random[:1], 4)] == [True, True]
-    assert [held_out for _, held_out in fitting(WINDOWS[:3], random[:0], 4)] == [True]
+    assert [held_out for _, held_out in fitting(4)] == [True, True]
+    assert [held_out for _, held_out in fitting(3)] == [True]
+    assert not any(held_out for _, held_out in fitting(36, random=False)[:7])
+    assert len(fitting(36, random=False)) == 9
 
 
 def test_random_windows_hold_a_refit_where_the_text_says_nothing(monkeypatch) -> None:
     narrow = WINDOWS % 4  # text of four of the words
     with_them = from_dense(narrow)
-    monkeypatch.setattr(compensation, "TEXT_PER_RANDOM", 10_000)
+    monkeypatch.setattr(calibration, "TEXT_PER_RANDOM", 10_000)
     assert with_them < 0.95 * from_dense(narrow)
 
 
 def test_a_layer_that_does_more_than_add_has_no_targets() -> None:
     model = tiny_model("llama")
-    blocks = Blocks(model)
-    states = [blocks.embed(WINDOWS[:4])]
+    layers = Layers(model)
+    states = layers.embed([WINDOWS[:4]])
     layer = model.model.layers[0]
     both = [layer.self_attn.o_proj, layer.mlp.down_proj]
-    assert list(advance(blocks, 0, [states[0].clone()], both)) == both
+    assert list(advance(layers, 0, [states[0].clone()], both)) == both
     layer.mlp.register_forward_hook(lambda m, a, output: output / output.norm(dim=-1, keepdim=True))
-    assert advance(blocks, 0, states, both) == {}
-    refits = compensate(model, half_plan(model), WINDOWS)
+    assert advance(layers, 0, states, both) == {}
+    refits = compensate(calibrated(model, WINDOWS), half_plan(model))
     assert all(r.error_after <= r.error_before for r in refits)
 
 
@@ -184,7 +191,7 @@ def test_bias_takes_the_mean() -> None:
     # fp32 sums of squares of numbers around 5: cancellation costs three digits
     torch.testing.assert_close(moments.centred(), centred.T @ centred, rtol=1e-3, atol=1e-2)
     model = tiny_model("llama", attention_bias=True, mlp_bias=True)
-    refits = compensate(model, half_plan(model), WINDOWS)
+    refits = compensate(calibrated(model, WINDOWS), half_plan(model))
     assert all(r.error_after <= r.error_before for r in refits)
     assert not model.model.layers[2].mlp.down_proj.bias.any()
 
@@ -201,7 +208,7 @@ def test_singular_moments_fall_back() -> None:
 def test_two_runs_are_identical() -> None:
     models = [tiny_model("qwen2") for _ in range(2)]
     for model in models:
-        compensate(model, half_plan(model), WINDOWS)
+        compensate(calibrated(model, WINDOWS), half_plan(model))
     for a, b in zip(models[0].parameters(), models[1].parameters()):
         assert torch.equal(a, b)
 
@@ -209,6 +216,6 @@ def test_two_runs_are_identical() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights(dtype: torch.dtype) -> None:
     model = tiny_model("llama").to(dtype)
-    refits = compensate(model, half_plan(model), WINDOWS)
+    refits = compensate(calibrated(model, WINDOWS), half_plan(model))
     assert all(r.error_after <= r.error_before for r in refits)
     assert all(p.dtype == dtype and p.isfinite().all() for p in model.parameters())

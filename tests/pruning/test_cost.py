@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import calibrated
+from counting import keeping, less
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,25 +24,26 @@ from torch.utils.flop_counter import (
 
 from fastprune import distributed
 from fastprune.errors import InputError
-from fastprune.inspect.perplexity import evaluate
+from fastprune.inspect.perplexity import evaluate, evaluate_layers
 from fastprune.models.families import decoder_layers, geometries
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.shards import ShardReader
 from fastprune.models.streamed import StreamedModel, skeleton
-from fastprune.pruning import stream
 from fastprune.pruning.budget import layer_size
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.compensation import compensate
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.cost import Costs, Stage
-from fastprune.pruning.curves import measure_curves
+from fastprune.pruning.curves import Search, measure_curves
 from fastprune.pruning.exchange import Problem, exchange
 from fastprune.pruning.importance import score
 from fastprune.pruning.pipeline import run_prune
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.planning import plan_of
 from fastprune.pruning.products import ModelShape
 from fastprune.pruning.sensitivity import activation, removal
 from fastprune.pruning.sizes import Limits, Removal, removed_parameters
+from fastprune.pruning.stream import write_cut
 
 aten = torch.ops.aten
 WINDOWS = token_ids(9, 256)  # a full batch of eight, and one more
@@ -110,7 +113,7 @@ def half(model: torch.nn.Module) -> Plan:
     """The first layer stays whole, the others lose every second unit."""
     whole = keep_all(geometries(model))
     layers = [
-        LayerPlan(i, layer.kv_groups[::2], layer.channels[::2]) if i else layer
+        keeping(i, layer.kept["attention"][::2], layer.kept["mlp"][::2]) if i else layer
         for i, layer in enumerate(whole.layers)
     ]
     return Plan(whole.geometries, tuple(layers))
@@ -126,25 +129,25 @@ def costs(model: torch.nn.Module, *, ranks: int = 1, stream: bool = False, **mor
 
 def search(model: torch.nn.Module, refits: bool, windows: torch.Tensor = WINDOWS) -> None:
     sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
-    scores = score(model, WINDOWS, "magnitude-l2")
-    measure_curves(model, windows, scores, sizes, refits=refits)
+    scores = score(calibrated(model, WINDOWS), "magnitude-l2")
+    measure_curves(Search(calibrated(model, windows), scores, refits), sizes)
 
 
 STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str, str]]] = {
     "taylor": (
         Costs.score,
-        lambda m: score(m, WINDOWS, "taylor-first"),
+        lambda m: score(calibrated(m, WINDOWS), "taylor-first"),
         {"importance": "taylor-first"},
     ),
     "activation": (
         Costs.score,
-        lambda m: score(m, WINDOWS, "activation-maw"),
+        lambda m: score(calibrated(m, WINDOWS), "activation-maw"),
         {},
     ),
-    "sensitivity": (Costs.sensitivity, lambda m: removal(m, WINDOWS[:3]), {}),
+    "sensitivity": (Costs.sensitivity, lambda m: removal(calibrated(m, WINDOWS[:3])), {}),
     "changes": (
         Costs.sensitivity,
-        lambda m: activation(m, WINDOWS[:3]),
+        lambda m: activation(calibrated(m, WINDOWS[:3])),
         {"layer_importance": "activation"},
     ),
     "search": (Costs.search, lambda m: search(m, False), {}),
@@ -158,7 +161,7 @@ STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str
         lambda m: search(m, True, WINDOWS[:5]),
         {"compensate": "least-squares", "search_samples": 5},
     ),
-    "compensate": (Costs.compensate, lambda m: compensate(m, half(m), WINDOWS), {}),
+    "compensate": (Costs.compensate, lambda m: compensate(calibrated(m, WINDOWS), half(m)), {}),
     "evaluate": (lambda c: c.evaluate("", c.model), lambda m: evaluate(m, WINDOWS[:5]), {}),
 }
 
@@ -166,20 +169,13 @@ STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str
 @pytest.mark.parametrize("compensate", ["none", "least-squares"])
 def test_an_exchange_costs_no_more_than_is_said(model, compensate):
     sizes = [layer_size(layer, ("mlp",)) for layer in decoder_layers(model)]
-    scores = score(model, WINDOWS, "magnitude-l2")
-    start = [Removal(channels=280), Removal()]
+    scores = score(calibrated(model, WINDOWS), "magnitude-l2")
+    start = [less(channels=280), Removal()]
     target = removed_parameters(sizes, start)
     with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as flops:
-        exchange(
-            model,
-            WINDOWS,
-            scores,
-            start,
-            Problem(sizes, Limits(), target),
-            partial(plan_of, model, scores),
-            rounds=2,
-            refits=compensate != "none",
-        )
+        search = Search(calibrated(model, WINDOWS), scores, compensate != "none")
+        problem = Problem(sizes, Limits(), target)
+        exchange(search, problem, start, partial(plan_of, model, scores), 2)
     bound = costs(model, compensate=compensate, structures=("mlp",)).exchange().cost.flops
     assert bound / 5 < flops.get_total_flops() < bound
 
@@ -230,7 +226,7 @@ def test_obs_is_near(model):
     """Its shrinking products are summed as integrals, and torch does not count its inverses."""
     stage = costs(model, importance="obs").score()
     with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as flops, Watch(model) as watch:
-        score(model, WINDOWS, "obs")
+        score(calibrated(model, WINDOWS), "obs")
     assert flops.get_total_flops() == pytest.approx(stage.cost.flops, rel=0.05)
     predicted = stage.device_bytes + stage.host_bytes - ModelShape.of(model).bytes
     assert watch.peak == pytest.approx(predicted, rel=0.3)
@@ -250,15 +246,15 @@ def test_streamed_files_are_read_as_often_as_computed(tmp_path, monkeypatch, tie
     formula = costs(source.model, stream=True, importance="taylor-first")
     norm = source.model.model.norm.weight.nbytes
     for stage, work in (
-        (formula.score(), lambda: stream.score(source, WINDOWS, "taylor-first")),
-        (formula.sensitivity(), lambda: stream.removal(source, WINDOWS[:3])),
-        (formula.evaluate("", formula.model), lambda: stream.evaluate(source, WINDOWS[:5])),
+        (formula.score(), lambda: score(Calibration(source, WINDOWS), "taylor-first")),
+        (formula.sensitivity(), lambda: removal(Calibration(source, WINDOWS[:3]))),
+        (formula.evaluate("", formula.model), lambda: evaluate_layers(source, WINDOWS[:5])),
     ):
         read.clear()
         work()
         assert sum(t.nbytes for t in read) == stage.cost.read
     read.clear()
-    stream.cut(source, half(source.model), WINDOWS, tmp_path / "out")
+    write_cut(source, half(source.model), Calibration(source, WINDOWS), tmp_path / "out")
     together = formula.surgery().cost.read + formula.compensate().cost.read
     assert sum(t.nbytes for t in read) == together + norm
 

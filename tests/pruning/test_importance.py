@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from calibrated import calibrated
 from tiny import FAMILIES, tiny_model, token_ids
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ def expected_taylor(model: nn.Module, method: str) -> list[tuple[Tensor, Tensor]
 @pytest.mark.parametrize("method", TERMS)
 def test_taylor_is_the_sum_over_the_unit(family: str, method: str) -> None:
     model = tiny_model(family, layers=2)
-    scores = score(model, WINDOWS, method)
+    scores = score(calibrated(model, WINDOWS), method)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     for i, (groups, channels) in enumerate(expected_taylor(model, method)):
         # Two ways to the same fp32 gradient, then sums of signed terms in another order.
@@ -81,7 +82,7 @@ def test_taylor_is_the_sum_over_the_unit(family: str, method: str) -> None:
 @pytest.mark.parametrize("method", ["magnitude-l1", "magnitude-l2"])
 def test_magnitude(method: str) -> None:
     model = tiny_model("qwen2", layers=2)
-    scores = score(model, WINDOWS, method)
+    scores = score(calibrated(model, WINDOWS), method)
     term = torch.abs if method == "magnitude-l1" else torch.square
     for i, (layer, size) in enumerate(zip(model.model.layers, geometries(model))):
         terms = {n: term(p.detach()) for n, p in layer.named_parameters()}
@@ -111,7 +112,7 @@ def test_activation_weighs_weights_by_their_inputs() -> None:
         for name, x in seen.items()
     }
     groups, channels = unit_sums(layer, terms, geometries(model)[0])
-    scores = score(model, WINDOWS, "activation")
+    scores = score(calibrated(model, WINDOWS), "activation")
     # fp32 sums of positive terms in another order
     torch.testing.assert_close(scores.attention[0].float(), groups, rtol=1e-5, atol=0)
     torch.testing.assert_close(scores.mlp[0].float(), channels, rtol=1e-5, atol=0)
@@ -140,7 +141,7 @@ def test_maximum_weight_and_output_energy() -> None:
     channels = energy.median() * (ranking / ranking.median()).square() * scale
     o = layer.self_attn.o_proj
     groups = (o.weight.norm(dim=0) * norms[o]).square().view(4, 32).sum(1) * scale
-    scores = score(model, WINDOWS, "activation-maw")
+    scores = score(calibrated(model, WINDOWS), "activation-maw")
     # fp32 sums of positive terms in another order
     torch.testing.assert_close(scores.mlp[0].float(), channels, rtol=1e-5, atol=0)
     torch.testing.assert_close(scores.attention[0].float(), groups, rtol=1e-5, atol=0)
@@ -149,24 +150,24 @@ def test_maximum_weight_and_output_energy() -> None:
 def test_relative_energy_compares_layers_and_bears_dead_channels() -> None:
     """What does not depend on a layer's own scale: its hidden states', or one giant token's."""
     model = tiny_model("llama", layers=2)
-    expected = score(model, WINDOWS, "activation-maw")
+    expected = score(calibrated(model, WINDOWS), "activation-maw")
     with torch.no_grad():
         # The norms give every layer the same input; what it adds is as much larger as the states.
         model.model.embed_tokens.weight *= 8
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight *= 8
             layer.mlp.down_proj.weight *= 8
-    scaled = score(model, WINDOWS, "activation-maw")
+    scaled = score(calibrated(model, WINDOWS), "activation-maw")
     for a, b in zip([*scaled.attention, *scaled.mlp], [*expected.attention, *expected.mlp]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=0)  # the norms' epsilon counts for less
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[:60] = 0  # most of 96
         model.model.layers[1].mlp.up_proj.weight.zero_()
-    dead = score(model, WINDOWS, "activation-maw").mlp
+    dead = score(calibrated(model, WINDOWS), "activation-maw").mlp
     assert (dead[0][:60] == 0).all() and (dead[0][60:] > 0).all() and (dead[1] == 0).all()
     with torch.no_grad():
         model.model.embed_tokens.weight[WINDOWS[:, 0]] *= 1e4
-    giant = score(model, WINDOWS, "activation-maw").attention[0]
+    giant = score(calibrated(model, WINDOWS), "activation-maw").attention[0]
     ratio = giant / scaled.attention[0]
     assert (ratio > 0.5).all() and (ratio < 2).all()
 
@@ -175,7 +176,10 @@ def test_relative_energy_compares_layers_and_bears_dead_channels() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_method_and_dtype_repeats_exactly(method: str, dtype: torch.dtype) -> None:
     model = tiny_model("llama", layers=2).to(dtype)
-    first, second = score(model, WINDOWS, method), score(model, WINDOWS, method)
+    first, second = (
+        score(calibrated(model, WINDOWS), method),
+        score(calibrated(model, WINDOWS), method),
+    )
     for a, b in zip([*first.attention, *first.mlp], [*second.attention, *second.mlp]):
         assert torch.equal(a, b)
         assert a.min() >= 0 and a.max() > 0
@@ -183,9 +187,9 @@ def test_every_method_and_dtype_repeats_exactly(method: str, dtype: torch.dtype)
 
 def test_half_precision_agrees_with_single() -> None:
     model = tiny_model("llama", layers=2)
-    exact = score(model, WINDOWS, "taylor-first")
+    exact = score(calibrated(model, WINDOWS), "taylor-first")
     for dtype in (torch.bfloat16, torch.float16):
-        half = score(tiny_model("llama", layers=2).to(dtype), WINDOWS, "taylor-first")
+        half = score(calibrated(tiny_model("llama", layers=2).to(dtype), WINDOWS), "taylor-first")
         for a, b in zip(half.mlp, exact.mlp):
             # bf16 keeps 8 bits through two layers; the ranking needs no more
             assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.98
@@ -195,7 +199,7 @@ def test_broken_weights_are_reported() -> None:
     model = tiny_model("llama", layers=1)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
     with pytest.raises(NumericalError, match="scores came out as NaN or Inf: the weights hold"):
-        score(model, WINDOWS, "taylor-first")
+        score(calibrated(model, WINDOWS), "taylor-first")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -209,7 +213,7 @@ def test_activation_is_what_each_layer_changes(family: str) -> None:
         model(input_ids=WINDOWS)
         hook.remove()
     states = [*states[:-1], outputs[0]]
-    changes = activation(model, WINDOWS)
+    changes = activation(calibrated(model, WINDOWS))
     for before, after, change in zip(states[:-1], states[1:], changes, strict=True):
         expected = ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
         assert change == pytest.approx(expected, rel=1e-5)  # fp32 norms, other batches
@@ -218,7 +222,7 @@ def test_activation_is_what_each_layer_changes(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_removal_equals_skipping_the_layer(family: str) -> None:
     model = tiny_model(family)
-    increases, dense = removal(model, WINDOWS)
+    increases, dense = removal(calibrated(model, WINDOWS))
     layers = model.model.layers
 
     def perplexity() -> float:

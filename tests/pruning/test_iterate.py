@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counting import keeping
 from tiny import TEXT, tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.families import geometries
+from fastprune.models.layers import Layers
 from fastprune.pruning import planning
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.masking import mask, preserved
 from fastprune.pruning.pipeline import prune
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.surgery import apply_plan
 
 
@@ -27,9 +30,9 @@ def settings(tmp_path, monkeypatch) -> dict[str, object]:
 def uneven(model: torch.nn.Module) -> Plan:
     sizes = tuple(geometries(model))
     thinned = (
-        LayerPlan(0, (1, 3), tuple(range(0, 96, 2))),
-        LayerPlan(1, (), (5, 6)),
-        LayerPlan(2, (0,), ()),
+        keeping(0, (1, 3), tuple(range(0, 96, 2))),
+        keeping(1, (), (5, 6)),
+        keeping(2, (0,), ()),
     )
     return Plan(sizes, (*thinned, *keep_all(sizes).layers[3:]))
 
@@ -40,14 +43,16 @@ def test_a_masked_model_computes_what_the_cut_one_does(family: str, windows) -> 
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     model = tiny_model(family, **biases)
     plan, ids = uneven(model), token_ids(2, 17, seed=1)
+    layers = Layers(model)
+    text = None if windows is None else Calibration(layers, windows)
     dense = {name: p.clone() for name, p in model.state_dict().items()}
     with torch.no_grad():
-        with preserved(model):
-            mask(model, plan, windows)
+        with preserved(layers):
+            mask(layers, plan, text)
             masked = model(ids).logits
         for name, p in model.state_dict().items():
             assert torch.equal(p, dense[name]), name
-        mask(model, plan, windows)
+        mask(layers, plan, text)
         apply_plan(model, plan)
         # only the order of summation differs; logits are of order 10, fp32 has 1e-7 of that
         torch.testing.assert_close(model(ids).logits, masked, atol=1e-4, rtol=1e-4)
@@ -74,9 +79,10 @@ def test_each_step_scores_the_thinned_model(settings, monkeypatch) -> None:
     seen, plans = [], []
     real = planning.score
 
-    def score(model, *args, **options):
-        seen.append(float(sum(p.detach().double().abs().sum() for p in model.parameters())))
-        return real(model, *args, **options)
+    def score(calibration, *args, **options):
+        parameters = calibration.layers.model.parameters()
+        seen.append(float(sum(p.detach().double().abs().sum() for p in parameters)))
+        return real(calibration, *args, **options)
 
     make = planning.make_plan
 
@@ -94,7 +100,7 @@ def test_each_step_scores_the_thinned_model(settings, monkeypatch) -> None:
     assert seen[0] > seen[1] > seen[2]
     for name, p in model.state_dict().items():
         assert torch.equal(p, before[name]), name  # a dry run leaves the model alone
-    kept = [[set(k.channels) for k in plan.layers] for plan in plans]
+    kept = [[set(k.kept["mlp"]) for k in plan.layers] for plan in plans]
     for earlier, later in zip(kept, kept[1:]):
         assert all(b <= a for a, b in zip(earlier, later))
     left = [sum(map(len, layers)) for layers in kept]
@@ -122,5 +128,5 @@ def test_sublayers_that_are_gone_stay_gone(settings) -> None:
     model = tiny_model("mistral")
     result = prune(model, tiny_tokenizer(), config)
     left = [(g.kv_heads, g.channels) for g in geometries(model)]
-    assert left == [(len(k.kv_groups), len(k.channels)) for k in result.plan.layers]
+    assert left == [(len(k.kept["attention"]), len(k.kept["mlp"])) for k in result.plan.layers]
     assert result.metrics["ratio"]["achieved"] == pytest.approx(0.5, abs=0.002)  # half a channel

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calibrated import calibrated
 from tiny import TEXT, tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.families import decoder_layers
 from fastprune.pruning import curves, measured, planning
 from fastprune.pruning.budget import layer_size
 from fastprune.pruning.config import PruneConfig
-from fastprune.pruning.curves import measure_curves
+from fastprune.pruning.curves import Search, measure_curves
 from fastprune.pruning.importance import score
 from fastprune.pruning.measured import fingerprint, remembered
 from fastprune.pruning.pipeline import prune
@@ -42,32 +43,32 @@ def exchanged_norms(model: torch.nn.Module) -> None:
 )
 def test_a_fingerprint_tells_what_the_figures_depend_on(change) -> None:
     windows = token_ids(2, 16)
-    before = fingerprint(tiny_model("llama"), windows)
-    assert fingerprint(tiny_model("llama"), windows) == before
-    assert fingerprint(tiny_model("llama"), token_ids(2, 15)) != before
+    before = fingerprint(calibrated(tiny_model("llama"), windows))
+    assert fingerprint(calibrated(tiny_model("llama"), windows)) == before
+    assert fingerprint(calibrated(tiny_model("llama"), token_ids(2, 15))) != before
     changed = tiny_model("llama")
     change(changed)
-    assert fingerprint(changed, windows) != before
+    assert fingerprint(calibrated(changed, windows)) != before
 
 
 @pytest.mark.parametrize(("module", "constant"), [(curves, "TOP"), (curves, "KL_SHARE")])
 def test_levels_measured_by_other_constants_are_not_used(module, constant, cache, monkeypatch):
     model, windows = tiny_model("llama", layers=1), token_ids(16, 16)
-    scores = score(model, windows, "magnitude-l2")
+    scores = score(calibrated(model, windows), "magnitude-l2")
     sizes = [layer_size(layer, ("attention",)) for layer in decoder_layers(model)]
     for files in (1, 2):
-        measure_curves(model, windows, scores, sizes, cache, refits=False)
+        measure_curves(Search(calibrated(model, windows), scores, False, cache), sizes)
         assert len(list(cache.iterdir())) == files
         monkeypatch.setattr(module, constant, 2)
 
 
 def test_a_file_that_is_damaged_is_measured_anew(cache, caplog) -> None:
-    model, windows = tiny_model("llama"), token_ids(2, 16)
-    assert remembered("some", model, windows, lambda: [1.0]) == [1.0]
-    assert remembered("some", model, windows, lambda: [2.0]) == [1.0]
+    text = calibrated(tiny_model("llama"), token_ids(2, 16))
+    assert remembered("some", text, lambda _: [1.0]) == [1.0]
+    assert remembered("some", text, lambda _: [2.0]) == [1.0]
     (file,) = (cache / "measured").iterdir()
     file.write_text("[1.0")
-    assert remembered("some", model, windows, lambda: [3.0]) == [3.0]
+    assert remembered("some", text, lambda _: [3.0]) == [3.0]
     assert "does not hold measured figures" in caplog.text
 
 

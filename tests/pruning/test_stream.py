@@ -11,19 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+from counting import keeping
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, TEXT, VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer, token_ids
 from transformers import AutoModelForCausalLM
 
 from fastprune.errors import GateError, InputError, NumericalError
-from fastprune.inspect.perplexity import evaluate
+from fastprune.inspect.perplexity import evaluate, evaluate_layers
 from fastprune.models.families import decoder_layers, geometries
+from fastprune.models.layers import Layers, OffloadedLayers
 from fastprune.models.load import load_model
 from fastprune.models.streamed import StreamedModel
-from fastprune.pruning import importance, sensitivity, stream
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
-from fastprune.pruning.pipeline import PruneResult, run_prune
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.importance import METHODS, Scores, score
+from fastprune.pruning.masking import mask, preserved
+from fastprune.pruning.pipeline import PruneResult, carry_out, prune, run_prune
+from fastprune.pruning.plan import Plan, keep_all
+from fastprune.pruning.run import PruneRun
+from fastprune.pruning.sensitivity import activation, removal
+from fastprune.pruning.sublayers import mean_loss, sublayer_losses
+from fastprune.report.run import Clock
 
 WINDOWS = token_ids(3, 16)
 
@@ -100,6 +108,31 @@ def test_settings(both, tmp_path, settings):
     assert_same(*both(source, **{"ratio": 0.3} | settings))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"allocation": "search", "exchange_rounds": 2},
+        {"allocation": "search", "exchange_rounds": 2, "compensate": "none", "align": 8},
+        {"allocation": "search", "structures": ("attention", "mlp", "sublayer")},
+        {"structures": ("sublayer",)},
+        {"structures": ("attention", "mlp", "sublayer"), "allocation": "global", "ratio": 0.5},
+        {"iterations": 2, "allocation": "global"},
+        {"iterations": 2, "allocation": "search", "exchange_rounds": 1, "dtype": "bfloat16"},
+        {"iterations": 2, "structures": ("mlp", "sublayer"), "importance": "taylor-first"},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_plans_tried_out(both, tmp_path, monkeypatch, settings):
+    """Thinned weights are laid over those on disk: the run decides what it does in memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tiny_checkpoint(tmp_path / "model", "qwen2", tied=False)
+    some = {"ratio": 0.3, "structures": ("attention", "mlp"), "calib_samples": 16}
+    memory, streamed = both(source, **some | settings)
+    assert_same(memory, streamed)
+    assert memory.metrics["ratio"]["achieved"] > 0.2
+    assert memory.metrics.get("divergence") == streamed.metrics.get("divergence")
+
+
 def test_several_files_and_a_generation_config(both, tmp_path):
     model = tiny_model("llama", tied=False)
     model.generation_config.temperature = 0.7
@@ -115,8 +148,8 @@ def test_removed_sublayers(both, tmp_path, compensate):
     """Uneven ones give a per-layer checkpoint, a whole layer a stock one with fewer layers."""
     source = tiny_checkpoint(tmp_path / "model", "qwen3")
     whole = keep_all(geometries(tiny_model("qwen3")))
-    uneven = LayerPlan(0, (), (1, 5)), LayerPlan(1, (1, 2), ()), LayerPlan(2, (), ())
-    for changed in (uneven, (LayerPlan(0, (), ()),)):
+    uneven = keeping(0, (), (1, 5)), keeping(1, (1, 2), ()), keeping(2, (), ())
+    for changed in (uneven, (keeping(0, (), ()),)):
         layers = (*changed, *whole.layers[len(changed) :])
         Plan(whole.geometries, layers).save(tmp_path / "plan.json")
         settings = {"plan": tmp_path / "plan.json", "compensate": compensate, "overwrite": True}
@@ -132,18 +165,98 @@ def test_a_pruned_model_again(both, tmp_path):
     assert_same(*both(tmp_path / "again", **again))
 
 
+def sources(folder: Path, dtype: str = "auto") -> dict[str, Layers]:
+    """The model in ``folder`` resident, on disk, and on the host beside its device."""
+    resident, host = (load_model(folder, dtype=dtype, device="cpu")[0] for _ in range(2))
+    return {
+        "resident": Layers(resident),
+        "disk": StreamedModel(folder, dtype=dtype),
+        "offloaded": OffloadedLayers(host, torch.device("cpu")),
+    }
+
+
+def same_scores(one: Scores, other: Scores) -> bool:
+    return all(
+        torch.equal(units[kind], again[kind])
+        for units, again in zip(one.layers, other.layers, strict=True)
+        for kind in units
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_scores_and_sensitivity(tmp_path, dtype):
+def test_every_source_measures_the_same(tmp_path, dtype):
     folder = tiny_checkpoint(tmp_path / "model", "qwen3", tied=False)
-    model, _ = load_model(folder, dtype=dtype, device="cpu")
-    source = StreamedModel(folder, dtype=dtype)
-    for method in importance.METHODS:
-        one, other = importance.score(model, WINDOWS, method), stream.score(source, WINDOWS, method)
-        for a, b in zip(one.attention + one.mlp, other.attention + other.mlp, strict=True):
-            assert torch.equal(a, b), method
-    assert sensitivity.removal(model, WINDOWS) == stream.removal(source, WINDOWS)
-    assert sensitivity.activation(model, WINDOWS) == stream.layer_activation(source, WINDOWS)
-    assert evaluate(model, WINDOWS).perplexity == stream.evaluate(source, WINDOWS).perplexity
+    resident, *others = (Calibration(s, WINDOWS) for s in sources(folder, dtype).values())
+    for method in METHODS:
+        expected = score(resident, method)
+        for other in others:
+            assert same_scores(score(other, method), expected), method
+    for measure in (removal, activation, sublayer_losses, mean_loss):
+        expected = measure(resident)
+        assert [measure(other) for other in others] == [expected] * len(others), measure
+    expected = evaluate(resident.layers.model, WINDOWS).perplexity
+    for calibration in (resident, *others):
+        assert evaluate_layers(calibration.layers, WINDOWS).perplexity == expected
+
+
+@pytest.mark.parametrize("refits", [True, False])
+def test_a_plan_on_trial_is_laid_over_the_weights(tmp_path, refits):
+    """Every source computes as the thinned model does inside, and as the dense one afterwards."""
+    whole = keep_all(geometries(tiny_model("qwen2")))
+    cut = keeping(1, (1, 2), (0, 7, 9)), keeping(2, (), (3,))
+    plan = Plan(whole.geometries, (whole.layers[0], *cut, whole.layers[3]))
+    found = []
+    folder = tiny_checkpoint(tmp_path / "model", "qwen2", attention_bias=True)
+    for layers in sources(folder).values():
+        text = Calibration(layers, token_ids(8, 16))
+        dense = mean_loss(text)
+        with preserved(layers) as outputs:
+            mask(layers, plan, text if refits else None)
+            thinned, scores = mean_loss(text), score(text, "taylor-first")
+            with preserved(layers):
+                mask(layers, whole, None)  # what is thinned stays so
+                mask(layers, keep_one(whole), None)
+                assert mean_loss(text) != thinned
+            assert mean_loss(text) == thinned
+            outputs.restore()
+            assert mean_loss(text) == dense
+        found.append((dense, thinned, scores))
+    for _, thinned, scores in found[1:]:
+        assert thinned == found[0][1] != found[0][0]
+        assert same_scores(scores, found[0][2])
+
+
+def keep_one(whole: Plan) -> Plan:
+    """One unit of every sublayer."""
+    return Plan(whole.geometries, tuple(keeping(k.index, (0,), (0,)) for k in whole.layers))
+
+
+def test_an_offloaded_model_is_cut_like_a_resident_one(tmp_path, text, monkeypatch):
+    """Each layer is moved to the device for its turn: once a pass, and the weights stay behind."""
+    moved: list[str] = []
+    fetch = OffloadedLayers.fetch
+
+    def counted(layers: OffloadedLayers, name: str) -> torch.Tensor:
+        moved.append(name)
+        return fetch(layers, name)
+
+    monkeypatch.setattr(OffloadedLayers, "fetch", counted)
+    small = {"calib": text, "calib_samples": 8, "calib_seq_len": 32, "sensitivity_samples": 2}
+    small |= {"eval": text, "eval_seq_len": 32, "eval_windows": 3, "quiet": True, "ratio": 0.3}
+    config = PruneConfig(**small, structures=("attention", "mlp"), allocation="global")
+    resident, host = tiny_model("llama"), tiny_model("llama")
+    layers = OffloadedLayers(host, torch.device("cpu"))
+    place = {name: parameter.data_ptr() for name, parameter in host.named_parameters()}
+    score(Calibration(layers, WINDOWS), "activation")
+    names = [name for name, _ in host.named_parameters() if name != "model.norm.weight"]
+    assert sorted(moved) == sorted(names)
+    score(Calibration(layers, WINDOWS), "taylor-first")
+    assert {name: p.data_ptr() for name, p in host.named_parameters()} == place
+    one = prune(resident, tiny_tokenizer(), config)
+    other = carry_out(PruneRun(layers, tiny_tokenizer(), config, Clock()))
+    assert one.plan == other.plan and one.metrics["perplexity"] == other.metrics["perplexity"]
+    for (name, a), b in zip(resident.named_parameters(), host.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_one_layer_at_a_time(tmp_path):
@@ -158,8 +271,9 @@ def test_one_layer_at_a_time(tmp_path):
 
     for module in source.model.modules():
         module.register_forward_pre_hook(look)
-    stream.score(source, WINDOWS, "taylor-first")
-    stream.removal(source, WINDOWS)
+    score(Calibration(source, WINDOWS), "taylor-first")
+    removal(Calibration(source, WINDOWS))
+    sublayer_losses(Calibration(source, WINDOWS))
     largest = max(
         VOCABULARY * 64, sum(p.numel() for p in decoder_layers(source.model)[0].parameters())
     )

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrated import calibrated
 from safetensors import safe_open
 from tiny import FAMILIES, TEXT, tiny_checkpoint, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from fastprune.errors import InputError
 from fastprune.inspect.perplexity import evaluate
-from fastprune.models.families import block_parameters, decoder_layers
+from fastprune.models.families import block_parameters, decoder_layers, sublayers
 from fastprune.models.modeling import remove_attention, remove_mlp
 from fastprune.models.streamed import StreamedModel
-from fastprune.pruning import stream
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.pipeline import PruneResult, run_prune
 from fastprune.pruning.sublayers import mean_loss, sublayer_losses, without
@@ -50,22 +51,22 @@ def saved_parameters(folder: Path) -> int:
 def test_losses_are_those_of_the_model_without_the_sublayer(family: str) -> None:
     windows = token_ids(2, 16)
     model = tiny_model(family)
-    losses = sublayer_losses(model, windows)
-    dense = mean_loss(model, windows)
-    for index, pair in enumerate(losses):
-        for remove, loss in zip((remove_attention, remove_mlp), pair, strict=True):
+    losses = sublayer_losses(calibrated(model, windows))
+    dense = mean_loss(calibrated(model, windows))
+    for index, own in enumerate(losses):
+        for kind, remove in (("attention", remove_attention), ("mlp", remove_mlp)):
             cut = copy.deepcopy(model)
             remove(cut.model.layers[index])
             # the same operations on the same shapes; only the sum over windows differs, in fp64
-            assert mean_loss(cut, windows) - dense == pytest.approx(loss, abs=1e-9)
+            assert mean_loss(calibrated(cut, windows)) - dense == pytest.approx(own[kind], abs=1e-9)
 
 
 def test_the_model_is_whole_again() -> None:
     model = tiny_model("llama")
     before = model(token_ids()).logits
-    sublayer_losses(model, token_ids(1, 8))
+    sublayer_losses(calibrated(model, token_ids(1, 8)))
     layer = model.model.layers[0]
-    with pytest.raises(RuntimeError, match="stop"), without(layer, "attention"):
+    with pytest.raises(RuntimeError, match="stop"), without(layer, sublayers(layer)[0]):
         raise RuntimeError("stop")
     assert torch.equal(model(token_ids()).logits, before)
 
@@ -74,7 +75,9 @@ def test_streamed_losses_are_the_same(tmp_path) -> None:
     folder = tiny_checkpoint(tmp_path / "model", "qwen2", tied=False)
     windows = token_ids(3, 16)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert sublayer_losses(model, windows) == stream.sublayer_losses(StreamedModel(folder), windows)
+    assert sublayer_losses(calibrated(model, windows)) == sublayer_losses(
+        Calibration(StreamedModel(folder), windows)
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_depth_alone(run, tmp_path, family: str, allocation: str) -> None:
     """Whole sublayers go and nothing else; what metrics say is what the files hold."""
     source = tiny_checkpoint(tmp_path / "model", family)
     result = run(source, ratio=0.3, structures=("sublayer",), allocation=allocation)
-    kept = [(len(k.kv_groups), len(k.channels)) for k in result.plan.layers]
+    kept = [(len(k.kept["attention"]), len(k.kept["mlp"])) for k in result.plan.layers]
     assert {groups for groups, _ in kept} <= {0, 4} and {c for _, c in kept} <= {0, 96}
     assert sum(groups == 0 for groups, _ in kept) + sum(c == 0 for _, c in kept) > 0
     # an attention is 40 % of a tiny layer, a layer 25 % of the blocks
@@ -126,7 +129,7 @@ def test_whole_and_thinned_meet_the_budget(run, tmp_path, allocation, structures
     assert abs(removed - 0.45 * block) <= half + 1  # the target is a whole number
     assert result.metrics["params"]["after"] == saved_parameters(tmp_path / "out")
     for kept in result.plan.layers:
-        assert "mlp" in structures or len(kept.channels) in (0, 96)
+        assert "mlp" in structures or len(kept.kept["mlp"]) in (0, 96)
 
 
 def test_more_than_thinning_can_do(run, tmp_path) -> None:
@@ -143,7 +146,7 @@ def test_layers_outside_the_selection_stay(run, tmp_path) -> None:
     result = run(source, ratio=0.2, structures=("sublayer",), layers="1:3")
     for index in (0, 3):
         kept = result.plan.layers[index]
-        assert (len(kept.kv_groups), len(kept.channels)) == (4, 96)
+        assert (len(kept.kept["attention"]), len(kept.kept["mlp"])) == (4, 96)
 
 
 def test_a_depth_plan_streamed_is_the_same(run, tmp_path) -> None:
@@ -171,7 +174,6 @@ def test_refusals(run, tmp_path) -> None:
     source = tiny_checkpoint(tmp_path / "model")
     both = {"structures": ("mlp", "sublayer"), "ratio": 0.2}
     for settings, words in (
-        ({**both, "stream": True}, "--stream cannot weigh"),
         ({**both, "layout": "uniform"}, "--layout uniform"),
         ({"structures": ("sublayer",), "ratio": 0.97}, "cannot be reached"),
     ):

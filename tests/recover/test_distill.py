@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastprune.errors import InputError
-from fastprune.inspect import perplexity
-from fastprune.inspect.perplexity import decoder_and_head
+from fastprune.models import forward
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import geometries
+from fastprune.models.forward import decoder_and_head
 from fastprune.models.load import load_model
 from fastprune.models.modeling import conform, remove_attention, remove_mlp
 from fastprune.recover import distill
@@ -71,7 +71,7 @@ def expected_loss(student, teacher, inputs, weight, temperature):
     ("weight", "temperature"), [(0.5, 1.0), (1.0, 2.0), (0.0, 1.0), (0.3, 0.5)]
 )
 def test_equals_its_formula(chunk, weight, temperature, monkeypatch):
-    monkeypatch.setattr(perplexity, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(forward, "CHUNK_LOGITS", chunk)
     student, teacher = tiny_model("llama").train(), tiny_model("qwen2", seed=5)
     inputs = batch()
     expected = expected_loss(student, teacher, inputs, weight, temperature)
@@ -137,7 +137,7 @@ def test_micro_batches_add_up():
 
 
 def test_logits_never_stand_whole(monkeypatch):
-    monkeypatch.setattr(perplexity, "CHUNK_LOGITS", 10 * 300)
+    monkeypatch.setattr(forward, "CHUNK_LOGITS", 10 * 300)
     sizes = []
     own = F.kl_div
 

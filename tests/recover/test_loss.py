@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastprune.errors import InputError
-from fastprune.inspect import perplexity
-from fastprune.inspect.perplexity import decoder_and_head
+from fastprune.models import forward
+from fastprune.models.forward import decoder_and_head
 from fastprune.recover import loss as module
 from fastprune.recover.loss import next_token_loss
 
@@ -47,7 +47,7 @@ def whole(hidden, head, labels, items=None):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("items", [None, 50])
 def test_equals_cross_entropy_of_whole_logits(chunk, bias, items, monkeypatch):
-    monkeypatch.setattr(perplexity, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(forward, "CHUNK_LOGITS", chunk)
     hidden, head = inputs(bias=bias)
     labels = labels_with_gaps()
     loss = next_token_loss(hidden, head, labels, items)
@@ -157,7 +157,7 @@ def test_evaluation_computes_no_gradient(monkeypatch):
 
 
 def test_logits_never_stand_whole(monkeypatch):
-    monkeypatch.setattr(perplexity, "CHUNK_LOGITS", 5 * 300)
+    monkeypatch.setattr(forward, "CHUNK_LOGITS", 5 * 300)
     rows = []
     kernel = module.cross_entropy
 
@@ -175,7 +175,7 @@ def test_logits_never_stand_whole(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision(dtype, autocast, monkeypatch):
-    monkeypatch.setattr(perplexity, "CHUNK_LOGITS", 7 * 300)
+    monkeypatch.setattr(forward, "CHUNK_LOGITS", 7 * 300)
     labels = labels_with_gaps()
     hidden, head = inputs(bias=True)
     expected, gradients = whole(hidden, head, labels)
