@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calibrated import calibrated
 from counting import keeping
 from tiny import FAMILIES, VOCABULARY, tiny_model, token_ids
 from torch import Tensor, nn
@@ -173,7 +174,7 @@ def masked(model: FusedModel, plan: Plan) -> FusedModel:
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("method", ["magnitude-l2", "taylor-first", "activation", "activation-maw"])
 def test_a_family_from_outside_is_scored_planned_and_cut(model, method, allocation) -> None:
-    scores = score(model, token_ids(4, 9), method)
+    scores = score(calibrated(model, token_ids(4, 9)), method)
     sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
     target = round(0.4 * sum(size.prunable for size in sizes))
     limits = Limits()
@@ -214,7 +215,7 @@ def test_what_a_unit_of_fused_projections_owns(model) -> None:
 
 def test_scores_of_fused_projections_are_those_of_their_parts(model) -> None:
     layer = decoder_layers(model)[1]
-    found = score(model, token_ids(2, 9), "magnitude-l1").layers[1]
+    found = score(calibrated(model, token_ids(2, 9)), "magnitude-l1").layers[1]
     attention, mlp = layer.double().self_attn, layer.mlp
     qkv = torch.cat([attention.qkv_proj.weight, attention.qkv_proj.bias[:, None]], 1).abs().sum(1)
     q, k, v = qkv.split([GROUPS * QUERIES * HEAD, GROUPS * HEAD, GROUPS * HEAD])
