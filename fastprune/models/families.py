@@ -202,8 +202,9 @@ SUPPORTED = FAMILIES.keys()
 def register_family(model_type: str, family: Family) -> None:
     """Make models whose config has ``model_type`` known: they can be scored, planned and cut.
 
-    Raises ValueError when the type is known already, or when ``family`` does not declare exactly
-    the `KINDS` of sublayers.
+    What loads, saves and trains a model whose layers differ in size are the classes of its family
+    in `fastprune.models.modeling`. Raises ValueError when the type is known already, or when
+    ``family`` does not declare exactly the `KINDS` of sublayers.
     """
     if model_type in FAMILIES:
         raise ValueError(f"the family '{model_type}' is registered already")

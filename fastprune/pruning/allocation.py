@@ -225,8 +225,9 @@ def _rates(
         return [min(max(scale * w, limits.lowest), limits.highest) for w in weights]
 
     def removed(scale: float) -> float:
-        return sum(r * s.prunable for r, s in zip(rates(scale), sizes))
+        return sum(r * n for r, n in zip(rates(scale), prunable))
 
+    prunable = [size.prunable for size in sizes]
     low, high = 0.0, 1.0 / min(weights)
     for _ in range(100):
         middle = (low + high) / 2

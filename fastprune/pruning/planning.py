@@ -58,8 +58,9 @@ log = logging.getLogger("fastprune")
 class Request:
     """What a plan is made for: a model, the text to measure it on, a budget, and the settings.
 
-    ``windows`` are calibration token ids (n, s). ``source`` has the weights when ``model`` has
-    sizes only. ``gone`` is a plan by which ``model`` is masked already: what it removes goes first.
+    ``windows`` are calibration token ids (n, s), None where nothing has to be measured. ``source``
+    has the weights when ``model`` has sizes only. ``gone`` is a plan by which ``model`` is masked
+    already: what it removes goes first.
     """
 
     model: nn.Module
@@ -248,10 +249,10 @@ def keep_best(scores: Tensor, remove: int) -> tuple[int, ...]:
 
 
 def _sensitivity(request: Request) -> list[float]:
-    model, source, some = request.model, request.source, request.some
-    method = request.config.layer_importance
+    model, source, method = request.model, request.source, request.config.layer_importance
     if method not in ("removal", "activation"):
         return load_layer_importance(Path(method), len(decoder_layers(model)))
+    some = request.some
 
     def measure() -> list[float]:
         if method == "removal":

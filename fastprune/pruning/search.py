@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from fastprune.pruning.sizes import (
     parameters,
     remaining,
     removed_parameters,
+    unit_parameters,
 )
 
 STEPS = 32
@@ -163,21 +164,30 @@ def _options(
     layer without any ``slack`` coarse units may be missing or too many.
     """
     ways = [_ways([c for c in curves if c.kind == kind], size, limits) for kind in KINDS]
+    kinds = [KINDS.index(c.kind) for c in curves]
+    values = [[c.of(way) for way in ways[k]] for c, k in zip(curves, kinds)]
+    rest: dict[Set[str], LayerSize] = {}
     found = []
-    for mix in itertools.product(*ways):
-        removal = Removal(
-            {kind: own.count(kind) for kind, own in zip(KINDS, mix)},
-            frozenset().union(*(own.gone for own in mix)),
-        )
-        (left,) = remaining([size], [removal])
-        gone = parameters(left, Removal(removal.units))
-        coarsest = max(left.sublayers[kind].cost for kind in COARSE)
-        loose = 0.0 if left.finest.units else slack * coarsest
-        lowest = limits.lowest * left.prunable - max(left.prunable / STEPS, loose)
-        outside = max(lowest - gone, gone - limits.highest * left.prunable - loose, 0.0)
-        found.append((removal, sum(c.of(removal) for c in curves), outside))
+    for mix in itertools.product(*(range(len(own)) for own in ways)):
+        chosen = [own[n] for own, n in zip(ways, mix)]
+        units = {kind: n for way in chosen for kind, n in way.units.items()}
+        removal = Removal(units, frozenset().union(*(way.gone for way in chosen)))
+        if removal.gone not in rest:
+            (rest[removal.gone],) = remaining([size], [removal])
+        outside = _outside(rest[removal.gone], removal, limits, slack)
+        found.append((removal, sum(own[mix[k]] for own, k in zip(values, kinds)), outside))
     least = min(outside for *_, outside in found)
     return [(r, v) for r, v, outside in found if outside == least]
+
+
+def _outside(left: LayerSize, removal: Removal, limits: Limits, slack: float) -> float:
+    """Parameters by which the units of ``removal`` miss the limits of what is ``left`` to thin."""
+    gone, prunable = unit_parameters(left, removal), left.prunable
+    loose = 0.0
+    if not left.finest.units:
+        loose = slack * max(left.sublayers[kind].cost for kind in COARSE)
+    lowest = limits.lowest * prunable - max(prunable / STEPS, loose)
+    return max(lowest - gone, gone - limits.highest * prunable - loose, 0.0)
 
 
 def _ways(curves: Sequence[Curve], size: LayerSize, limits: Limits) -> list[Removal]:

@@ -32,6 +32,10 @@ class SublayerSize:
         return self.units * self.cost
 
 
+NOTHING = SublayerSize()
+"""Of a sublayer that must stay as it is."""
+
+
 @dataclass(frozen=True)
 class LayerSize:
     """What may be removed from one layer, by kind of sublayer; of a kind left out, nothing."""
@@ -39,7 +43,7 @@ class LayerSize:
     sublayers: Mapping[str, SublayerSize]
 
     def __post_init__(self) -> None:
-        every = {kind: self.sublayers.get(kind, SublayerSize()) for kind in KINDS}
+        every = {kind: self.sublayers.get(kind, NOTHING) for kind in KINDS}
         object.__setattr__(self, "sublayers", every)
 
     @property
@@ -138,8 +142,12 @@ def removed_parameters(sizes: Sequence[LayerSize], removals: Sequence[Removal]) 
 
 def parameters(size: LayerSize, removal: Removal) -> int:
     """Parameters that ``removal`` takes from a layer of ``size``."""
-    units = sum(n * size.sublayers[kind].cost for kind, n in removal.units.items())
-    return units + whole_parameters(size, removal)
+    return unit_parameters(size, removal) + whole_parameters(size, removal)
+
+
+def unit_parameters(size: LayerSize, removal: Removal) -> int:
+    """Those of them that leave unit by unit."""
+    return sum(n * size.sublayers[kind].cost for kind, n in removal.units.items())
 
 
 def whole_parameters(size: LayerSize, removal: Removal) -> int:
