@@ -75,6 +75,8 @@ def tiny_config(family: str, *, tied: bool = True, layers: int = 4, **config: An
     }
     if family == "mistral":
         settings["sliding_window"] = None
+    if family in OTHERS:
+        settings["pad_token_id"] = 0
     if family == "gemma3_text":
         settings |= {"sliding_window": 16, "query_pre_attn_scalar": 16}
     return (CONFIGS | OTHERS)[family](**(settings | config))
