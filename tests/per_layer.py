@@ -19,12 +19,12 @@ def per_layer_config(family: str, sizes: dict = SIZES, **options):
     """A tiny config of `family` whose layers have the overrides `sizes`."""
     settings = tiny_config(family, **options).to_dict()
     settings.pop("model_type")
-    return modeling.FAMILIES[family].config(**settings, per_layer_config=sizes)
+    return modeling.family_classes(family).config(**settings, per_layer_config=sizes)
 
 
 def per_layer_model(family: str, sizes: dict = SIZES, **options) -> nn.Module:
     """A random fp32 model of `family` with those layers, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model_class = modeling.FAMILIES[family].causal_lm
+        model_class = modeling.family_classes(family).causal_lm
         return model_class(per_layer_config(family, sizes, **options)).eval()

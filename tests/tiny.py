@@ -21,10 +21,16 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.gemma import GemmaConfig
+from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
+from transformers.models.olmo2 import Olmo2Config
+from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
+from transformers.models.smollm3 import SmolLM3Config
+from transformers.models.starcoder2 import Starcoder2Config
 
 CONFIGS = {
     "llama": LlamaConfig,
@@ -33,6 +39,15 @@ CONFIGS = {
     "qwen3": Qwen3Config,
 }
 FAMILIES = tuple(CONFIGS)
+OTHERS = {
+    "gemma": GemmaConfig,
+    "gemma3_text": Gemma3TextConfig,
+    "olmo2": Olmo2Config,
+    "phi3": Phi3Config,
+    "smollm3": SmolLM3Config,
+    "starcoder2": Starcoder2Config,
+}
+EVERY_FAMILY = (*FAMILIES, *OTHERS)
 VOCABULARY = 300
 
 TEXT = """The river that runs past the old mill turns its wheel in spring and freezes in winter.
@@ -60,7 +75,11 @@ def tiny_config(family: str, *, tied: bool = True, layers: int = 4, **config: An
     }
     if family == "mistral":
         settings["sliding_window"] = None
-    return CONFIGS[family](**(settings | config))
+    if family in OTHERS:
+        settings["pad_token_id"] = 0
+    if family == "gemma3_text":
+        settings |= {"sliding_window": 16, "query_pre_attn_scalar": 16}
+    return (CONFIGS | OTHERS)[family](**(settings | config))
 
 
 def tiny_model(

@@ -16,5 +16,5 @@ def register() -> None:
     from fastprune.models import modeling
 
     modeling.register()
-    for family in modeling.FAMILIES.values():
+    for family in map(modeling.family_classes, modeling.STOCK):
         ModelRegistry.register_model(family.causal_lm.__name__, MODEL)

@@ -18,6 +18,8 @@ from fastprune.models.families import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE
 
 LAYER = re.compile(r"((?:.*?\.)?(?:layers?|h|blocks?)\.\d+)\.(.+)")
 """A weight of a layer: the layer's name and the weight's own, of any transformer."""
+FUSED_QKV, FUSED_GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+"""Projections that some families have in one, by the names of Phi-3."""
 READ_BY_LINES = tuple(f"{name}." for name in (VALUE, OUTPUT, GATE, UP, DOWN))
 """Projections whose zero rows or columns make a head or channel dead."""
 
@@ -125,6 +127,8 @@ def _attention(
     shapes = _shapes(tensors, names)
     if not shapes:
         return {"query_heads": 0, "kv_heads": 0}, None
+    if fused := _shapes(tensors, [FUSED_QKV]):
+        return _fused_attention(fused[FUSED_QKV][0], shapes[OUTPUT][1], heads)
     if missing := [name for name in names if name not in shapes]:
         return {}, f"{' and '.join(missing)} missing"
     q, k, v, o = shapes[QUERY][0], shapes[KEY][0], shapes[VALUE][0], shapes[OUTPUT][1]
@@ -145,6 +149,19 @@ def _attention(
     return sizes | dead, None
 
 
+def _fused_attention(rows: int, columns: int, heads: Heads) -> tuple[dict[str, Any], str | None]:
+    """Sizes where queries, keys and values are one projection of so many ``rows``."""
+    if heads.size is None:
+        return {}, None
+    query, kv = columns // heads.size, (rows - columns) // 2 // heads.size
+    if not kv or query % kv or (query + 2 * kv) * heads.size != rows:
+        return {}, f"{rows} rows of q, k, v and {columns} columns of o do not fit together"
+    sizes = {"query_heads": query, "kv_heads": kv, "ratio": query // kv}
+    if heads.ratio is not None and query // kv != heads.ratio:
+        return sizes, f"{query // kv} query heads to a KV head; the model has {heads.ratio}"
+    return sizes, None
+
+
 def _dead_heads(tensors: Mapping[str, TensorHealth], ratio: int, size: int) -> tuple[int, ...]:
     """Query heads whose values or whose columns of the output projection are zero throughout."""
     values, columns = _zero_rows(tensors, VALUE), tensors[f"{OUTPUT}.weight"].zero_columns
@@ -160,6 +177,11 @@ def _mlp(tensors: Mapping[str, TensorHealth]) -> tuple[dict[str, Any], str | Non
     shapes = _shapes(tensors, names)
     if not shapes:
         return {"channels": 0}, None
+    if fused := _shapes(tensors, [FUSED_GATE_UP]):
+        rows, down = fused[FUSED_GATE_UP][0], shapes[DOWN][1]
+        fits = rows == 2 * down
+        complaint = f"gate and up have {rows} rows, down {down} columns, which do not fit together"
+        return ({"channels": down}, None) if fits else ({}, complaint)
     if missing := [name for name in names if name not in shapes]:
         return {}, f"{' and '.join(missing)} missing"
     gate, up, down = shapes[GATE][0], shapes[UP][0], shapes[DOWN][1]

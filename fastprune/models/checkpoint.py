@@ -158,8 +158,9 @@ def stock_form(model: nn.Module) -> Form | None:
     settings = model.config.to_dict()
     for key in ("per_layer_config", "model_type", "architectures", "auto_map"):
         settings.pop(key, None)
-    if layer_types := settings.get("layer_types"):
-        settings["layer_types"] = [layer_types[index] for index in kept]
+    for name in ("layer_types", "no_rope_layers"):
+        if by_layer := settings.get(name):
+            settings[name] = [by_layer[index] for index in kept]
     if family != model.config.model_type.removeprefix(PRUNED_PREFIX):
         for key in ("attention_bias", "mlp_bias", "pretraining_tp"):  # Llama's own
             settings.pop(key, None)
@@ -171,7 +172,7 @@ def stock_form(model: nn.Module) -> Form | None:
         "intermediate_size": size.channels,
         "head_dim": size.head_dim,
     }
-    classes = modeling.FAMILIES[family]
+    classes = modeling.family_classes(family)
     config = classes.config.__bases__[-1](**settings)
     config.architectures = [classes.causal_lm.__bases__[-1].__name__]
     layers = {old: new for new, old in enumerate(kept)}
@@ -182,7 +183,7 @@ def per_layer_form(model: nn.Module) -> Form:
     """`model` as an architecture whose config holds the sizes of every layer."""
     sizes = geometries(model)
     config = modeling.per_layer_config(model.config, sizes)
-    classes = modeling.FAMILIES[config.model_type.removeprefix(PRUNED_PREFIX)]
+    classes = modeling.family_classes(config.model_type.removeprefix(PRUNED_PREFIX))
     config.architectures = [classes.causal_lm.__name__]
     module = Path(CODE_FILE).stem
     autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
@@ -203,7 +204,7 @@ def rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Modu
     if family not in SUPPORTED:
         raise InputError(f"model type '{family}' is not supported here")
     config = sized_config(settings, state)
-    model_class = modeling.FAMILIES[family].causal_lm
+    model_class = modeling.family_classes(family).causal_lm
     weights = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
     with quiet_libraries():
         model, found = model_class.from_pretrained(
@@ -231,7 +232,9 @@ def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     Raises InputError when one layer has other query heads to a KV head than the rest: which of them
     share a KV head cannot be told then.
     """
-    config_class = modeling.FAMILIES[settings["model_type"].removeprefix(PRUNED_PREFIX)].config
+    config_class = modeling.family_classes(
+        settings["model_type"].removeprefix(PRUNED_PREFIX)
+    ).config
     sizes = _sizes_of(settings, state)
     attentions = {i: s for i, s in enumerate(sizes) if s.query_heads or s.kv_heads}
     usual = mode([s.query_heads / max(1, s.kv_heads) for s in attentions.values()] or [1])
@@ -250,14 +253,16 @@ def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
 def _stock_family(model: nn.Module, size: Geometry) -> str | None:
     """The stock architecture for layers of `size`; Mistral's for a Llama that Llama's refuses.
 
-    A Llama config must have heads that divide the hidden size. Mistral's need not, and computes
-    the same when there is no bias and no sliding window.
+    Some configs must have heads that divide the hidden size. Mistral's need not, and computes the
+    same as Llama's when there is no bias and no sliding window.
     """
     config = model.config
     family = config.model_type.removeprefix(PRUNED_PREFIX)
-    if family != "llama" or config.hidden_size % max(1, size.query_heads) == 0:
+    divides = config.hidden_size % max(1, size.query_heads) == 0
+    if divides or not modeling.STOCK[family].free_heads:
         return family
-    return None if config.attention_bias or config.mlp_bias else "mistral"
+    plain = family == "llama" and not (config.attention_bias or config.mlp_bias)
+    return "mistral" if plain else None
 
 
 def _state(model: nn.Module, layers: Mapping[int, int]) -> dict[str, Tensor]:

@@ -133,30 +133,67 @@ class Family:
         )
 
 
-LLAMA = Family(
-    "LlamaDecoderLayer",
+ATTENTION = Declaration(
+    "attention",
+    "self_attn",
+    norms=("input_layernorm",),
+    inputs=((QUERY, "queries"), (KEY, "head"), (VALUE, "head")),
+    output=(OUTPUT, "queries"),
+)
+MLP = Declaration(
+    "mlp",
+    "mlp",
+    norms=("post_attention_layernorm",),
+    inputs=((GATE, "channel"), (UP, "channel")),
+    output=(DOWN, "channel"),
+)
+LLAMA = Family("LlamaDecoderLayer", (ATTENTION, MLP))
+GEMMA3 = Family(
+    "Gemma3DecoderLayer",
     (
-        Declaration(
-            "attention",
-            "self_attn",
-            norms=("input_layernorm",),
-            inputs=((QUERY, "queries"), (KEY, "head"), (VALUE, "head")),
-            output=(OUTPUT, "queries"),
-        ),
-        Declaration(
-            "mlp",
-            "mlp",
+        replace(ATTENTION, norms=("input_layernorm", "post_attention_layernorm")),
+        replace(MLP, norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+    ),
+)
+OLMO2 = Family(
+    "Olmo2DecoderLayer",
+    (
+        replace(
+            ATTENTION,
             norms=("post_attention_layernorm",),
-            inputs=((GATE, "channel"), (UP, "channel")),
-            output=(DOWN, "channel"),
+            scales=(("self_attn.q_norm", "queries"), ("self_attn.k_norm", "head")),
         ),
+        replace(MLP, norms=("post_feedforward_layernorm",)),
+    ),
+)
+PHI3 = Family(
+    "Phi3DecoderLayer",
+    (
+        replace(
+            ATTENTION,
+            inputs=tuple(("self_attn.qkv_proj", width) for width in ("queries", "head", "head")),
+        ),
+        replace(MLP, inputs=(("mlp.gate_up_proj", "channel"),) * 2),
+    ),
+)
+STARCODER2 = Family(
+    "Starcoder2DecoderLayer",
+    (
+        ATTENTION,
+        replace(MLP, inputs=(("mlp.c_fc", "channel"),), output=("mlp.c_proj", "channel")),
     ),
 )
 FAMILIES = {
+    "gemma": replace(LLAMA, layer_class="GemmaDecoderLayer"),
+    "gemma3_text": GEMMA3,
     "llama": LLAMA,
     "mistral": replace(LLAMA, layer_class="MistralDecoderLayer"),
+    "olmo2": OLMO2,
+    "phi3": PHI3,
     "qwen2": replace(LLAMA, layer_class="Qwen2DecoderLayer"),
     "qwen3": replace(LLAMA, layer_class="Qwen3DecoderLayer"),
+    "smollm3": replace(LLAMA, layer_class="SmolLM3DecoderLayer"),
+    "starcoder2": STARCODER2,
 }
 """The families that can be pruned, by their ``config.model_type``."""
 SUPPORTED = FAMILIES.keys()

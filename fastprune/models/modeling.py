@@ -1,4 +1,4 @@
-"""Llama-family models whose decoder layers differ in size.
+"""Decoder-only models whose layers differ in size.
 
 This file is copied into every per-layer checkpoint, so it imports torch and transformers only. A
 config carries what differs from the global settings, as the per-layer configurations of
@@ -15,24 +15,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import (
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralModel,
-)
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
 from transformers.utils import logging
 
 
@@ -49,6 +40,8 @@ class Sizes(Protocol):
     def head_dim(self) -> int: ...
 
 
+PREFIX = "fastprune_"
+"""Of the `model_type` of per-layer models."""
 ATTENTION, MLP = "attention", "mlp"
 """What a layer can skip, by the names that transformers uses."""
 SUBLAYERS = {
@@ -106,16 +99,103 @@ class RemovedMLP(Removed):
         return hidden_states.new_zeros(())
 
 
-def remove_attention(layer: nn.Module) -> None:
-    """Take the attention out of `layer`, and the norm before it, which nothing reads then."""
-    layer.self_attn = RemovedAttention(layer.self_attn.layer_idx)
-    layer.input_layernorm = nn.Identity()
+@dataclass(frozen=True)
+class Stock:
+    """The classes of one model type in `transformers.models.MODULE`, by name, and its layers.
+
+    `norms` are those of a decoder layer that nothing reads without its attention, and without its
+    MLP. `own_sizes` says that the attention reads its heads off the config while it runs, and
+    `free_heads` that heads need not divide the hidden size although the stock config says so.
+    """
+
+    module: str
+    config: str
+    model: str
+    causal_lm: str
+    layer: str
+    norms: tuple[tuple[str, ...], tuple[str, ...]] = (
+        ("input_layernorm",),
+        ("post_attention_layernorm",),
+    )
+    own_sizes: bool = False
+    free_heads: bool = False
 
 
-def remove_mlp(layer: nn.Module) -> None:
-    """Take the MLP out of `layer`, and the norm before it, which nothing reads then."""
-    layer.mlp = RemovedMLP()
-    layer.post_attention_layernorm = nn.Identity()
+def _named(module: str, name: str, **more: Any) -> Stock:
+    """The classes of a model type that are named as most are."""
+    return Stock(
+        module,
+        config=f"{name}Config",
+        model=f"{name}Model",
+        causal_lm=f"{name}ForCausalLM",
+        layer=f"{name}DecoderLayer",
+        **more,
+    )
+
+
+POST_NORMS = ("post_attention_layernorm",), ("post_feedforward_layernorm",)
+FOUR_NORMS = (
+    ("input_layernorm", "post_attention_layernorm"),
+    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+STOCK: dict[str, Stock] = {
+    "gemma": _named("gemma", "Gemma"),
+    "gemma3_text": Stock(
+        "gemma3",
+        config="Gemma3TextConfig",
+        model="Gemma3TextModel",
+        causal_lm="Gemma3ForCausalLM",
+        layer="Gemma3DecoderLayer",
+        norms=FOUR_NORMS,
+        free_heads=True,
+    ),
+    "llama": _named("llama", "Llama", free_heads=True),
+    "mistral": _named("mistral", "Mistral"),
+    "olmo2": _named("olmo2", "Olmo2", norms=POST_NORMS),
+    "phi3": _named("phi3", "Phi3", own_sizes=True),
+    "qwen2": _named("qwen2", "Qwen2"),
+    "qwen3": _named("qwen3", "Qwen3"),
+    "smollm3": _named("smollm3", "SmolLM3"),
+    "starcoder2": _named("starcoder2", "Starcoder2"),
+}
+"""What per-layer models are made of, by the `model_type` of the stock model."""
+
+
+class OwnSizes:
+    """A model's config with the heads of one layer, for attention that reads them while it runs."""
+
+    def __init__(self, config: Any, sizes: Mapping[str, int]) -> None:
+        self.__dict__.update(sizes)
+        self.shared = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shared":  # a copy in the making has no attributes yet
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+def remove_sublayer(layer: nn.Module, sublayer: str, family: str) -> None:
+    """Take the attention or the MLP out of `layer`, and the norms around it."""
+    if sublayer == ATTENTION:
+        layer.self_attn = RemovedAttention(layer.self_attn.layer_idx)
+    else:
+        layer.mlp = RemovedMLP()
+    for name in STOCK[family].norms[sublayer == MLP]:
+        setattr(layer, name, nn.Identity())
+
+
+def settle_heads(attention: nn.Module, config: Any, heads: int, kv_heads: int) -> None:
+    """Tell `attention` of a model with `config` its own number of heads."""
+    attention.num_key_value_groups = heads // kv_heads
+    if hasattr(attention, "num_key_value_heads"):
+        attention.num_key_value_heads = kv_heads
+    if STOCK[_family(config)].own_sizes:
+        sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        attention.config = OwnSizes(config, sizes)
+
+
+def _family(config: Any) -> str:
+    return config.model_type.removeprefix(PREFIX)
 
 
 class PerLayerModel:
@@ -145,11 +225,13 @@ class PerLayerModel:
         layer = self.layer_class(own, index)
         # Sizes are in the weights now. The shared config is where a later choice of another
         # attention implementation is written, so that is the one to read from.
-        layer.self_attn.config = layer.mlp.config = config
-        if ATTENTION in skipped:
-            remove_attention(layer)
-        if MLP in skipped:
-            remove_mlp(layer)
+        for module in layer.modules():
+            if getattr(module, "config", None) is own:
+                module.config = config
+        heads = own.num_attention_heads, own.num_key_value_heads
+        settle_heads(layer.self_attn, config, *heads)
+        for sublayer in skipped:
+            remove_sublayer(layer, sublayer, _family(config))
         return layer
 
 
@@ -190,66 +272,6 @@ def with_skips(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return own | {"skip": sorted(skipped)} if skipped else own
 
 
-@strict  # collects the validators anew; without it the parent's would still run on saving
-class FastpruneLlamaConfig(PerLayerConfig, LlamaConfig):
-    model_type = "fastprune_llama"
-
-    def validate_architecture(self) -> None:
-        """Allow heads that do not divide the hidden size: the head size is explicit."""
-
-
-class FastpruneMistralConfig(PerLayerConfig, MistralConfig):
-    model_type = "fastprune_mistral"
-
-
-class FastpruneQwen2Config(PerLayerConfig, Qwen2Config):
-    model_type = "fastprune_qwen2"
-
-
-class FastpruneQwen3Config(PerLayerConfig, Qwen3Config):
-    model_type = "fastprune_qwen3"
-
-
-class FastpruneLlamaModel(PerLayerModel, LlamaModel):
-    config_class = FastpruneLlamaConfig
-    layer_class = LlamaDecoderLayer
-
-
-class FastpruneLlamaForCausalLM(PerLayerModel, LlamaForCausalLM):
-    config_class = FastpruneLlamaConfig
-    layer_class = LlamaDecoderLayer
-
-
-class FastpruneMistralModel(PerLayerModel, MistralModel):
-    config_class = FastpruneMistralConfig
-    layer_class = MistralDecoderLayer
-
-
-class FastpruneMistralForCausalLM(PerLayerModel, MistralForCausalLM):
-    config_class = FastpruneMistralConfig
-    layer_class = MistralDecoderLayer
-
-
-class FastpruneQwen2Model(PerLayerModel, Qwen2Model):
-    config_class = FastpruneQwen2Config
-    layer_class = Qwen2DecoderLayer
-
-
-class FastpruneQwen2ForCausalLM(PerLayerModel, Qwen2ForCausalLM):
-    config_class = FastpruneQwen2Config
-    layer_class = Qwen2DecoderLayer
-
-
-class FastpruneQwen3Model(PerLayerModel, Qwen3Model):
-    config_class = FastpruneQwen3Config
-    layer_class = Qwen3DecoderLayer
-
-
-class FastpruneQwen3ForCausalLM(PerLayerModel, Qwen3ForCausalLM):
-    config_class = FastpruneQwen3Config
-    layer_class = Qwen3DecoderLayer
-
-
 class Family(NamedTuple):
     """The classes of one model type; the last base class of each is the stock one."""
 
@@ -258,17 +280,51 @@ class Family(NamedTuple):
     causal_lm: type
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family(FastpruneLlamaConfig, FastpruneLlamaModel, FastpruneLlamaForCausalLM),
-    "mistral": Family(FastpruneMistralConfig, FastpruneMistralModel, FastpruneMistralForCausalLM),
-    "qwen2": Family(FastpruneQwen2Config, FastpruneQwen2Model, FastpruneQwen2ForCausalLM),
-    "qwen3": Family(FastpruneQwen3Config, FastpruneQwen3Model, FastpruneQwen3ForCausalLM),
-}
+def _no_check(self: Any) -> None:
+    """Allow heads that do not divide the hidden size: the head size is explicit."""
+
+
+@cache
+def family_classes(family: str) -> Family:
+    """The per-layer classes of the model type `family`; the stock ones are imported now.
+
+    Raises KeyError for a model type that has no per-layer form.
+    """
+    stock = STOCK[family]
+    package = f"transformers.models.{stock.module}"
+    modeling = import_module(f"{package}.modeling_{stock.module}")
+    parent = getattr(import_module(f"{package}.configuration_{stock.module}"), stock.config)
+    own: dict[str, Any] = {"model_type": PREFIX + family, "__module__": __name__}
+    if stock.free_heads:
+        own["validate_architecture"] = _no_check
+    config = type(f"Fastprune{stock.config}", (PerLayerConfig, parent), own)
+    # collects the validators anew; without it the parent's would still run on saving
+    config = strict(config) if stock.free_heads else config
+    layer = getattr(modeling, stock.layer)
+    model, causal_lm = (
+        type(
+            f"Fastprune{name}",
+            (PerLayerModel, getattr(modeling, name)),
+            {"config_class": config, "layer_class": layer, "__module__": __name__},
+        )
+        for name in (stock.model, stock.causal_lm)
+    )
+    return Family(config, model, causal_lm)
+
+
+def __getattr__(name: str) -> type:
+    """A per-layer class by its name, such as FastpruneLlamaModel, as `auto_map` asks for it."""
+    for family, stock in STOCK.items():
+        names = (f"Fastprune{part}" for part in (stock.config, stock.model, stock.causal_lm))
+        for place, known in enumerate(names):
+            if known == name:
+                return family_classes(family)[place]
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 def register() -> None:
     """Make AutoConfig, AutoModel and AutoModelForCausalLM know the per-layer model types."""
-    for family in FAMILIES.values():
+    for family in map(family_classes, STOCK):
         AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
         AutoModel.register(family.config, family.model, exist_ok=True)
         AutoModelForCausalLM.register(family.config, family.causal_lm, exist_ok=True)
@@ -281,7 +337,7 @@ def per_layer_config(config: Any, sizes: Sequence[Sizes]) -> Any:
     value, the dense model's, and is overridden layer by layer. Raises KeyError for a model type
     that has no per-layer form.
     """
-    family = config.model_type.removeprefix("fastprune_")
+    family = _family(config)
     settings = config.to_dict()
     for key in ("per_layer_config", "model_type", "architectures", "auto_map"):
         settings.pop(key, None)
@@ -303,7 +359,7 @@ def per_layer_config(config: Any, sizes: Sequence[Sizes]) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the library's own checks read global sizes, and it warns of it
     try:
-        result = FAMILIES[family].config(**settings, per_layer_config=fields)
+        result = family_classes(family).config(**settings, per_layer_config=fields)
     finally:
         logging.set_verbosity(level)
     result._attn_implementation = config._attn_implementation
@@ -317,17 +373,17 @@ def conform(model: nn.Module, sizes: Sequence[Sizes]) -> None:
     such sizes, with its config: it then trains, generates and saves like a model loaded from disk.
     """
     old, new = model.config, per_layer_config(model.config, sizes)
-    layers = model.model.layers
-    for layer, size in zip(layers, sizes, strict=True):
-        if not size.query_heads:
-            remove_attention(layer)
-        else:
-            layer.self_attn.num_key_value_groups = size.query_heads // size.kv_heads
-        if not size.channels:
-            remove_mlp(layer)
-        else:
-            layer.mlp.intermediate_size = size.channels
+    family = _family(new)
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = new
-    model.__class__ = FAMILIES[new.model_type.removeprefix("fastprune_")].causal_lm
+    for layer, size in zip(model.model.layers, sizes, strict=True):
+        if size.query_heads:
+            settle_heads(layer.self_attn, new, size.query_heads, size.kv_heads)
+        else:
+            remove_sublayer(layer, ATTENTION, family)
+        if not size.channels:
+            remove_sublayer(layer, MLP, family)
+        elif hasattr(layer.mlp, "intermediate_size"):
+            layer.mlp.intermediate_size = size.channels
+    model.__class__ = family_classes(family).causal_lm

@@ -1,0 +1,122 @@
+"""Every family goes through every command on a tiny random model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import EVERY_FAMILY, TEXT, tiny_checkpoint, tiny_model, token_ids
+from transformers import AutoModelForCausalLM
+
+from fastprune import cli
+from fastprune.models import modeling
+from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.families import FAMILIES, decoder_layers, geometries, sublayers
+from fastprune.models.load import load_model
+from fastprune.pruning.masking import mask
+from fastprune.pruning.plan import LayerPlan, Plan
+from fastprune.pruning.surgery import apply_plan
+
+IDS = token_ids(2, 24)
+SCALED = ("olmo2",)
+"""Families whose query and key norms run over all heads: they change with the heads that go."""
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def uneven(model: torch.nn.Module, *, groups: bool = True) -> Plan:
+    """A plan by which layers differ, and one loses its attention, another its MLP."""
+    kept = [((0, 2, 3), range(96)), ((1, 3), range(0, 96, 2)), ((), range(32)), ((0, 1, 2, 3), ())]
+    if not groups:
+        kept = [((0, 1, 2, 3) if heads else (), channels) for heads, channels in kept]
+    layers = (
+        LayerPlan(i, {"attention": heads, "mlp": tuple(channels)})
+        for i, (heads, channels) in enumerate(kept)
+    )
+    return Plan(tuple(geometries(model)), tuple(layers))
+
+
+def test_declarations_and_shipped_code_agree():
+    assert FAMILIES.keys() == modeling.STOCK.keys() == set(EVERY_FAMILY)
+    for name, family in FAMILIES.items():
+        assert modeling.STOCK[name].norms == tuple(s.norms for s in family.sublayers)
+        assert modeling.STOCK[name].layer == family.layer_class
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_every_parameter_of_a_layer_is_owned_shared_or_a_norm(family):
+    model = tiny_model(family)
+    layer = decoder_layers(model)[0]
+    owned = {name for s in sublayers(layer) for name in s.owned}
+    free = {name for name, _ in layer.named_parameters()} - owned
+    assert all("norm" in name or name.endswith("bias") for name in free), free
+    inside = sum(s.unit_cost(layer) * s.units for s in sublayers(layer))
+    assert inside == sum(layer.get_parameter(name).numel() for name in owned)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_surgery_computes_what_masking_does(family):
+    masked, cut = tiny_model(family), tiny_model(family)
+    plan = uneven(cut, groups=family not in SCALED)
+    mask(masked, plan, None)
+    apply_plan(cut, plan)
+    torch.testing.assert_close(logits(cut), logits(masked), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_norms_over_all_heads_are_cut_and_keep_their_scale(family):
+    dense, cut = tiny_model(family), tiny_model(family)
+    kept = tuple(LayerPlan(i, {"attention": (0, 1, 3), "mlp": tuple(range(96))}) for i in range(4))
+    apply_plan(cut, Plan(tuple(geometries(cut)), kept))
+    attention = cut.model.layers[0].self_attn
+    assert len(attention.q_norm.weight) == 6 * 16 and len(attention.k_norm.weight) == 3 * 16
+    x = torch.randn(200, 64)
+    before, after = (m.model.layers[0].self_attn for m in (dense, cut))
+    heads = torch.cat([torch.arange(0, 64), torch.arange(96, 128)])
+    ratio = after.q_norm(after.q_proj(x)) / before.q_norm(before.q_proj(x))[:, heads]
+    assert abs(ratio.median().item() - 1) < 0.1
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("alike", [True, False], ids=["uniform", "per-layer"])
+def test_a_cut_model_is_read_again_by_transformers(family, alike, tmp_path):
+    model = tiny_model(family)
+    same = (LayerPlan(i, {"attention": (0, 2), "mlp": tuple(range(64))}) for i in range(4))
+    plan = Plan(tuple(geometries(model)), tuple(same)) if alike else uneven(model)
+    apply_plan(model, plan)
+    save_checkpoint(model, None, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert ("fastprune" in type(again).__name__.lower()) is not alike
+    torch.testing.assert_close(logits(again), logits(model))
+    cached = again.generate(IDS, max_new_tokens=6, do_sample=False)
+    plain = again.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_every_command_takes_the_family(family, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    # AutoTokenizer gives Qwen2 a token of its own beside those of the tiny tokenizer
+    dense = tiny_checkpoint(tmp_path / "dense", family, vocab_size=304)
+    small, adapter, merged, full = (str(tmp_path / n) for n in ("small", "lora", "merged", "full"))
+    measured = ["--eval", str(text), "--eval-seq-len", "32", "--eval-windows", "2", "--quiet"]
+    learnt = ["--data", str(text), "--seq-len", "32", "--batch-size", "2", "--max-steps", "2"]
+    windows = ["--calib", str(text), "--calib-samples", "16", "--calib-seq-len", "32"]
+
+    def run(*words: str) -> None:
+        assert cli.main([*words, "--device", "cpu"]) == 0
+
+    run("prune", str(dense), "--out", small, "--ratio", "0.3", *windows, *measured, "--keep-worse",
+        "--structures", "attention,mlp,sublayer", "--allocation", "search")  # fmt: skip
+    run("finetune", small, "--out", adapter, "--method", "lora", *learnt, *measured)
+    run("merge", small, "--adapter", adapter, "--out", merged, "--quiet")
+    run("finetune", small, "--out", full, *learnt, *measured)
+    run("diagnose", merged, "--dense", str(dense), "--text", str(text), "--quiet")
+    streamed = str(tmp_path / "streamed")
+    run("prune", str(dense), "--out", streamed, "--ratio", "0.2", *windows, *measured, "--stream",
+        "--keep-worse", "--structures", "attention,mlp", "--align", "1")  # fmt: skip
+    model, _ = load_model(streamed)
+    assert torch.isfinite(logits(model)).all()
