@@ -120,6 +120,11 @@ class Family:
     norm: str = "model.norm"
     head: str = "lm_head"
 
+    @property
+    def decoder(self) -> str:
+        """The path of the module that runs the layers."""
+        return self.layers.rpartition(".")[0]
+
     def geometry(self, shape: Callable[[str], tuple[int, int]], head_dim: int) -> Geometry:
         """Sizes of a layer by the shapes of its modules, as for `Declaration.entries`."""
         found: dict[str, int] = {}
@@ -313,8 +318,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
     Those of a family that is not supported are looked for where Llama has them.
     """
-    name = model.config.model_type.removeprefix(PRUNED_PREFIX)
-    return model.get_submodule(FAMILIES.get(name, LLAMA).layers)
+    return model.get_submodule(declared(model).layers)
+
+
+def declared(model: nn.Module) -> Family:
+    """The declaration of ``model``; Llama's for a family that is not supported."""
+    return FAMILIES.get(model.config.model_type.removeprefix(PRUNED_PREFIX), LLAMA)
 
 
 def geometry(layer: nn.Module) -> Geometry:

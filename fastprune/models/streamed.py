@@ -18,7 +18,7 @@ from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
 from fastprune.models.families import family_of_config
-from fastprune.models.layers import NORM, FetchedLayers
+from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
@@ -57,10 +57,11 @@ class StreamedModel(FetchedLayers):
             config.tie_word_embeddings = False
         super().__init__(self._fitting(config), resolve_device(device))
         _read_generation_config(self.model, folder)
-        rotary = self.model.model.rotary_emb
-        self.model.model.rotary_emb = type(rotary)(config=self.model.config).to(self.device)
-        norm = {"weight": self.read(f"{NORM}.weight")}
-        self.model.get_submodule(NORM).load_state_dict(norm, assign=True)
+        _fill_buffers(self.model, self.device)
+        norm = {
+            name: self.read(f"{self.family.norm}.{name}") for name in self.final_norm.state_dict()
+        }
+        self.final_norm.load_state_dict(norm, assign=True)
 
     def fetch(self, name: str) -> Tensor:
         if name == HEAD and self.model.config.tie_word_embeddings:
@@ -112,6 +113,17 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     use_attention(model)
     return model
+
+
+def _fill_buffers(model: nn.Module, device: torch.device) -> None:
+    """Give the buffers of ``model``, which is on the meta device, their values on ``device``.
+
+    They are rotary frequencies and factors of embeddings, which follow from the config.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    model.init_weights()  # weights are on the meta device, where this does nothing
 
 
 def _own_dtype(config: Any, shards: ShardReader) -> torch.dtype:

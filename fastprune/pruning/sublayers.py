@@ -19,11 +19,12 @@ from fastprune.pruning.sensitivity import summed_loss
 
 
 def without(layer: nn.Module, sublayer: Sublayer) -> AbstractContextManager[None]:
-    """``layer`` runs without its ``sublayer`` inside the block."""
+    """``layer`` runs without its ``sublayer``, and the norms around it, inside the block."""
     module = layer.get_submodule(sublayer.module)
     attends = sublayer.kind == "attention"
     stand_in = RemovedAttention(module.layer_idx) if attends else RemovedMLP()
-    return replaced(layer, **{sublayer.module: stand_in})
+    norms = {name: nn.Identity() for name in sublayer.norms}
+    return replaced(layer, **{sublayer.module: stand_in}, **norms)
 
 
 @torch.no_grad()

@@ -55,6 +55,8 @@ FUSED = Family(
         ),
     ),
     layers="decoder.blocks",
+    embeddings="decoder.embed_tokens",
+    norm="decoder.norm",
 )
 """All projections fused, norms behind the sublayers, and norms over all heads."""
 SHAPE = Geometry(GROUPS * QUERIES, GROUPS, CHANNELS, HEAD)
@@ -120,12 +122,13 @@ class FusedDecoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCABULARY, HIDDEN)
         self.blocks = nn.ModuleList(FusedLayer() for _ in range(3))
+        self.norm = nn.RMSNorm(HIDDEN)
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
         hidden = self.embed_tokens(input_ids)
         for block in self.blocks:
             hidden = block(hidden)
-        return SimpleNamespace(last_hidden_state=hidden)
+        return SimpleNamespace(last_hidden_state=self.norm(hidden))
 
 
 class FusedModel(nn.Module):
