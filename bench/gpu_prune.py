@@ -20,7 +20,7 @@ from fastprune.models.families import block_parameters
 from fastprune.pruning.budget import Budget
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.effort import decided
-from fastprune.pruning.planning import make_plan
+from fastprune.pruning.planning import Request, make_plan
 from fastprune.pruning.surgery import apply_plan
 from fastprune.report.run import Clock
 
@@ -63,7 +63,7 @@ def main() -> int:
     config = PruneConfig(ratio=RATIO, importance="taylor-first", align=1, layers="all", **plain)
     config = decided(config, model, RATIO)
     budget = Budget("ratio", RATIO, round(RATIO * before))
-    plan = make_plan(model, windows, budget, config, clock).plan
+    plan = make_plan(Request(model, windows, budget, config), clock).plan
     with clock("surgery"):
         apply_plan(model, plan)
         torch.cuda.synchronize()

@@ -14,6 +14,7 @@ from pathlib import Path
 import precise  # noqa: F401
 import torch
 from calibrated import calibrated
+from counting import keeping
 from tiny import tiny_model, token_ids
 
 from fastprune import cli, distributed
@@ -23,7 +24,7 @@ from fastprune.pruning.budget import layer_size
 from fastprune.pruning.compensation import compensate
 from fastprune.pruning.curves import Search, measure_curves
 from fastprune.pruning.importance import score
-from fastprune.pruning.plan import LayerPlan, Plan
+from fastprune.pruning.plan import Plan
 from fastprune.pruning.sensitivity import removal
 
 METHODS = ("taylor-first", "taylor-vector", "activation-maw", "obs")
@@ -77,7 +78,7 @@ def half(model: torch.nn.Module) -> Plan:
     """Half of every sublayer."""
     sizes = tuple(geometries(model))
     groups, channels = range(0, sizes[0].kv_heads, 2), range(0, sizes[0].channels, 2)
-    return Plan(sizes, tuple(LayerPlan(i, (*groups,), (*channels,)) for i in range(len(sizes))))
+    return Plan(sizes, tuple(keeping(i, (*groups,), (*channels,)) for i in range(len(sizes))))
 
 
 def main(checkpoint: Path, text: Path, folder: Path) -> int:

@@ -105,7 +105,7 @@ def _grown(index: int, size: Geometry, block: int, pad: bool) -> Geometry:
     """`size` with widths that are multiples of `block`. Raises InputError unless `pad`."""
     groups = _groups(size, size.kv_heads, block)
     channels = -(-size.channels // block) * block
-    found = replace(_with_groups(size, groups), channels=channels)
+    found = size.keeping({"attention": groups, "mlp": channels})
     if found == size or pad:
         return found
     what, advice = (
@@ -126,7 +126,7 @@ def _filled(sizes: dict[int, Geometry], block: int) -> dict[int, Geometry]:
     found: dict[int, Geometry] = {}
     for index, size in sizes.items():
         if not found and not size.query_heads:
-            size = replace(_with_groups(usual, groups), channels=size.channels)
+            size = usual.keeping({"attention": groups, "mlp": size.channels})
         if not size.channels:
             size = replace(size, channels=max(SMALLEST, block))
         found[index] = size
@@ -138,10 +138,6 @@ def _groups(size: Geometry, least: int, block: int) -> int:
     while least * size.queries_per_kv * size.head_dim % block:
         least += 1
     return least
-
-
-def _with_groups(size: Geometry, groups: int) -> Geometry:
-    return replace(size, query_heads=groups * size.queries_per_kv, kv_heads=groups)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -22,13 +23,21 @@ from torch import Tensor, nn
 from fastprune.errors import InputError
 from fastprune.models import modeling
 from fastprune.models.checks import complaint
-from fastprune.models.families import PRUNED_PREFIX, SUPPORTED, Geometry, geometries
+from fastprune.models.families import (
+    FAMILIES,
+    LLAMA,
+    PRUNED_PREFIX,
+    SUPPORTED,
+    Geometry,
+    geometries,
+)
 from fastprune.models.portable import add_older_keys, write_generation_config
 from fastprune.models.quiet import quiet_libraries
 
 CODE_FILE = "modeling_fastprune.py"
-LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.*)")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+LAYER_KEY = re.compile(rf"{re.escape(LLAMA.layers)}\.(\d+)\.(.*)")
+HEAD, EMBEDDING = f"{LLAMA.head}.weight", f"{LLAMA.embeddings}.weight"
+"""Names of the weights that checkpoints of every family in `modeling.FAMILIES` share."""
 
 log = logging.getLogger("fastprune")
 
@@ -256,7 +265,7 @@ def _state(model: nn.Module, layers: Mapping[int, int]) -> dict[str, Tensor]:
     state = {}
     for name, tensor in model.state_dict().items():
         if match := LAYER_KEY.fullmatch(name):
-            name = f"model.layers.{layers[int(match[1])]}.{match[2]}"
+            name = f"{LLAMA.layers}.{layers[int(match[1])]}.{match[2]}"
         state[name] = tensor.contiguous()
     if model.config.tie_word_embeddings:
         state.pop(HEAD, None)
@@ -278,17 +287,10 @@ def _sizes_of(settings: Mapping[str, Any], state: Mapping[str, Any]) -> list[Geo
     head_dim = settings.get("head_dim") or (
         settings["hidden_size"] // settings["num_attention_heads"]
     )
+    family = FAMILIES[settings["model_type"].removeprefix(PRUNED_PREFIX)]
 
-    def rows(index: int, name: str) -> int:
-        weight = state.get(f"model.layers.{index}.{name}.weight")
-        return 0 if weight is None else weight.shape[0]
+    def shape(index: int, path: str) -> tuple[int, int]:
+        weight = state.get(f"{family.layers}.{index}.{path}.weight")
+        return (0, 0) if weight is None else (weight.shape[0], weight.shape[-1])
 
-    return [
-        Geometry(
-            query_heads=rows(index, "self_attn.q_proj") // head_dim,
-            kv_heads=rows(index, "self_attn.k_proj") // head_dim,
-            channels=rows(index, "mlp.gate_proj"),
-            head_dim=head_dim,
-        )
-        for index in range(count)
-    ]
+    return [family.geometry(partial(shape, index), head_dim) for index in range(count)]

@@ -1,27 +1,35 @@
-"""What a KV group and a channel are in each model family.
+"""What the decoder layers of each model family are made of.
 
-A family is a table: which parameters of a decoder layer belong to the attention
-and which to the MLP, along which dimension a unit lies in them, and how many
-rows or columns one unit takes. Everything that scores, cuts, or compensates
-reads this table; nothing else in the package knows a parameter's name.
+A family is a declaration: which modules of a decoder layer are a sublayer, what each of its units
+owns of them, and where the rest of the model lies. Everything that scores, cuts, or compensates
+loops over `sublayers`; nothing else in the package knows a parameter's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastprune.errors import InputError
-
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-"""``config.model_type`` of the families that can be pruned."""
 
 PRUNED_PREFIX = "fastprune_"
 """Per-layer checkpoints carry ``fastprune_<family>`` as their ``model_type``."""
 
+UNITS = {"attention": "KV groups", "mlp": "channels"}
+"""Kinds of sublayers, in the order in which a layer runs them, and what their units are called."""
+KINDS = tuple(UNITS)
+COARSE, FINEST = KINDS[:-1], KINDS[-1]
+"""The finest units are a row or a column wide and cost the fewest parameters: they fill up what is
+left of a budget once the coarse ones are apportioned, and they are what an alignment counts."""
+
+Width = Literal["queries", "head", "channel"]
+"""Entries that one unit owns: of the query heads of a KV group, of one head, or a single one."""
+Part = tuple[str, Width]
+"""The path of a module in its decoder layer, and what one unit owns of it."""
 
 QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{n}_proj" for n in "qkvo")
 GATE, UP, DOWN = (f"mlp.{n}_proj" for n in ("gate", "up", "down"))
@@ -42,23 +50,208 @@ class Geometry:
         """Query heads that share one KV head (0 when the attention is removed)."""
         return self.query_heads // self.kv_heads if self.kv_heads else 0
 
+    @property
+    def units(self) -> dict[str, int]:
+        """Units of each kind of sublayer."""
+        return {"attention": self.kv_heads, "mlp": self.channels}
+
+    def keeping(self, units: Mapping[str, int]) -> Geometry:
+        """These sizes with so many ``units`` of the kinds that it names."""
+        kept = {**self.units, **units}
+        groups = kept["attention"]
+        return replace(
+            self,
+            query_heads=groups * self.queries_per_kv,
+            kv_heads=groups,
+            channels=kept["mlp"],
+        )
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """Where one kind of sublayer lies in a decoder layer of a family.
+
+    ``module`` computes it, between the ``norms`` before and behind it. A unit owns rows of the
+    linear modules ``inputs`` and columns of ``output``. Inputs that name one module lie in it one
+    behind the other, as in a fused projection. ``scales`` are norms over all heads, of which a unit
+    owns its heads' entries; those that all heads share stay whole and are not declared.
+    """
+
+    kind: str
+    module: str
+    norms: tuple[str, ...]
+    inputs: tuple[Part, ...]
+    output: Part
+    scales: tuple[Part, ...] = ()
+
+    def entries(self, shape: Callable[[str], tuple[int, int]]) -> dict[str, int]:
+        """Entries that all units together own, by width.
+
+        ``shape`` gives rows and columns of a module by its path, and (0, 0) for one that is not
+        there.
+        """
+        path, width = self.output
+        parts = Counter(path for path, _ in self.inputs)
+        found: dict[str, int] = {}
+        for own, what in self.inputs:
+            if parts[own] == 1:
+                found.setdefault(what, shape(own)[0])
+        found[width] = found.get(width) or shape(path)[1]
+        for own in (own for own, count in parts.items() if count > 1):
+            shared = [what for path, what in self.inputs if path == own]
+            rest = [what for what in shared if what not in found]
+            known = sum(found[what] for what in shared if what in found)
+            found |= {what: (shape(own)[0] - known) // len(rest) for what in rest}
+        return found
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its sublayers, and where the parts of a causal language model lie.
+
+    ``layer_class`` is the name of the class of its decoder layers. The paths are those of modules:
+    the list of decoder layers, the embeddings, the final norm, and the head.
+    """
+
+    layer_class: str
+    sublayers: tuple[Declaration, ...]
+    layers: str = "model.layers"
+    embeddings: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+
+    def geometry(self, shape: Callable[[str], tuple[int, int]], head_dim: int) -> Geometry:
+        """Sizes of a layer by the shapes of its modules, as for `Declaration.entries`."""
+        found: dict[str, int] = {}
+        for declared in self.sublayers:
+            found |= declared.entries(shape)
+        return Geometry(
+            query_heads=found["queries"] // head_dim if head_dim else 0,
+            kv_heads=found["head"] // head_dim if head_dim else 0,
+            channels=found["channel"],
+            head_dim=head_dim,
+        )
+
+
+LLAMA = Family(
+    "LlamaDecoderLayer",
+    (
+        Declaration(
+            "attention",
+            "self_attn",
+            norms=("input_layernorm",),
+            inputs=((QUERY, "queries"), (KEY, "head"), (VALUE, "head")),
+            output=(OUTPUT, "queries"),
+        ),
+        Declaration(
+            "mlp",
+            "mlp",
+            norms=("post_attention_layernorm",),
+            inputs=((GATE, "channel"), (UP, "channel")),
+            output=(DOWN, "channel"),
+        ),
+    ),
+)
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": replace(LLAMA, layer_class="MistralDecoderLayer"),
+    "qwen2": replace(LLAMA, layer_class="Qwen2DecoderLayer"),
+    "qwen3": replace(LLAMA, layer_class="Qwen3DecoderLayer"),
+}
+"""The families that can be pruned, by their ``config.model_type``."""
+SUPPORTED = FAMILIES.keys()
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Make models whose config has ``model_type`` known: they can be scored, planned and cut.
+
+    What loads, saves and trains a model whose layers differ in size are the classes of its family
+    in `fastprune.models.modeling`. Raises ValueError when the type is known already, or when
+    ``family`` does not declare exactly the `KINDS` of sublayers.
+    """
+    if model_type in FAMILIES:
+        raise ValueError(f"the family '{model_type}' is registered already")
+    if (kinds := tuple(s.kind for s in family.sublayers)) != KINDS:
+        raise ValueError(f"a family declares the sublayers {KINDS}, in this order, not {kinds}")
+    FAMILIES[model_type] = family
+
 
 @dataclass(frozen=True)
 class Slice:
     """How the units of a sublayer lie in one parameter.
 
-    ``dim`` is the dimension that units index; unit ``u`` owns the entries
-    ``u * width`` to ``(u + 1) * width`` of it.
+    ``dim`` is the dimension that units index; unit ``u`` owns the entries ``offset + u * width`` to
+    ``offset + (u + 1) * width`` of it.
     """
 
     module: str
     parameter: str
     dim: int
     width: int
+    offset: int
+    units: int
 
     @property
     def name(self) -> str:
         return f"{self.module}.{self.parameter}"
+
+    @property
+    def span(self) -> slice:
+        """The entries along ``dim`` that units own."""
+        return slice(self.offset, self.offset + self.units * self.width)
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        """Of ``values``, one for each entry along ``dim``, those of the units (units, width)."""
+        return values[self.span].view(self.units, self.width)
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A sublayer of one decoder layer: its units, and where they lie in its parameters.
+
+    ``inputs`` are the slices whose rows make the units, ``output`` the columns through which they
+    reach the hidden states, ``scales`` those of norms over all heads. ``norms`` are the modules
+    that nothing reads without the sublayer.
+    """
+
+    kind: str
+    module: str
+    norms: tuple[str, ...]
+    inputs: tuple[Slice, ...]
+    output: Slice
+    units: int
+    scales: tuple[Slice, ...] = ()
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """The slices of linear modules, by which units are scored; the output last."""
+        return (*self.inputs, self.output)
+
+    @property
+    def owned(self) -> dict[str, list[Slice]]:
+        """All slices by the parameter they lie in, which is cut once with all of its own."""
+        found: dict[str, list[Slice]] = {}
+        for s in (*self.inputs, *self.scales, self.output):
+            found.setdefault(s.name, []).append(s)
+        return found
+
+    def linear(self, layer: nn.Module) -> nn.Linear:
+        """The linear module of ``layer`` whose columns ``output`` describes."""
+        return layer.get_submodule(self.output.module)
+
+    def unit_cost(self, layer: nn.Module) -> int:
+        """Parameters of ``layer`` that one unit owns."""
+        total = 0
+        for name, slices in self.owned.items():
+            parameter = layer.get_parameter(name)
+            width = sum(s.width for s in slices)
+            total += width * parameter.numel() // parameter.shape[slices[0].dim]
+        return total
+
+    def parameters(self, layer: nn.Module) -> int:
+        """Parameters that leave ``layer`` with the whole sublayer, its norms included."""
+        modules = (layer.get_submodule(name) for name in (self.module, *self.norms))
+        return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def family_of(model: nn.Module) -> str:
@@ -79,21 +272,31 @@ def family_of_config(config: Any) -> str:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order."""
-    return model.model.layers
+    """The decoder layers of a causal language model, in order.
+
+    Those of a family that is not supported are looked for where Llama has them.
+    """
+    name = model.config.model_type.removeprefix(PRUNED_PREFIX)
+    return model.get_submodule(FAMILIES.get(name, LLAMA).layers)
 
 
 def geometry(layer: nn.Module) -> Geometry:
-    """Read the sizes of ``layer`` off its weights, so that they are never stale."""
-    attention, mlp = layer.self_attn, layer.mlp
-    head_dim = getattr(attention, "head_dim", 0)
-    has_attention, has_mlp = hasattr(attention, "q_proj"), hasattr(mlp, "down_proj")
-    return Geometry(
-        query_heads=attention.q_proj.out_features // head_dim if has_attention else 0,
-        kv_heads=attention.k_proj.out_features // head_dim if has_attention else 0,
-        channels=mlp.down_proj.in_features if has_mlp else 0,
-        head_dim=head_dim,
-    )
+    """Read the sizes of ``layer`` off its weights, so that they are never stale.
+
+    A layer of a family that is not supported is read by the names of Llama.
+    """
+
+    def shape(path: str) -> tuple[int, int]:
+        try:
+            linear = layer.get_submodule(path)
+        except AttributeError:  # the sublayer is removed
+            return 0, 0
+        return linear.out_features, linear.in_features
+
+    family = _declared(layer)
+    attention = layer.get_submodule(family.sublayers[0].module)
+    found = family.geometry(shape, getattr(attention, "head_dim", 0))
+    return found if found.kv_heads else replace(found, query_heads=0)
 
 
 def geometries(model: nn.Module) -> list[Geometry]:
@@ -102,106 +305,68 @@ def geometries(model: nn.Module) -> list[Geometry]:
     return [geometry(layer) for layer in decoder_layers(model)]
 
 
-@dataclass(frozen=True)
-class Sublayer:
-    """A sublayer of one decoder layer: its units, and where they lie in its parameters.
-
-    ``inputs`` are the slices whose rows make the units, ``output`` the columns through which they
-    reach the hidden states; ``norms`` are the modules that nothing reads without the sublayer.
-    """
-
-    kind: str
-    module: str
-    norms: tuple[str, ...]
-    inputs: tuple[Slice, ...]
-    output: Slice
-    units: int
-
-    @property
-    def slices(self) -> tuple[Slice, ...]:
-        """Every slice, the output last."""
-        return (*self.inputs, self.output)
-
-    def linear(self, layer: nn.Module) -> nn.Linear:
-        """The linear module of ``layer`` whose columns ``output`` describes."""
-        return layer.get_submodule(self.output.module)
-
-
-KINDS = ("attention", "mlp")
-"""Kinds of sublayers, in the order in which a layer runs them."""
-
-
 def sublayers(layer: nn.Module) -> list[Sublayer]:
     """The sublayers that ``layer`` has, in the order in which it runs them.
 
     Query head h is served by KV head ``h // queries_per_kv``, so the query rows of one KV group
-    are contiguous. Per-head norms (Qwen3) are shared by all heads and stay whole.
+    are contiguous.
     """
-    g = geometry(layer)
+    sizes = geometry(layer)
+    head = sizes.head_dim
+    widths = {"queries": sizes.queries_per_kv * head, "head": head, "channel": 1}
     found = []
-    if g.kv_heads:
-        query = g.queries_per_kv * g.head_dim
-        rows = {"q_proj": query, "k_proj": g.head_dim, "v_proj": g.head_dim}
-        inputs = _rows(layer, "self_attn", rows)
-        output = Slice("self_attn.o_proj", "weight", 1, query)
-        norms = ("input_layernorm",)
-        found.append(Sublayer("attention", "self_attn", norms, inputs, output, g.kv_heads))
-    if g.channels:
-        inputs = _rows(layer, "mlp", {"gate_proj": 1, "up_proj": 1})
-        output = Slice("mlp.down_proj", "weight", 1, 1)
-        norms = ("post_attention_layernorm",)
-        found.append(Sublayer("mlp", "mlp", norms, inputs, output, g.channels))
+    for declared in _declared(layer).sublayers:
+        if units := sizes.units[declared.kind]:
+            path, width = declared.output
+            found.append(
+                Sublayer(
+                    declared.kind,
+                    declared.module,
+                    declared.norms,
+                    tuple(_rows(layer, declared.inputs, widths, units)),
+                    Slice(path, "weight", 1, widths[width], 0, units),
+                    units,
+                    tuple(_rows(layer, declared.scales, widths, units)),
+                )
+            )
     return found
 
 
-def _rows(layer: nn.Module, parent: str, widths: Mapping[str, int]) -> tuple[Slice, ...]:
-    """Slices of the weights, and biases, of linear modules in ``parent`` by rows a unit."""
-    return tuple(
-        Slice(f"{parent}.{name}", parameter, 0, width)
-        for name, width in widths.items()
-        for parameter in ("weight", "bias")
-        if getattr(layer.get_submodule(f"{parent}.{name}"), parameter) is not None
-    )
+def _declared(layer: nn.Module) -> Family:
+    """The family of ``layer``, by its class or those that this is derived from, as FSDP does."""
+    classes = {c.__name__ for c in type(layer).__mro__}
+    return next((f for f in FAMILIES.values() if f.layer_class in classes), LLAMA)
+
+
+def _rows(
+    layer: nn.Module, parts: Iterable[Part], widths: Mapping[str, int], units: int
+) -> list[Slice]:
+    """Slices of the weights, and biases, of ``parts``; those of one module behind one another."""
+    found: list[Slice] = []
+    ends: Counter[str] = Counter()
+    for path, what in parts:
+        module = layer.get_submodule(path)
+        found += [
+            Slice(path, parameter, 0, widths[what], ends[path], units)
+            for parameter in ("weight", "bias")
+            if getattr(module, parameter, None) is not None
+        ]
+        ends[path] += units * widths[what]
+    return found
 
 
 def attention_slices(layer: nn.Module) -> list[Slice]:
-    """The parameters that a KV group owns a part of: q, k, v rows and o columns."""
+    """The slices of the attention of ``layer``, the output last; none where it is removed."""
     return [
         s for sublayer in sublayers(layer) if sublayer.kind == "attention" for s in sublayer.slices
     ]
 
 
 def mlp_slices(layer: nn.Module) -> list[Slice]:
-    """The parameters that a channel owns a part of: gate, up rows and down column."""
+    """The slices of the MLP of ``layer``, the output last; none where it is removed."""
     return [s for sublayer in sublayers(layer) if sublayer.kind == "mlp" for s in sublayer.slices]
 
 
 def block_parameters(model: nn.Module) -> int:
     """Number of parameters inside the decoder layers."""
     return sum(p.numel() for p in decoder_layers(model).parameters())
-
-
-def unit_cost(layer: nn.Module, slices: Sequence[Slice]) -> int:
-    """Parameters that one unit described by ``slices`` owns in ``layer``."""
-    total = 0
-    for s in slices:
-        parameter = layer.get_parameter(s.name)
-        total += s.width * parameter.numel() // parameter.shape[s.dim]
-    return total
-
-
-def sublayer_costs(layer: nn.Module) -> tuple[int, int]:
-    """Parameters that leave ``layer`` with its whole attention and with its whole MLP.
-
-    They include the norm before the sublayer, which nothing reads without it. A sublayer that is
-    gone already costs 0.
-    """
-    g = geometry(layer)
-    attention, mlp = (
-        sum(p.numel() for module in modules for p in module.parameters())
-        for modules in (
-            (layer.self_attn, layer.input_layernorm),
-            (layer.mlp, layer.post_attention_layernorm),
-        )
-    )
-    return attention if g.kv_heads else 0, mlp if g.channels else 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import LAYER_KEY, rebuild
-from fastprune.models.families import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE
+from fastprune.models.families import DOWN, GATE, KEY, LLAMA, OUTPUT, QUERY, UP, VALUE
 from fastprune.models.gguf import (
     DECI,
     FACTORS,
@@ -109,18 +109,15 @@ def _state(header: Header) -> dict[str, Tensor]:
 
 def _without_zeros(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` without the sublayers whose result is always zero, and the norms before them."""
+    outputs = {f"{sublayer.output[0]}.weight": sublayer for sublayer in LLAMA.sublayers}
     gone = set()
     for name, weight in state.items():
         match = LAYER_KEY.fullmatch(name)
-        if match is None or match[2] not in (f"{OUTPUT}.weight", f"{DOWN}.weight"):
+        sublayer = outputs.get(match[2]) if match else None
+        if match is None or sublayer is None:
             continue
         bias = state.get(name.replace(".weight", ".bias"))
         if not weight.any() and (bias is None or not bias.any()):
-            attention = match[2].startswith(OUTPUT)
-            inner = (
-                ("self_attn.", "input_layernorm.")
-                if attention
-                else ("mlp.", "post_attention_layernorm.")
-            )
-            gone |= {f"model.layers.{match[1]}.{part}" for part in inner}
+            modules = (sublayer.module, *sublayer.norms)
+            gone |= {f"{LLAMA.layers}.{match[1]}.{module}." for module in modules}
     return {name: weight for name, weight in state.items() if not name.startswith(tuple(gone))}

@@ -1,4 +1,4 @@
-"""How a budget is spread over the layers: units to remove per sublayer.
+"""How a budget is allocated to the layers: units to remove per sublayer.
 
 Counts only, no weights and no scores' tensors, so everything here runs in
 milliseconds. Formulas: the allocation section of docs/numerics.md.
@@ -7,16 +7,16 @@ milliseconds. Formulas: the allocation section of docs/numerics.md.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fastprune.errors import InputError
+from fastprune.models.families import COARSE, FINEST
 from fastprune.pruning.sizes import (
-    MIN_KEPT,
     LayerSize,
     Limits,
     Removal,
-    channel_counts,
     check_reachable,
     half_unit,
     merged,
@@ -27,7 +27,7 @@ from fastprune.pruning.sizes import (
 )
 
 ROUNDING = 1e-9
-"""By so much of a unit a computed rate may miss the whole number that it stands for."""
+"""By so much of a unit a computed rate may miss the integer that it stands for."""
 
 
 def layer_weights(sensitivity: Sequence[float], rule: str, alpha: float) -> list[float]:
@@ -50,29 +50,25 @@ def allocate(
     limits: Limits,
     order: Sequence[float] | None = None,
 ) -> list[Removal]:
-    """Spread ``target`` parameters over the layers in proportion to ``weights``.
+    """Allocate ``target`` parameters to the layers in proportion to ``weights``.
 
-    A layer's rate is its weight times a common scale, held within ``limits``. KV groups are
-    coarse, so they are apportioned first; channels then fill each layer up to its rate, which
-    brings the total within half a unit of the target. ``order`` breaks ties between layers for
-    the coarse part (lower goes first). Raises InputError with the reachable range when the
-    limits rule the target out.
+    A layer's rate is its weight times a common scale, held within ``limits``. Units of the coarse
+    kinds are apportioned first; the finest then fill each layer up to its rate, which brings the
+    total within half a unit of the target. ``order`` breaks ties between layers for the coarse part
+    (lower goes first). Raises InputError with the reachable range when the limits rule the target
+    out.
     """
     check_reachable(sizes, target, limits)
     rates = _rates(sizes, weights, target, limits)
     order = order if order is not None else range(len(sizes))
-    wanted = [r * s.groups for r, s in zip(rates, sizes)]
     best: tuple[float, list[Removal]] | None = None
-    for low, high in _group_bounds(sizes, limits):
-        middle = _round(sum(wanted))
-        for total in sorted(range(sum(low), sum(high) + 1), key=lambda n: (abs(n - middle), n)):
-            groups = _apportion(wanted, low, high, total, order)
-            removals = _fill_with_channels(sizes, rates, groups, target, limits)
-            error = abs(removed_parameters(sizes, removals) - target)
-            if error <= half_unit(sizes, limits):
-                return removals
-            if best is None or error < best[0]:
-                best = (error, removals)
+    for coarse in _apportioned(sizes, rates, limits, order):
+        removals = _filled_up(sizes, rates, coarse, target, limits)
+        error = abs(removed_parameters(sizes, removals) - target)
+        if error <= half_unit(sizes, limits):
+            return removals
+        if best is None or error < best[0]:
+            best = (error, removals)
     assert best is not None
     return best[1]
 
@@ -81,22 +77,28 @@ def allocate_same(
     sizes: Sequence[LayerSize],
     target: int,
     limits: Limits,
-    fits: Callable[[int], bool] = lambda groups: True,
+    fits: Callable[[Removal], bool] = lambda coarse: True,
 ) -> list[Removal]:
-    """The same counts in every layer, as near to ``target`` as whole layers of units allow.
+    """The same counts in every layer, as near to ``target`` as a step in all of them allows.
 
-    ``fits`` says of a number of removed KV groups whether a standard model can have what is left.
+    ``fits`` says of a removal of coarse units whether a standard model can have what is left.
     """
     if any(size != sizes[0] for size in sizes):
         raise InputError("the uniform layout needs layers of one size; use --layout per-layer")
     check_reachable(sizes, target, limits)
     one, share = sizes[0], target / len(sizes)
     rate = share / one.prunable
-    counts = [n for n in range(max(one.groups - MIN_KEPT, 0) + 1) if fits(n)] or [0]
-    counts.sort(key=lambda n: (abs(n - rate * one.groups), -n))
-    found = [_fill_with_channels([one], [rate], [n], share, limits)[0] for n in counts]
+    mixes = itertools.product(*(limits.counts(one, kind) for kind in COARSE))
+    coarse = [Removal(dict(zip(COARSE, mix))) for mix in mixes]
+    coarse = [removal for removal in coarse if fits(removal)] or [Removal()]
+
+    def off(removal: Removal) -> float:
+        return sum(abs(removal.count(k) - rate * one.sublayers[k].units) for k in COARSE)
+
+    coarse.sort(key=lambda removal: (off(removal), -sum(removal.units.values())))
+    found = [_filled_up([one], [rate], [removal], share, limits)[0] for removal in coarse]
     half = half_unit(sizes, limits)
-    # Of those within half a unit the first: its attention and its MLP lose the most equal shares.
+    # Of those within half a unit the first: its sublayers lose the most equal shares.
     nearest = min(found, key=lambda removal: max(abs(parameters(one, removal) - share), half))
     return [nearest] * len(sizes)
 
@@ -104,48 +106,50 @@ def allocate_same(
 def fit_channels(
     sizes: Sequence[LayerSize], removals: Sequence[Removal], target: int, limits: Limits
 ) -> list[Removal]:
-    """``removals`` with the channels changed a little, in proportion, to meet ``target``."""
-    channels = sum(r.channels * s.channel_cost for r, s in zip(removals, sizes))
-    others = removed_parameters(sizes, removals) - channels
-    factor = max(target - others, 0) / channels if channels else 1.0
+    """``removals`` with their finest units changed a little, in proportion, to remove ``target``
+    parameters."""
+    finest = sum(r.count(FINEST) * s.finest.cost for r, s in zip(removals, sizes))
+    others = removed_parameters(sizes, removals) - finest
+    factor = max(target - others, 0) / finest if finest else 1.0
     left = remaining(sizes, removals)
+    coarse = [Removal({kind: r.count(kind) for kind in COARSE}) for r in removals]
     rates = [
-        (r.groups * s.group_cost + r.channels * factor * s.channel_cost) / s.prunable
+        (parameters(s, c) + r.count(FINEST) * factor * s.finest.cost) / s.prunable
         if s.prunable
         else 0.0
-        for r, s in zip(removals, left)
+        for r, c, s in zip(removals, coarse, left)
     ]
     target -= sum(whole_parameters(s, r) for s, r in zip(sizes, removals))
-    thinned = _fill_with_channels(left, rates, [r.groups for r in removals], target, limits)
-    return merged(removals, thinned)
+    return merged(removals, _filled_up(left, rates, coarse, target, limits))
 
 
-def _fill_with_channels(
+def _filled_up(
     sizes: Sequence[LayerSize],
     rates: Sequence[float],
-    groups: Sequence[int],
+    coarse: Sequence[Removal],
     target: float,
     limits: Limits,
 ) -> list[Removal]:
-    """Beside so many ``groups`` channels up to each layer's rate, ``target`` parameters in all.
+    """``coarse`` removals, and the finest units up to each layer's rate: ``target`` parameters.
 
-    A channel costs the same in every layer that has some. The limits hold, or are passed by less
-    than a unit where the target is out of reach otherwise.
+    A finest unit costs the same in every layer that has some. The limits hold, or are passed by
+    less than a unit where the target is out of reach otherwise.
     """
-    step, counts = limits.align, [channel_counts(s, limits) for s in sizes]
-    cost = next((s.channel_cost for s in sizes if s.channels), 0)
+    step, counts = limits.step(FINEST), [limits.counts(s, FINEST) for s in sizes]
+    cost = next((s.finest.cost for s in sizes if s.finest.units), 0)
     if not cost:
-        return [Removal(g, 0) for g in groups]
+        return list(coarse)
+    taken = [parameters(s, removal) for s, removal in zip(sizes, coarse)]
 
     def blocks(rate: float, i: int) -> float:
-        left = rate * sizes[i].prunable - groups[i] * sizes[i].group_cost
-        return (left / cost - counts[i][0]) / step if sizes[i].channels else 0.0
+        left = rate * sizes[i].prunable - taken[i]
+        return (left / cost - counts[i][0]) / step if sizes[i].finest.units else 0.0
 
-    def bounds(rate: float, whole: Callable[[float], int]) -> list[int]:
-        return [min(max(whole(blocks(rate, i)), 0), len(counts[i]) - 1) for i in layers]
+    def bounds(rate: float, integer: Callable[[float], int]) -> list[int]:
+        return [min(max(integer(blocks(rate, i)), 0), len(counts[i]) - 1) for i in layers]
 
     layers = range(len(sizes))
-    left = target - sum(g * s.group_cost for g, s in zip(groups, sizes))
+    left = target - sum(taken)
     total = _round((left - sum(c[0] for c in counts) * cost) / (cost * step))
     low, high = bounds(limits.lowest, _up), bounds(limits.highest, _down)
     if not sum(low) <= total <= sum(high) or any(a > b for a, b in zip(low, high)):
@@ -153,20 +157,41 @@ def _fill_with_channels(
     total = min(max(total, sum(low)), sum(high))
     wanted = [blocks(rates[i], i) for i in layers]
     removed = _apportion(wanted, low, high, total, layers)
-    return [Removal(g, c[n]) for g, c, n in zip(groups, counts, removed)]
+    return [r.with_units({FINEST: c[n]}) for r, c, n in zip(coarse, counts, removed)]
 
 
-def _group_bounds(sizes: Sequence[LayerSize], limits: Limits) -> list[tuple[list[int], list[int]]]:
-    """Least and most KV groups to remove from each layer: nearest to the limits, then beyond them.
+def _apportioned(
+    sizes: Sequence[LayerSize], rates: Sequence[float], limits: Limits, order: Sequence[float]
+) -> Iterator[list[Removal]]:
+    """Removals of coarse units from every layer by its rate, the nearest totals first.
 
-    Beyond by less than a group, for a target that is out of reach otherwise.
+    Within the nearest numbers to the limits, then beyond them: by less than a unit, for a target
+    that is out of reach otherwise.
     """
+    wanted = {k: [r * s.sublayers[k].units for r, s in zip(rates, sizes)] for k in COARSE}
 
-    def bounds(rate: float, whole: Callable[[float], int]) -> list[int]:
-        return [min(whole(rate * s.groups), max(s.groups - MIN_KEPT, 0)) for s in sizes]
+    def bounds(rate: float, kind: str, integer: Callable[[float], int]) -> list[int]:
+        return [
+            min(integer(rate * s.sublayers[kind].units), limits.counts(s, kind)[-1]) for s in sizes
+        ]
 
-    nearest = bounds(limits.lowest, _round), bounds(limits.highest, _round)
-    return [nearest, (bounds(limits.lowest, _down), bounds(limits.highest, _up))]
+    for least, most in ((_round, _round), (_down, _up)):
+        low = {k: bounds(limits.lowest, k, least) for k in COARSE}
+        high = {k: bounds(limits.highest, k, most) for k in COARSE}
+        for totals in itertools.product(
+            *(_nearest_first(sum(wanted[k]), sum(low[k]), sum(high[k])) for k in COARSE)
+        ):
+            counts = {
+                kind: _apportion(wanted[kind], low[kind], high[kind], total, order)
+                for kind, total in zip(COARSE, totals)
+            }
+            yield [Removal({k: counts[k][i] for k in COARSE}) for i in range(len(sizes))]
+
+
+def _nearest_first(wanted: float, low: int, high: int) -> list[int]:
+    """Integers from ``low`` to ``high``, those nearest to ``wanted`` first."""
+    middle = _round(wanted)
+    return sorted(range(low, high + 1), key=lambda n: (abs(n - middle), n))
 
 
 def _apportion(
@@ -176,7 +201,7 @@ def _apportion(
     total: int,
     order: Sequence[float],
 ) -> list[int]:
-    """Whole numbers near ``wanted``, within bounds, that sum to ``total``: largest remainder."""
+    """Integers near ``wanted``, within bounds, that sum to ``total``: largest remainder."""
     counts = [min(max(math.floor(w), a), b) for w, a, b in zip(wanted, low, high)]
     step = 1 if sum(counts) < total else -1
     queue = [(-step * (w - n), order[i], i) for i, (w, n) in enumerate(zip(wanted, counts))]
@@ -200,8 +225,9 @@ def _rates(
         return [min(max(scale * w, limits.lowest), limits.highest) for w in weights]
 
     def removed(scale: float) -> float:
-        return sum(r * s.prunable for r, s in zip(rates(scale), sizes))
+        return sum(r * n for r, n in zip(rates(scale), prunable))
 
+    prunable = [size.prunable for size in sizes]
     low, high = 0.0, 1.0 / min(weights)
     for _ in range(100):
         middle = (low + high) / 2

@@ -14,14 +14,14 @@ from torch import nn
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import per_layer_form, stock_form
 from fastprune.models.families import (
+    COARSE,
+    FINEST,
+    KINDS,
+    UNITS,
     Geometry,
-    Slice,
-    attention_slices,
     block_parameters,
     decoder_layers,
-    mlp_slices,
-    sublayer_costs,
-    unit_cost,
+    sublayers,
 )
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.shards import stored_bytes
@@ -33,13 +33,14 @@ from fastprune.pruning.sizes import (
     LayerSize,
     Limits,
     Removal,
+    SublayerSize,
     check_align,
     parameters,
     reachable,
     smallest_unit,
 )
 
-UNITS = {
+BYTES = {
     "b": 1,
     "kb": 10**3,
     "mb": 10**6,
@@ -138,7 +139,7 @@ def structure_parameters(model: nn.Module, config: PruneConfig) -> int:
 def layer_sizes(model: nn.Module, config: PruneConfig) -> list[LayerSize]:
     """What ``config`` lets go of each layer of ``model``.
 
-    Readers of the deci layout need an attention in the first layer.
+    Readers of the deci layout need the first sublayer of the first layer, its attention.
     """
     layers = decoder_layers(model)
     selected = config.selected_layers(len(layers))
@@ -147,7 +148,8 @@ def layer_sizes(model: nn.Module, config: PruneConfig) -> list[LayerSize]:
         for i, layer in enumerate(layers)
     ]
     if config.layout == "deci":
-        sizes[0] = replace(sizes[0], attention=0)
+        first = sizes[0].sublayers
+        sizes[0] = LayerSize({**first, KINDS[0]: replace(first[KINDS[0]], whole=0)})
     return sizes
 
 
@@ -159,22 +161,15 @@ def limits_of(config: PruneConfig) -> Limits:
 
 def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
     """What may be removed from ``layer`` when only ``structures`` may be touched."""
-    attention = attention_slices(layer) if "attention" in structures else []
-    mlp = mlp_slices(layer) if "mlp" in structures else []
-    return LayerSize(
-        _units(layer, attention),
-        unit_cost(layer, attention),
-        _units(layer, mlp),
-        unit_cost(layer, mlp),
-        *(sublayer_costs(layer) if "sublayer" in structures else (0, 0)),
-    )
-
-
-def _units(layer: nn.Module, slices: Sequence[Slice]) -> int:
-    if not slices:
-        return 0
-    first = slices[0]
-    return layer.get_parameter(first.name).shape[first.dim] // first.width
+    whole, found = "sublayer" in structures, {}
+    for s in sublayers(layer):
+        thin = s.kind in structures
+        found[s.kind] = SublayerSize(
+            units=s.units if thin else 0,
+            cost=s.unit_cost(layer) if thin else 0,
+            whole=s.parameters(layer) if whole else 0,
+        )
+    return LayerSize(found)
 
 
 def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> str | None:
@@ -183,15 +178,17 @@ def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> st
     if budget.table is not None or abs(removed - budget.need) <= NEAR * block:
         return None
     if config.align is not None and config.align > 1:
-        why = f"--align {config.align} keeps channels in multiples of {config.align} in every layer"
+        align = config.align
+        why = f"--align {align} keeps {UNITS[FINEST]} in multiples of {align} in every layer"
         why += "; a smaller --align comes nearer"
     elif config.layout == "uniform":
         why = "--layout uniform takes the same from every layer; --layout per-layer comes nearer"
-    elif "mlp" in config.structures:
+    elif FINEST in config.structures:
         why = "the limits of a layer leave no finer step; a smaller --min-layer-ratio or a larger "
         why += "--max-layer-ratio comes nearer"
     else:
-        why = "KV groups and sublayers go as a whole; --structures with mlp comes nearer"
+        coarse = " and ".join(UNITS[kind] for kind in COARSE)
+        why = f"{coarse} and sublayers go as a whole; --structures with {FINEST} comes nearer"
     asked, gone = budget.need / block, removed / block
     return f"asked to remove {asked:.1%} of the block parameters, {gone:.1%} go: {why}"
 
@@ -248,7 +245,7 @@ def _latency(requested: float, table: CostTable) -> Budget:
 def parse_bytes(text: str) -> int:
     """``text`` such as 200MB or 1.5GiB in bytes; InputError when it is not a size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", text.lower())
-    unit = UNITS.get(match[2] or "b") if match else None
+    unit = BYTES.get(match[2] or "b") if match else None
     if match is None or unit is None or float(match[1]) == 0:
         raise InputError(
             f"--target-bytes {text!r} is not a size; write bytes, or a number with KB, MB, GB, "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.errors import InputError
-from fastprune.models.families import KINDS, Sublayer, sublayers
+from fastprune.models.families import FINEST, Sublayer, sublayers
 from fastprune.models.layers import Branches
 from fastprune.pruning.calibration import HELD_OUT, Calibration, Prefix
 from fastprune.pruning.compensation import PROPAGATED, STRENGTHS, refit
@@ -229,13 +229,14 @@ class _Measurement:
 
     def _levels(self, kind: str, units: int, now: int) -> list[int]:
         """Numbers of units gone to measure at; of a thinned model those next to ``now``."""
-        finest = kind == KINDS[-1]
         if self.thinned is None:
-            if not finest:
+            if kind != FINEST:
                 return list(range(1, units))
             return sorted({round(share * units) for share in CHANNEL_LEVELS} - {0, units})
-        step = self.thinned.align if finest else 1
-        move = max(step, round(self.thinned.share * units / step) * step) if finest else 1
+        step, move = 1, 1
+        if kind == FINEST:
+            step = self.thinned.align
+            move = max(step, round(self.thinned.share * units / step) * step)
         span = range(units % step, units, step)
         return sorted({max(now - move, span[0]), min(now + move, span[-1])} - {now})
 

@@ -6,14 +6,14 @@ Formulas: the allocation section of docs/numerics.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fastprune.pruning.sizes import LayerSize, Removal
 
 
 @dataclass(frozen=True)
-class Sublayer:
+class Candidate:
     """A sublayer that may go as a whole: its parameters, and the loss it costs in nats a token."""
 
     layer: int
@@ -28,30 +28,30 @@ class Sublayer:
 
 
 def cheapest_first(
-    sizes: Sequence[LayerSize], losses: Sequence[tuple[float, float]]
-) -> list[Sublayer]:
+    sizes: Sequence[LayerSize], losses: Sequence[Mapping[str, float]]
+) -> list[Candidate]:
     """The sublayers that may go, by loss per parameter.
 
-    ``losses`` are the loss increases, in nats a token, without the attention and without the MLP
-    of each layer.
+    ``losses`` are the loss increases, in nats a token, without each sublayer, by its kind, of each
+    layer.
     """
     found = [
-        Sublayer(layer, kind, cost, loss)
-        for layer, (size, pair) in enumerate(zip(sizes, losses, strict=True))
-        for kind, cost, loss in zip(("attention", "mlp"), (size.attention, size.mlp), pair)
-        if cost
+        Candidate(layer, kind, part.whole, own[kind])
+        for layer, (size, own) in enumerate(zip(sizes, losses, strict=True))
+        for kind, part in size.sublayers.items()
+        if part.whole
     ]
     return sorted(found, key=lambda s: s.price)
 
 
-def nearest(candidates: Sequence[Sublayer], layers: int, target: float) -> list[Removal]:
+def nearest(candidates: Sequence[Candidate], layers: int, target: float) -> list[Removal]:
     """Whole sublayers in order of price until ``target`` parameters are gone, as near as they fit.
 
     One that would overshoot by more than half the smallest sublayer is passed over for later ones;
     at the end one more goes where that comes nearer. One sublayer always stays.
     """
     half = min((s.parameters for s in candidates), default=0) / 2
-    taken: list[Sublayer] = []
+    taken: list[Candidate] = []
     left = target
     for sublayer in candidates:
         if left > half and sublayer.parameters <= left + half and len(taken) < len(candidates) - 1:
@@ -67,17 +67,17 @@ def nearest(candidates: Sequence[Sublayer], layers: int, target: float) -> list[
 
 def cheaper_than(
     price: float,
-    candidates: Sequence[Sublayer],
+    candidates: Sequence[Candidate],
     layers: int,
     target: float,
     enough: Callable[[list[Removal]], bool],
 ) -> list[Removal]:
     """Whole sublayers that cost less than ``price`` nats per parameter, at most ``target`` in all.
 
-    ``price`` is what thinning costs, infinite where it cannot meet the budget alone. More of them
+    ``price`` is what thinning costs, infinite where it cannot reach the budget alone. More of them
     go, in order, until ``enough`` says that thinning can do the rest.
     """
-    taken: list[Sublayer] = []
+    taken: list[Candidate] = []
     left = target
     for sublayer in candidates:
         worth_it = sublayer.price < price < math.inf
@@ -90,9 +90,6 @@ def cheaper_than(
     return removals(taken, layers)
 
 
-def removals(taken: Sequence[Sublayer], layers: int) -> list[Removal]:
+def removals(taken: Sequence[Candidate], layers: int) -> list[Removal]:
     """``taken`` layer by layer."""
-    found = [Removal()] * layers
-    for sublayer in taken:
-        found[sublayer.layer] = replace(found[sublayer.layer], **{sublayer.kind: True})
-    return found
+    return [Removal(gone={s.kind for s in taken if s.layer == index}) for index in range(layers)]

@@ -187,8 +187,7 @@ def _energies(layer: nn.Module, sublayer: Sublayer, seen: Inputs) -> Tensor:
     output = sublayer.output
     columns = seen.norms[sublayer.linear(layer)].double()
     _, squares = ops.taylor(layer.get_parameter(output.name).detach(), kind="l2")
-    energy = squares.double() * columns.square()
-    energy = energy.view(-1, output.width).sum(1) * seen.scale
+    energy = output.by_unit(squares.double() * columns.square()).sum(1) * seen.scale
     if output.width > 1:
         return energy
     m = _maximum_weight(layer, sublayer) * columns
@@ -202,6 +201,7 @@ def _maximum_weight(layer: nn.Module, sublayer: Sublayer) -> Tensor:
         if s.parameter == "weight":
             weight = layer.get_parameter(s.name).detach()
             extent = weight.amax(1 - s.dim).double() + weight.amin(1 - s.dim).double().abs()
+            extent = s.by_unit(extent).flatten()
             total = total + extent / extent.max().clamp_min(torch.finfo(torch.float64).tiny)
     assert isinstance(total, Tensor)
     return total
@@ -235,7 +235,7 @@ def _reduce(
     if grad is not None:
         parameter = parameter.to(grad.dtype)
     rows, columns = ops.taylor(parameter, grad, x=x, kind=kind)
-    return (rows if s.dim == 0 else columns).double().view(-1, s.width).sum(1)
+    return s.by_unit((rows if s.dim == 0 else columns).double()).sum(1)
 
 
 def _sums(layer: nn.Module, term: Callable[[Slice], Tensor | None]) -> Units:
@@ -277,8 +277,9 @@ class TaylorSums:
             for index, layer in zip(stage, modules, strict=True):
                 for sublayer in sublayers(layer):
                     total = self.totals[index][sublayer.kind]
-                    for s in sublayer.slices:
-                        hooks[layer.get_parameter(s.name)] = self._reducer(total, layer, s)
+                    for name in dict.fromkeys(s.name for s in sublayer.slices):
+                        own = [s for s in sublayer.slices if s.name == name]
+                        hooks[layer.get_parameter(name)] = self._reducer(total, layer, own)
             with only_gradients_of([*modules, self.layers.final_norm], hooks):
                 yield
 
@@ -291,13 +292,16 @@ class TaylorSums:
             for units in self.totals
         ]
 
-    def _reducer(self, total: Tensor, layer: nn.Module, s: Slice) -> Callable[[Tensor], None]:
+    def _reducer(
+        self, total: Tensor, layer: nn.Module, slices: Sequence[Slice]
+    ) -> Callable[[Tensor], None]:
         def reduce(parameter: Tensor) -> None:
             grad = parameter.grad
             assert grad is not None
             parameter.grad = None
             grad = grad if self.scale == 1.0 else grad.float() / self.scale
-            total.add_(_reduce(s, layer, self.kind, grad))
+            for s in slices:
+                total.add_(_reduce(s, layer, self.kind, grad))
 
         return reduce
 

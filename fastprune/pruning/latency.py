@@ -12,15 +12,15 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from fastprune.inspect.speed import WARM_UP, Decoding, fitting
-from fastprune.models.families import Geometry, decoder_layers, geometries
+from fastprune.models.families import KINDS, Geometry, decoder_layers, geometries
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.streamed import skeleton
@@ -31,40 +31,40 @@ COLD_BYTES = 256 * 2**20
 """Weights of a stack, where the model has as many: more than the caches of a CPU hold."""
 ROUNDS = 15
 """Steps that the clock counts."""
-GROUP_LEVELS, CHANNEL_LEVELS = 8, 8
+LEVELS = 8
 """Widths at which a sublayer is measured, none and all of it aside."""
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Milliseconds a token of the whole uncut model (``dense``), and of one sublayer by width.
+    """Milliseconds a token of the uncut model (``dense``), and of one sublayer by width.
 
-    ``attention`` and ``mlp`` are (kept units, milliseconds), ascending from (0, 0). ``stack`` is
-    what the ratios are taken to: the sizes of its layers, their number, and its milliseconds.
+    ``widths`` are, by kind of sublayer, (kept units, milliseconds), ascending from (0, 0).
+    ``stack`` is what the ratios are taken to: the sizes of its layers, their number, and its
+    milliseconds.
     """
 
     dense: float
-    attention: tuple[tuple[int, float], ...]
-    mlp: tuple[tuple[int, float], ...]
+    widths: Mapping[str, tuple[tuple[int, float], ...]]
     sizes: tuple[Geometry, ...]
     stack: tuple[Geometry, int, float]
     context: int
 
-    def sublayers(self, groups: int, channels: int) -> float:
-        """Milliseconds of a layer's sublayers at this width, linear between measured ones."""
-        return _at(self.attention, groups) + _at(self.mlp, channels)
+    def milliseconds(self, units: Mapping[str, int]) -> float:
+        """Milliseconds of a layer's sublayers of so many ``units`` each, by kind; linear between
+        measured widths."""
+        return sum(_at(self.widths[kind], units[kind]) for kind in KINDS)
 
     def saved(self, layer: int, removal: Removal) -> float:
         """Milliseconds a token that ``removal`` takes off ``layer``."""
-        size = self.sizes[layer]
-        groups = 0 if removal.attention else size.kv_heads - removal.groups
-        channels = 0 if removal.mlp else size.channels - removal.channels
-        return self.sublayers(size.kv_heads, size.channels) - self.sublayers(groups, channels)
+        units = self.sizes[layer].units
+        kept = {k: 0 if k in removal.gone else n - removal.count(k) for k, n in units.items()}
+        return self.milliseconds(units) - self.milliseconds(kept)
 
     def predicted(self, sizes: Sequence[Geometry]) -> float:
         """Milliseconds a token of the model when its layers have ``sizes``."""
         return self.dense - sum(
-            self.sublayers(a.kv_heads, a.channels) - self.sublayers(b.kv_heads, b.channels)
+            self.milliseconds(a.units) - self.milliseconds(b.units)
             for a, b in zip(self.sizes, sizes, strict=True)
         )
 
@@ -76,8 +76,8 @@ def measure(model: nn.Module, context: int) -> CostTable:
     was; two stacks of `COLD_BYTES`, or of the model's size if that is less, stand beside it.
     """
     sizes = geometries(model)
-    full = max(sizes, key=lambda g: g.kv_heads)
-    full = replace(full, channels=max(g.channels for g in sizes))
+    full = max(sizes, key=lambda g: g.kv_heads)  # one that has an attention, for its ratio of heads
+    full = full.keeping({kind: max(g.units[kind] for g in sizes) for kind in KINDS})
     layers = decoder_layers(model)
     bytes_of_layer = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
     count = min(len(sizes), math.ceil(COLD_BYTES / max(bytes_of_layer, 1)))
@@ -90,10 +90,12 @@ def measure(model: nn.Module, context: int) -> CostTable:
         reference_times.extend(times)
         return ratio
 
-    groups = {g: _with_groups(full, g) for g in _levels(full.kv_heads, GROUP_LEVELS)}
-    channels = {c: replace(full, channels=c) for c in _levels(full.channels, CHANNEL_LEVELS)}
+    levels = {
+        kind: {n: full.keeping({kind: n}) for n in _levels(full.units[kind], LEVELS)}
+        for kind in KINDS
+    }
     ratios = {}
-    narrower = {size for size in [*groups.values(), *channels.values()] if size != full}
+    narrower = {size for own in levels.values() for size in own.values()} - {full}
     for size in track(sorted(narrower, key=str), "measuring decode latency"):
         ratios[size] = milliseconds(decoder_stack(model, size, count))
     ratios[full] = 1.0
@@ -101,8 +103,10 @@ def measure(model: nn.Module, context: int) -> CostTable:
     unit = statistics.median(reference_times)
     return CostTable(
         dense=dense * unit,
-        attention=_points({g: ratios[size] * unit / count for g, size in groups.items()}),
-        mlp=_points({c: ratios[size] * unit / count for c, size in channels.items()}),
+        widths={
+            kind: _points({n: ratios[size] * unit / count for n, size in own.items()})
+            for kind, own in levels.items()
+        },
         sizes=tuple(sizes),
         stack=(full, count, unit),
         context=context,
@@ -151,10 +155,6 @@ def _beside(module: nn.Module, reference: nn.Module, context: int) -> tuple[floa
     one, other = (Decoding(m, context, steps=ROUNDS) for m in (module, reference))
     pairs = [(one.step(), other.step()) for _ in range(ROUNDS)]
     return statistics.median(a / b for a, b in pairs), [b for _, b in pairs]
-
-
-def _with_groups(size: Geometry, groups: int) -> Geometry:
-    return replace(size, kv_heads=groups, query_heads=groups * size.queries_per_kv)
 
 
 def _levels(units: int, between: int) -> list[int]:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastprune.errors import InputError
-from fastprune.models.families import Geometry
+from fastprune.models.families import KINDS, UNITS, Geometry
 
 FORMAT = "fastprune-plan/1"
+FIELDS = {"attention": "kv_groups", "mlp": "channels"}
+"""What the kept units of each kind of sublayer are called in a file."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Kept units of one layer, ascending; an empty tuple removes the sublayer."""
+    """Kept units of one layer by kind of sublayer, ascending; one that keeps none is removed."""
 
     index: int
-    kv_groups: tuple[int, ...]
-    channels: tuple[int, ...]
+    kept: Mapping[str, tuple[int, ...]]
 
-    @property
-    def kept(self) -> dict[str, tuple[int, ...]]:
-        """The same by kind of sublayer."""
-        return {"attention": self.kv_groups, "mlp": self.channels}
+    def __post_init__(self) -> None:
+        every = {kind: tuple(self.kept.get(kind, ())) for kind in KINDS}
+        object.__setattr__(self, "kept", every)
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,13 @@ class Plan:
         for expected, (layer, size) in enumerate(zip(self.layers, self.geometries, strict=True)):
             if layer.index != expected:
                 raise InputError(f"the plan's layer {expected} calls itself {layer.index}")
-            _check_kept(layer.index, "KV groups", layer.kv_groups, size.kv_heads)
-            _check_kept(layer.index, "channels", layer.channels, size.channels)
+            for kind, kept in layer.kept.items():
+                _check_kept(layer.index, UNITS[kind], kept, size.units[kind])
 
     def result(self) -> list[Geometry]:
         """The geometry of every layer after surgery."""
         return [
-            Geometry(
-                query_heads=len(layer.kv_groups) * size.queries_per_kv,
-                kv_heads=len(layer.kv_groups),
-                channels=len(layer.channels),
-                head_dim=size.head_dim,
-            )
+            size.keeping({kind: len(kept) for kind, kept in layer.kept.items()})
             for layer, size in zip(self.layers, self.geometries, strict=True)
         ]
 
@@ -76,18 +71,15 @@ class Plan:
 
         A layer of which this plan leaves nothing may be missing in ``later``.
         """
-        left = [i for i, size in enumerate(self.result()) if size.query_heads or size.channels]
+        left = [i for i, size in enumerate(self.result()) if any(size.units.values())]
         if len(later.layers) == len(self.layers):
             left = list(range(len(self.layers)))
         later.check_model([self.result()[i] for i in left])
         layers = list(self.layers)
         for index, second in zip(left, later.layers, strict=True):
             first = layers[index]
-            layers[index] = LayerPlan(
-                index,
-                tuple(first.kv_groups[i] for i in second.kv_groups),
-                tuple(first.channels[i] for i in second.channels),
-            )
+            kept = {k: tuple(first.kept[k][i] for i in units) for k, units in second.kept.items()}
+            layers[index] = LayerPlan(index, kept)
         return Plan(self.geometries, tuple(layers))
 
     def to_dict(self) -> dict[str, object]:
@@ -96,11 +88,7 @@ class Plan:
             "format": FORMAT,
             "model": {"layers": [asdict(g) for g in self.geometries]},
             "layers": [
-                {
-                    "index": layer.index,
-                    "kv_groups": list(layer.kv_groups),
-                    "channels": list(layer.channels),
-                }
+                {"index": layer.index} | {FIELDS[k]: list(kept) for k, kept in layer.kept.items()}
                 for layer in self.layers
             ],
         }
@@ -127,7 +115,7 @@ class Plan:
             return Plan(
                 tuple(Geometry(**sizes) for sizes in data["model"]["layers"]),
                 tuple(
-                    LayerPlan(entry["index"], tuple(entry["kv_groups"]), tuple(entry["channels"]))
+                    LayerPlan(entry["index"], {k: tuple(entry[f]) for k, f in FIELDS.items()})
                     for entry in data["layers"]
                 ),
             )
@@ -141,7 +129,7 @@ def keep_all(geometries: Iterable[Geometry]) -> Plan:
     return Plan(
         sizes,
         tuple(
-            LayerPlan(i, tuple(range(g.kv_heads)), tuple(range(g.channels)))
+            LayerPlan(i, {kind: tuple(range(units)) for kind, units in g.units.items()})
             for i, g in enumerate(sizes)
         ),
     )

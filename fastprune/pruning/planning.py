@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from fastprune.cache import cache_directory
 from fastprune.models.checkpoint import has_stock_form
-from fastprune.models.families import decoder_layers, geometries
+from fastprune.models.families import KINDS, decoder_layers, geometries
+from fastprune.pruning.allocators import (
+    Allocator,
+    Thinning,
+    allocate_budget,
+    first_guess,
+    whole_and_thinned,
+    whole_only,
+)
 from fastprune.pruning.budget import Budget, layer_size, layer_sizes, limits_of
 from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
@@ -39,18 +47,38 @@ from fastprune.pruning.sizes import (
     remaining,
     removed_parameters,
 )
-from fastprune.pruning.spread import (
-    Spread,
-    Thinning,
-    first_guess,
-    meet,
-    whole_and_thinned,
-    whole_only,
-)
 from fastprune.pruning.sublayers import mean_loss, sublayer_losses
 from fastprune.report.run import Clock
 
 log = logging.getLogger("fastprune")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is made for: a model and the text to measure it on, a budget, and the settings.
+
+    ``gone`` is a plan by which the model is masked already: what it removes goes first.
+    """
+
+    calibration: Calibration
+    budget: Budget
+    config: PruneConfig
+    gone: Plan | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which has sizes only where its weights are fetched layer by layer."""
+        return self.calibration.layers.model
+
+    @property
+    def some(self) -> Calibration:
+        """The windows that measure losses of the model."""
+        return self.calibration.part(slice(self.config.sensitivity_samples))
+
+    @property
+    def refit(self) -> Calibration | None:
+        """The windows that refit what stays, unless nothing is to be compensated."""
+        return None if self.config.compensate == "none" else self.calibration
 
 
 class Planned(NamedTuple):
@@ -62,39 +90,30 @@ class Planned(NamedTuple):
     """what `search` foresees, in nats a token"""
 
 
-def make_plan(
-    calibration: Calibration,
-    budget: Budget,
-    config: PruneConfig,
-    clock: Clock,
-    gone: Plan | None = None,
-) -> Planned:
-    """A plan that meets ``budget``, with the layer sensitivities and the prediction, where used.
+def make_plan(request: Request, clock: Clock) -> Planned:
+    """A plan that meets the budget, with the layer sensitivities and the prediction, where used.
 
-    ``gone`` is a plan by which the model is masked already: what it removes goes first. Raises
-    InputError when the limits rule the budget out.
+    Raises InputError when the limits rule the budget out.
     """
-    model = calibration.layers.model
+    model, config, budget = request.model, request.config, request.budget
     costs = layer_sizes(model, config)
     check_align(costs, limits_of(config))
     importance = divergence = None
     with clock("score"):
-        scores = score(calibration, config.importance, seed=config.seed)
-        if gone is not None:
-            scores = _gone_first(scores, gone)
+        scores = _scores(request)
         if config.allocation in ("inverse", "proportional"):
-            importance = _sensitivity(calibration, config)
+            importance = _sensitivity(request)
     try:
         if config.allocation == "search":
             with clock("plan"):
-                removals, divergence = _search(calibration, scores, costs, budget, config)
+                removals, divergence = _search(request, scores, costs)
         else:
             fits = partial(_standard, model)
             selected = config.selected_layers(len(costs))
             thin = Thinning(config, selected, scores, importance, fits)
-            spread = _spread(calibration, costs, budget, thin, clock, gone)
+            allocator = _allocator(request, costs, thin, clock)
             with clock("plan"):
-                removals = meet(budget, costs, spread, limits_of(config))
+                removals = allocate_budget(budget, costs, allocator, limits_of(config))
     except BudgetError as error:
         raise budget.unreachable(error, model, config) from error
     return Planned(plan_of(model, scores, removals), importance, divergence)
@@ -102,78 +121,63 @@ def make_plan(
 
 def plan_of(model: nn.Module, scores: Scores, removals: Sequence[Removal]) -> Plan:
     """The plan that keeps the best-scored units of every layer."""
-    return Plan(
-        tuple(geometries(model)),
-        tuple(
-            LayerPlan(
-                i,
-                () if r.attention else keep_best(scores.attention[i], r.groups),
-                () if r.mlp else keep_best(scores.mlp[i], r.channels),
-            )
-            for i, r in enumerate(removals)
-        ),
-    )
+    sizes = geometries(model)
+    layers = []
+    for i, (size, r) in enumerate(zip(sizes, removals, strict=True)):
+        there = [kind for kind, units in size.units.items() if units and kind not in r.gone]
+        kept = {kind: keep_best(scores.layers[i][kind], r.count(kind)) for kind in there}
+        layers.append(LayerPlan(i, kept))
+    return Plan(tuple(sizes), tuple(layers))
 
 
-def _spread(
-    calibration: Calibration,
-    costs: list[LayerSize],
-    budget: Budget,
-    thin: Thinning,
-    clock: Clock,
-    gone: Plan | None,
-) -> Spread:
-    """How the allocation of ``thin`` spreads any number of parameters over the layers."""
-    config = thin.config
+def _scores(request: Request) -> Scores:
+    """Scores of all units, those of units that are gone below all others."""
+    scores = score(request.calibration, request.config.importance, seed=request.config.seed)
+    return scores if request.gone is None else _gone_first(scores, request.gone)
+
+
+def _allocator(request: Request, costs: list[LayerSize], thin: Thinning, clock: Clock) -> Allocator:
+    """How any number of parameters is allocated to the layers, units going as ``thin`` says."""
     if not any(size.whole for size in costs):
-        return lambda target: thin(costs, target)
-    some = calibration.part(slice(config.sensitivity_samples))
+        return partial(thin, costs)
     with clock("score"):
-        losses = remembered("sublayer-losses", some, sublayer_losses)
-        candidates = cheapest_first(costs, _losses_of_gone(losses, gone))
+        losses = remembered("sublayer-losses", request.some, sublayer_losses)
+        candidates = cheapest_first(costs, _losses_of_gone(losses, request.gone))
         for s in candidates:
             log.info("without the %s of layer %d: %+.4f nats a token", s.kind, s.layer, s.loss)
         if not any(size.prunable for size in costs):
             return whole_only(candidates, len(costs))
-        price = _price_of_thinning(calibration, costs, budget, thin, gone)
+        price = _price_of_thinning(request, costs, thin)
         log.info("thinning costs %.3g nats a token per million parameters", 1e6 * price)
     return whole_and_thinned(costs, candidates, price, thin)
 
 
-def _price_of_thinning(
-    calibration: Calibration,
-    costs: list[LayerSize],
-    budget: Budget,
-    thin: Thinning,
-    gone: Plan | None,
-) -> float:
+def _price_of_thinning(request: Request, costs: list[LayerSize], thin: Thinning) -> float:
     """Loss per parameter, in nats a token, when thinning alone meets the budget; or infinity."""
-    config, layers = thin.config, calibration.layers
-    some = calibration.part(slice(config.sensitivity_samples))
-    target = first_guess(budget, costs)
+    model, config, gone = request.model, request.config, request.gone
+    target = first_guess(request.budget, costs)
     try:
         removals = thin(remaining(costs, [Removal()] * len(costs)), target)
     except BudgetError:
         return math.inf
-    before = 0 if gone is None else parameters_removed(layers.model, gone)
+    before = 0 if gone is None else parameters_removed(model, gone)
     more = removed_parameters(costs, removals) - before
     if more <= half_unit(costs, limits_of(config)):
         return math.inf
-    dense = mean_loss(some)
+    dense = mean_loss(request.some)
+    layers = request.calibration.layers
     with preserved(layers):
-        refit = None if config.compensate == "none" else calibration
-        mask(layers, plan_of(layers.model, thin.scores, removals), refit)
-        return max(mean_loss(some) - dense, 0.0) / more
+        mask(layers, plan_of(model, thin.scores, removals), request.refit)
+        return max(mean_loss(request.some) - dense, 0.0) / more
 
 
-def _losses_of_gone(losses: list[dict[str, float]], gone: Plan | None) -> list[tuple[float, float]]:
+def _losses_of_gone(losses: list[dict[str, float]], gone: Plan | None) -> list[dict[str, float]]:
     """``losses`` with those of sublayers that are gone already as low as can be."""
-    pairs = [(own["attention"], own["mlp"]) for own in losses]
     if gone is None:
-        return pairs
+        return losses
     return [
-        (attention if kept.kv_groups else -math.inf, mlp if kept.channels else -math.inf)
-        for (attention, mlp), kept in zip(pairs, gone.layers, strict=True)
+        {kind: loss if layer.kept[kind] else -math.inf for kind, loss in own.items()}
+        for own, layer in zip(losses, gone.layers, strict=True)
     ]
 
 
@@ -187,51 +191,42 @@ def _gone_first(scores: Scores, gone: Plan) -> Scores:
 
     return Scores(
         [
-            {kind: lowered(values, kept.kept[kind]) for kind, values in units.items()}
-            for units, kept in zip(scores.layers, gone.layers, strict=True)
+            {kind: lowered(values, layer.kept[kind]) for kind, values in own.items()}
+            for own, layer in zip(scores.layers, gone.layers, strict=True)
         ]
     )
 
 
 def _search(
-    calibration: Calibration,
-    scores: Scores,
-    costs: list[LayerSize],
-    budget: Budget,
-    config: PruneConfig,
+    request: Request, scores: Scores, costs: list[LayerSize]
 ) -> tuple[list[Removal], float]:
     """The mix of thinning levels that diverges least, and by how much, as `choose` foresees it.
 
     Measured levels are kept for a next run.
     """
-    limits, target, saved = limits_of(config), budget.need, None
+    budget, config, limits = request.budget, request.config, limits_of(request.config)
+    target, saved = budget.need, None
     if budget.table is not None or (budget.at_least and not any(s.prunable for s in costs)):
         saved = [partial(budget.saved, i, size) for i, size in enumerate(costs)]
     else:
         target += half_unit(costs, limits) if budget.at_least else 0
         check_reachable(costs, round(target), limits)
-    some = calibration.part(slice(config.search_samples))
-    search = Search(some, scores, config.compensate != "none", cache_directory() / "levels")
+    some = request.calibration.part(slice(config.search_samples))
+    search = Search(some, scores, request.refit is not None, cache_directory() / "levels")
     curves = measure_curves(search, costs)
     removals, divergence = choose(curves, costs, target, limits, saved)
     log.info("search: predicted divergence %.4f nats a token", divergence)
-    removals = exchange(
-        search,
-        Problem(costs, limits, target, saved),
-        removals,
-        partial(plan_of, calibration.layers.model, scores),
-        config.exchange_rounds or 0,
-    )
+    problem = Problem(costs, limits, target, saved)
+    decide = partial(plan_of, request.model, scores)
+    removals = exchange(search, problem, removals, decide, config.exchange_rounds or 0)
     return removals, predicted(curves, removals)
 
 
-def _standard(model: nn.Module, groups: int) -> bool:
-    """Whether a standard model has the layers that are left when each loses ``groups`` groups."""
+def _standard(model: nn.Module, removal: Removal) -> bool:
+    """Whether a standard model has the layers that are left when each loses ``removal``."""
     first = geometries(model)[0]
-    kept = first.kv_heads - groups
-    return has_stock_form(
-        model, replace(first, kv_heads=kept, query_heads=kept * first.queries_per_kv)
-    )
+    kept = {kind: units - removal.count(kind) for kind, units in first.units.items()}
+    return has_stock_form(model, first.keeping(kept))
 
 
 def keep_best(scores: Tensor, remove: int) -> tuple[int, ...]:
@@ -240,28 +235,24 @@ def keep_best(scores: Tensor, remove: int) -> tuple[int, ...]:
     return tuple(sorted(order[: len(scores) - remove].tolist()))
 
 
-def _sensitivity(calibration: Calibration, config: PruneConfig) -> list[float]:
-    if config.layer_importance not in ("removal", "activation"):
-        count = len(calibration.layers)
-        return load_layer_importance(Path(config.layer_importance), count)
-    some = calibration.part(slice(config.sensitivity_samples))
+def _sensitivity(request: Request) -> list[float]:
+    method = request.config.layer_importance
+    if method not in ("removal", "activation"):
+        return load_layer_importance(Path(method), len(decoder_layers(request.model)))
 
     def measure(some: Calibration) -> list[float]:
-        return removal(some)[0] if config.layer_importance == "removal" else activation(some)
+        return removal(some)[0] if method == "removal" else activation(some)
 
-    return remembered(f"layers-{config.layer_importance}", some, measure)
+    return remembered(f"layers-{method}", request.some, measure)
 
 
 def parameters_removed(model: nn.Module, plan: Plan) -> int:
     """Parameters that ``plan`` takes from the uncut ``model``."""
     total = 0
-    for layer, kept in zip(decoder_layers(model), plan.layers, strict=True):
-        size = layer_size(layer, ("attention", "mlp", "sublayer"))
-        removal = Removal(
-            size.groups - len(kept.kv_groups) if kept.kv_groups else 0,
-            size.channels - len(kept.channels) if kept.channels else 0,
-            attention=not kept.kv_groups,
-            mlp=not kept.channels,
-        )
-        total += parameters(size, removal)
+    for layer, own in zip(decoder_layers(model), plan.layers, strict=True):
+        size = layer_size(layer, (*KINDS, "sublayer"))
+        parts = size.sublayers
+        units = {kind: parts[kind].units - len(kept) for kind, kept in own.kept.items() if kept}
+        gone = {kind for kind, kept in own.kept.items() if not kept}
+        total += parameters(size, Removal(units, gone))
     return total

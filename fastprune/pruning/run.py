@@ -31,7 +31,7 @@ from fastprune.pruning.effort import decided
 from fastprune.pruning.iterate import plan_in_steps
 from fastprune.pruning.latency import CostTable
 from fastprune.pruning.plan import Plan
-from fastprune.pruning.planning import Planned, parameters_removed
+from fastprune.pruning.planning import Planned, Request, parameters_removed
 from fastprune.pruning.stream import write_cut
 from fastprune.pruning.surgery import apply_plan
 from fastprune.pruning.texts import run_windows, with_lengths
@@ -144,7 +144,7 @@ class PruneRun:
             assert self.budget is not None  # config.check() has seen a budget or a plan
             nothing = Calibration(self.layers, torch.empty(0, 0, dtype=torch.int64))
             text = self.calibration or nothing  # what is planned by sizes alone needs none
-            self.made = plan_in_steps(text, self.budget, config, self.clock)
+            self.made = plan_in_steps(Request(text, self.budget, config), self.clock)
         if self.made.divergence is not None and self.dense is not None:
             assert self.calibration is not None  # the search has used it
             with self.clock("evaluate"):

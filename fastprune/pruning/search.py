@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from fastprune.models.families import COARSE, FINEST, KINDS
 from fastprune.pruning.allocation import fit_channels
 from fastprune.pruning.sizes import (
     BudgetError,
@@ -20,10 +21,11 @@ from fastprune.pruning.sizes import (
     parameters,
     remaining,
     removed_parameters,
+    unit_parameters,
 )
 
 STEPS = 32
-"""Channel levels between none and all that the program may choose from."""
+"""Levels of the finest units between none and all that the program may choose from."""
 BINS = 4000
 """Resolution of the budget."""
 
@@ -32,25 +34,29 @@ BINS = 4000
 class Curve:
     """Divergence per token, in nats, of one sublayer with ``removed[i]`` units gone.
 
-    ``kind`` is groups or channels, or attention or mlp for the whole sublayer, which then is the
-    one unit. Values never fall. Of the dense model the first point is (0, 0); of a thinned model
-    the point it is at has divergence 0, and what gives units back less than that.
+    Where the sublayer goes as a ``whole``, that is the one unit. Values never fall. Of the dense
+    model the first point is (0, 0); of a thinned model the point it is at has divergence 0, and
+    what gives units back less than that.
     """
 
     layer: int
     kind: str
     removed: tuple[int, ...]
     divergence: tuple[float, ...]
+    whole: bool = False
 
     @classmethod
     def rising(
         cls, layer: int, kind: str, points: Mapping[int, float], *, whole: bool = False
     ) -> Curve:
         """The curve through ``points``; one below its predecessor is noise, and raised to that."""
-        kind = kind if whole else {"attention": "groups", "mlp": "channels"}.get(kind, kind)
         removed = sorted(points)
         values = itertools.accumulate((points[n] for n in removed), max)
-        return cls(layer, kind, tuple(removed), tuple(values))
+        return cls(layer, kind, tuple(removed), tuple(values), whole)
+
+    def of(self, removal: Removal) -> float:
+        """What ``removal`` adds to the divergence by what it takes of this sublayer."""
+        return self.at(self.kind in removal.gone if self.whole else removal.count(self.kind))
 
     def at(self, units: int) -> float:
         """Divergence with any number of units gone: linear between measured levels.
@@ -76,8 +82,8 @@ def choose(
 ) -> tuple[list[Removal], float]:
     """Removals of ``target`` parameters whose predicted divergence is least, and that prediction.
 
-    Multiple-choice knapsack over the curves' levels, within the limits of a layer; channels are
-    then trimmed so that the total is within half a unit. Limits are passed by less than a unit
+    Multiple-choice knapsack over the curves' levels, within the limits of a layer; the finest units
+    are then trimmed so that the total is within half a unit. Limits are passed by less than a unit
     where the target is out of reach otherwise. Where ``saved`` says, layer by layer, what a removal
     saves, ``target`` is a sum of that, such as milliseconds, and at least so much is saved. Raises
     BudgetError when out of reach.
@@ -145,8 +151,8 @@ def _cheapest(
 
 
 def predicted(curves: Sequence[Curve], removals: Sequence[Removal]) -> float:
-    """Sum of the sublayers' divergences: what the whole would cost if errors only added up."""
-    return sum(c.at(getattr(removals[c.layer], c.kind)) for c in curves)
+    """Sum of the sublayers' divergences: that of the model if errors only added up."""
+    return sum(c.of(removals[c.layer]) for c in curves)
 
 
 def _options(
@@ -154,40 +160,52 @@ def _options(
 ) -> list[tuple[Removal, float]]:
     """Combinations of levels of one layer within its limits, with their divergences.
 
-    Channels are trimmed later, so levels a little below the lowest rate count too. Of a layer
-    without channels ``slack`` KV groups may be missing or too many.
+    The finest units are trimmed later, so levels a little below the lowest rate count too. Of a
+    layer without any ``slack`` coarse units may be missing or too many.
     """
-    by_kind = {c.kind: c for c in curves}
-    attention = [Removal(groups=g) for g in _groups(by_kind)]
-    mlp = [Removal(channels=c) for c in _channels(by_kind, size, limits)]
-    if "attention" in by_kind:
-        attention.append(Removal(attention=True))
-    if "mlp" in by_kind:
-        mlp.append(Removal(mlp=True))
+    ways = [_ways([c for c in curves if c.kind == kind], size, limits) for kind in KINDS]
+    kinds = [KINDS.index(c.kind) for c in curves]
+    values = [[c.of(way) for way in ways[k]] for c, k in zip(curves, kinds)]
+    rest: dict[Set[str], LayerSize] = {}
     found = []
-    for a, m in itertools.product(attention, mlp):
-        removal = Removal(a.groups, m.channels, a.attention, m.mlp)
-        (left,) = remaining([size], [removal])
-        gone = parameters(left, Removal(a.groups, m.channels))
-        loose = 0.0 if left.channels else slack * left.group_cost
-        lowest = limits.lowest * left.prunable - max(left.prunable / STEPS, loose)
-        outside = max(lowest - gone, gone - limits.highest * left.prunable - loose, 0.0)
-        value = sum(c.at(getattr(removal, c.kind)) for c in curves)
-        found.append((removal, value, outside))
+    for mix in itertools.product(*(range(len(own)) for own in ways)):
+        chosen = [own[n] for own, n in zip(ways, mix)]
+        units = {kind: n for way in chosen for kind, n in way.units.items()}
+        removal = Removal(units, frozenset().union(*(way.gone for way in chosen)))
+        if removal.gone not in rest:
+            (rest[removal.gone],) = remaining([size], [removal])
+        outside = _outside(rest[removal.gone], removal, limits, slack)
+        found.append((removal, sum(own[mix[k]] for own, k in zip(values, kinds)), outside))
     least = min(outside for *_, outside in found)
     return [(r, v) for r, v, outside in found if outside == least]
 
 
-def _groups(by_kind: Mapping[str, Curve]) -> Sequence[int]:
-    return by_kind["groups"].removed if "groups" in by_kind else (0,)
+def _outside(left: LayerSize, removal: Removal, limits: Limits, slack: float) -> float:
+    """Parameters by which the units of ``removal`` miss the limits of what is ``left`` to thin."""
+    gone, prunable = unit_parameters(left, removal), left.prunable
+    loose = 0.0
+    if not left.finest.units:
+        loose = slack * max(left.sublayers[kind].cost for kind in COARSE)
+    lowest = limits.lowest * prunable - max(prunable / STEPS, loose)
+    return max(lowest - gone, gone - limits.highest * prunable - loose, 0.0)
 
 
-def _channels(by_kind: Mapping[str, Curve], size: LayerSize, limits: Limits) -> Sequence[int]:
-    """Channel levels: a grid, and what was measured as far as ``limits`` allow it."""
-    if "channels" not in by_kind:
-        return (0,)
-    removed, align = by_kind["channels"].removed, limits.align
-    offset = size.channels % align
-    step = max(align, round(size.channels / STEPS / align) * align)
+def _ways(curves: Sequence[Curve], size: LayerSize, limits: Limits) -> list[Removal]:
+    """What may go of one sublayer by its ``curves``: each of its levels, or all of it."""
+    found = [Removal()]
+    for curve in curves:
+        if not curve.whole:
+            found = [Removal({curve.kind: n}) for n in _levels(curve, size, limits)]
+    return found + [Removal(gone={curve.kind}) for curve in curves if curve.whole]
+
+
+def _levels(curve: Curve, size: LayerSize, limits: Limits) -> Sequence[int]:
+    """Levels to choose from: what was measured, of the finest units a grid and what was measured
+    as far as ``limits`` allow it."""
+    if curve.kind != FINEST:
+        return curve.removed
+    removed, align, units = curve.removed, limits.align, size.finest.units
+    offset = units % align
+    step = max(align, round(units / STEPS / align) * align)
     grid = range(max(removed[0], offset), removed[-1] + 1, step)
-    return sorted({*grid, *(c for c in removed if c >= offset and (c - offset) % align == 0)})
+    return sorted({*grid, *(n for n in removed if n >= offset and (n - offset) % align == 0)})

@@ -1,97 +1,96 @@
 """What may be removed from each layer, what a removal costs, and what the limits allow.
 
-Counts only, no weights: the vocabulary of allocation.py, depth.py and search.py.
+Counts only, no weights: the vocabulary of allocation.py, depth.py and search.py. A layer is a
+mapping from kinds of sublayers (`KINDS`) to their sizes. The units of the kind `FINEST` are small
+enough to fill up any budget, and go by the alignment; those of the others are coarse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 from fastprune.errors import InputError
-
-MIN_KEPT = 1
-"""Units that a thinned sublayer always keeps: it must stay a working sublayer."""
+from fastprune.models.families import FINEST, KINDS, UNITS
 
 
 @dataclass(frozen=True)
 class SublayerSize:
     """What may be removed from one sublayer: ``units`` of ``cost`` parameters each.
 
-    ``whole`` are the parameters of a sublayer that may go as a whole; 0 where it may not.
+    ``whole`` are the parameters of a sublayer that may go as a whole, norms and biases included; 0
+    where it may not.
     """
 
     units: int = 0
     cost: int = 0
     whole: int = 0
 
+    @property
+    def prunable(self) -> int:
+        """Parameters owned by units."""
+        return self.units * self.cost
+
+
+NOTHING = SublayerSize()
+"""Of a sublayer that must stay as it is."""
+
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What may be removed from one layer: units and the parameters that each one owns.
+    """What may be removed from one layer, by kind of sublayer; of a kind left out, nothing."""
 
-    ``attention`` and ``mlp`` are the parameters of a sublayer that may go as a whole, norm and
-    biases included; 0 where it may not.
-    """
+    sublayers: Mapping[str, SublayerSize]
 
-    groups: int
-    group_cost: int
-    channels: int
-    channel_cost: int
-    attention: int = 0
-    mlp: int = 0
-
-    @property
-    def sublayers(self) -> dict[str, SublayerSize]:
-        """The same by kind of sublayer."""
-        return {
-            "attention": SublayerSize(self.groups, self.group_cost, self.attention),
-            "mlp": SublayerSize(self.channels, self.channel_cost, self.mlp),
-        }
+    def __post_init__(self) -> None:
+        every = {kind: self.sublayers.get(kind, NOTHING) for kind in KINDS}
+        object.__setattr__(self, "sublayers", every)
 
     @property
     def prunable(self) -> int:
         """Parameters owned by units."""
-        return self.groups * self.group_cost + self.channels * self.channel_cost
+        return sum(part.prunable for part in self.sublayers.values())
 
     @property
     def whole(self) -> int:
         """Parameters of the sublayers that may go as a whole."""
-        return self.attention + self.mlp
+        return sum(part.whole for part in self.sublayers.values())
+
+    @property
+    def finest(self) -> SublayerSize:
+        """The sublayer whose units are the finest."""
+        return self.sublayers[FINEST]
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Units to remove from one layer; ``attention`` and ``mlp`` remove a whole sublayer.
+    """Units to remove from one layer, by kind of sublayer, and the sublayers that go as a whole.
 
     Of a sublayer that goes as a whole no units are counted.
     """
 
-    groups: int = 0
-    channels: int = 0
-    attention: bool = False
-    mlp: bool = False
+    units: Mapping[str, int] = field(default_factory=dict)
+    gone: Set[str] = frozenset()
 
-    @property
-    def gone(self) -> frozenset[str]:
-        """Kinds of the sublayers that go as a whole."""
-        return frozenset(kind for kind in ("attention", "mlp") if getattr(self, kind))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "units", {kind: n for kind, n in self.units.items() if n})
+        object.__setattr__(self, "gone", frozenset(self.gone))
 
     def count(self, kind: str) -> int:
         """Units of ``kind`` to remove."""
-        return {"attention": self.groups, "mlp": self.channels}[kind]
+        return self.units.get(kind, 0)
 
     def with_units(self, units: Mapping[str, int]) -> Removal:
         """This removal with so many ``units`` of the kinds that it names."""
-        groups, channels = (units.get(k, self.count(k)) for k in ("attention", "mlp"))
-        return replace(self, groups=groups, channels=channels)
+        return Removal({**self.units, **units}, self.gone)
 
 
 @dataclass(frozen=True)
 class Limits:
     """Bounds on the share of a layer's prunable parameters that may go unit by unit.
 
-    In a layer that loses a whole sublayer they hold for the other one.
+    In a layer that loses a whole sublayer they hold for the other one. The finest units are kept in
+    multiples of ``align``.
     """
 
     lowest: float = 0.0
@@ -107,12 +106,25 @@ class Limits:
         if self.align < 1:
             raise InputError(f"--align must be at least 1, not {self.align}")
 
+    def step(self, kind: str) -> int:
+        """Units of ``kind`` that go at a time."""
+        return self.align if kind == FINEST else 1
+
+    def counts(self, size: LayerSize, kind: str) -> range:
+        """Numbers of units of ``kind`` that may go: a thinned sublayer keeps at least one step, and
+        as many units as a multiple of it."""
+        units, step = size.sublayers[kind].units, self.step(kind)
+        return range(units % step, units, step) or range(1)
+
 
 def remaining(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> list[LayerSize]:
     """What may be thinned once the sublayers that ``removals`` take as a whole are gone."""
     return [
         LayerSize(
-            0 if r.attention else s.groups, s.group_cost, 0 if r.mlp else s.channels, s.channel_cost
+            {
+                kind: SublayerSize(0 if kind in r.gone else part.units, part.cost)
+                for kind, part in s.sublayers.items()
+            }
         )
         for s, r in zip(sizes, removals, strict=True)
     ]
@@ -120,9 +132,7 @@ def remaining(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> list[L
 
 def merged(whole: Sequence[Removal], thinned: Sequence[Removal]) -> list[Removal]:
     """``thinned`` with the sublayers that ``whole`` removes."""
-    return [
-        replace(t, attention=w.attention, mlp=w.mlp) for w, t in zip(whole, thinned, strict=True)
-    ]
+    return [Removal(t.units, w.gone) for w, t in zip(whole, thinned, strict=True)]
 
 
 def removed_parameters(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> int:
@@ -132,28 +142,27 @@ def removed_parameters(sizes: Sequence[LayerSize], removals: Sequence[Removal]) 
 
 def parameters(size: LayerSize, removal: Removal) -> int:
     """Parameters that ``removal`` takes from a layer of ``size``."""
-    units = removal.groups * size.group_cost + removal.channels * size.channel_cost
-    return units + whole_parameters(size, removal)
+    return unit_parameters(size, removal) + whole_parameters(size, removal)
+
+
+def unit_parameters(size: LayerSize, removal: Removal) -> int:
+    """Those of them that leave unit by unit."""
+    return sum(n * size.sublayers[kind].cost for kind, n in removal.units.items())
 
 
 def whole_parameters(size: LayerSize, removal: Removal) -> int:
     """Those of them that leave with whole sublayers."""
-    return removal.attention * size.attention + removal.mlp * size.mlp
-
-
-def channel_counts(size: LayerSize, limits: Limits) -> range:
-    """Numbers of channels that may go: some stay, and as many as a multiple of the alignment."""
-    return range(size.channels % limits.align, size.channels, limits.align) or range(1)
+    return sum(size.sublayers[kind].whole for kind in removal.gone)
 
 
 def check_align(sizes: Sequence[LayerSize], limits: Limits) -> None:
-    """InputError when a layer has too few channels to keep a multiple of ``limits.align``."""
+    """InputError when a layer has too few units to keep a multiple of ``limits.align``."""
     for index, size in enumerate(sizes):
-        if 0 < size.channels < limits.align:
+        if 0 < size.finest.units < limits.align:
             raise InputError(
-                f"--align {limits.align}: layer {index} has {size.channels} channels, so no "
-                f"multiple of that can be kept; use --align {size.channels} at most, or leave such "
-                "layers out with --layers"
+                f"--align {limits.align}: layer {index} has {size.finest.units} {UNITS[FINEST]}, "
+                f"so no multiple of that can be kept; use --align {size.finest.units} at most, or "
+                "leave such layers out with --layers"
             )
 
 
@@ -172,13 +181,13 @@ def reachable(sizes: Sequence[LayerSize], limits: Limits) -> tuple[float, float]
     """
     low = high = 0.0
     for size in sizes:
-        counts = channel_counts(size, limits)
-        unaligned = counts[0] * size.channel_cost
-        most = max(size.groups - MIN_KEPT, 0) * size.group_cost + counts[-1] * size.channel_cost
+        counts = [(limits.counts(size, kind), p.cost) for kind, p in size.sublayers.items()]
+        unaligned = sum(able[0] * cost for able, cost in counts)
+        most = sum(able[-1] * cost for able, cost in counts)
         if not size.whole:
             low += min(max(limits.lowest * size.prunable, unaligned), most)
         high += size.whole or max(min(limits.highest * size.prunable, most), unaligned)
-    return low, high - min((c for s in sizes for c in (s.attention, s.mlp) if c), default=0)
+    return low, high - min(_wholes(sizes), default=0)
 
 
 class BudgetError(InputError):
@@ -190,16 +199,23 @@ class BudgetError(InputError):
 
 
 def smallest_unit(sizes: Sequence[LayerSize], limits: Limits) -> int:
-    """Parameters of the cheapest removal: a block of channels, a KV group or a whole sublayer."""
-    channels = [s.channel_cost * limits.align for s in sizes if s.channels]
-    groups = [s.group_cost for s in sizes if s.groups]
-    whole = [cost for s in sizes for cost in (s.attention, s.mlp) if cost]
-    return min([*channels, *groups, *whole], default=0)
+    """Parameters of the cheapest removal: of units that go at a time, or of a whole sublayer."""
+    steps = (cost for kind in KINDS for cost in _steps(sizes, limits, kind))
+    return min([*steps, *_wholes(sizes)], default=0)
 
 
 def half_unit(sizes: Sequence[LayerSize], limits: Limits) -> float:
-    """Half of the finest step: a block of channels, else a KV group, else a whole sublayer."""
-    channels = [s.channel_cost * limits.align for s in sizes if s.channels]
-    groups = [s.group_cost for s in sizes if s.groups]
-    whole = [cost for s in sizes for cost in (s.attention, s.mlp) if cost]
-    return min(channels or groups or whole or [0]) / 2
+    """Half of the smallest step of the finest kind that has units, else of a whole sublayer."""
+    ways = [*(_steps(sizes, limits, kind) for kind in reversed(KINDS)), _wholes(sizes), [0]]
+    return min(next(filter(None, ways))) / 2
+
+
+def _steps(sizes: Sequence[LayerSize], limits: Limits, kind: str) -> list[int]:
+    """Parameters of the units of ``kind`` that go at a time, of the layers that have some."""
+    parts = (size.sublayers[kind] for size in sizes)
+    return [part.cost * limits.step(kind) for part in parts if part.units]
+
+
+def _wholes(sizes: Sequence[LayerSize]) -> list[int]:
+    """Parameters of every sublayer that may go as a whole."""
+    return [part.whole for size in sizes for part in size.sublayers.values() if part.whole]

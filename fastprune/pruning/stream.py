@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
-from fastprune.kernels import ops
 from fastprune.models.checkpoint import LAYER_KEY, Form, save_checkpoint
 from fastprune.models.families import geometries, sublayers
 from fastprune.models.modeling import per_layer_config
@@ -18,7 +17,7 @@ from fastprune.models.streamed import StreamedModel, skeleton
 from fastprune.pruning.calibration import Calibration, Prefix
 from fastprune.pruning.compensation import refit_layer
 from fastprune.pruning.plan import LayerPlan, Plan
-from fastprune.pruning.surgery import kept_entries
+from fastprune.pruning.surgery import cut_parameter
 
 
 def write_cut(
@@ -69,10 +68,11 @@ def _refitted(
 
 def _kept(layer: nn.Module, plan: LayerPlan) -> Iterator[tuple[str, Tensor]]:
     """The parameters of ``layer`` by name, cut to the units that ``plan`` keeps, one at a time."""
-    owners = {s.name: (s, plan.kept[part.kind]) for part in sublayers(layer) for s in part.slices}
+    owners = {
+        name: (slices, plan.kept[sublayer.kind])
+        for sublayer in sublayers(layer)
+        for name, slices in sublayer.owned.items()
+    }
     for name, parameter in layer.named_parameters():
         tensor = parameter.detach()
-        if name in owners:
-            s, units = owners[name]
-            (tensor,) = ops.gather([tensor], [kept_entries(s, units)], [s.dim])
-        yield name, tensor
+        yield name, cut_parameter(tensor, *owners[name]) if name in owners else tensor

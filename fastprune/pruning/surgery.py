@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastprune.kernels import ops
-from fastprune.models.families import (
-    Slice,
-    attention_slices,
-    decoder_layers,
-    geometries,
-    mlp_slices,
-)
+from fastprune.models.families import Slice, decoder_layers, geometries, sublayers
 from fastprune.models.modeling import conform
 from fastprune.progress import track
-from fastprune.pruning.plan import Plan
+from fastprune.pruning.plan import LayerPlan, Plan
 
 
 @torch.no_grad()
@@ -26,27 +22,49 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     nothing is kept is removed. The model's configuration follows the new sizes, so the result
     trains, generates, and saves like any other model.
     """
-    sizes = geometries(model)
-    plan.check_model(sizes)
-    layers = zip(decoder_layers(model), plan.layers, sizes, strict=True)
-    for layer, kept, size in track(layers, "surgery", total=len(sizes)):
-        if kept.kv_groups and len(kept.kv_groups) < size.kv_heads:
-            _cut(layer, attention_slices(layer), kept.kv_groups)
-        if kept.channels and len(kept.channels) < size.channels:
-            _cut(layer, mlp_slices(layer), kept.channels)
+    cut_units(model, plan)
     conform(model, plan.result())
 
 
-def kept_entries(s: Slice, units: tuple[int, ...]) -> torch.Tensor:
+@torch.no_grad()
+def cut_units(model: nn.Module, plan: Plan) -> None:
+    """Cut the parameters of ``model`` down to ``plan`` in place, those of removed sublayers aside.
+
+    For a family that is not registered with the classes of `apply_plan`. InputError when the plan
+    is of another model.
+    """
+    sizes = geometries(model)
+    plan.check_model(sizes)
+    layers = zip(decoder_layers(model), plan.layers, strict=True)
+    for layer, kept in track(layers, "surgery", total=len(sizes)):
+        _cut(layer, kept)
+
+
+def kept_entries(s: Slice, units: Sequence[int]) -> Tensor:
     """Indices (int64, ascending) along ``s.dim`` that the kept ``units`` own."""
-    starts = torch.tensor(units, dtype=torch.int64) * s.width
+    starts = s.offset + torch.tensor(units, dtype=torch.int64) * s.width
     return (starts[:, None] + torch.arange(s.width)).flatten()
 
 
-def _cut(layer: nn.Module, slices: list[Slice], units: tuple[int, ...]) -> None:
+def cut_parameter(parameter: Tensor, slices: Sequence[Slice], units: Sequence[int]) -> Tensor:
+    """``parameter`` with what the kept ``units`` own of its ``slices``, and all outside of them."""
+    dim = slices[0].dim
+    stays = torch.ones(parameter.shape[dim], dtype=torch.bool)
     for s in slices:
-        module, parameter = layer.get_submodule(s.module), layer.get_parameter(s.name)
-        (kept,) = ops.gather([parameter.detach()], [kept_entries(s, units)], [s.dim])
-        setattr(module, s.parameter, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-        if s.parameter == "weight":
-            module.out_features, module.in_features = kept.shape
+        stays[s.span] = False
+        stays[kept_entries(s, units)] = True
+    (kept,) = ops.gather([parameter.detach()], [stays.nonzero().flatten()], [dim])
+    return kept
+
+
+def _cut(layer: nn.Module, kept: LayerPlan) -> None:
+    for sublayer in sublayers(layer):
+        units = kept.kept[sublayer.kind]
+        if not 0 < len(units) < sublayer.units:
+            continue
+        for name, slices in sublayer.owned.items():
+            module, parameter = layer.get_submodule(slices[0].module), layer.get_parameter(name)
+            new = nn.Parameter(cut_parameter(parameter, slices, units), parameter.requires_grad)
+            setattr(module, slices[0].parameter, new)
+            if new.dim() == 2:
+                module.out_features, module.in_features = new.shape

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from counting import keeping
 from tiny import FAMILIES, TEXT, tiny_checkpoint, tiny_gpt2, tiny_model, tiny_t5, tiny_tokenizer
 
 from fastprune import cli
@@ -15,7 +16,7 @@ from fastprune.models.families import Geometry
 from fastprune.models.load import load_config
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.pipeline import run_prune
-from fastprune.pruning.plan import LayerPlan, Plan
+from fastprune.pruning.plan import Plan
 
 
 def saved(folder, change=lambda model: None, family="llama", model=None, **options):
@@ -394,7 +395,7 @@ def test_the_divergence_is_the_logits_own(pruned, text):
 def plan(folder, kept):
     """A plan that keeps so many KV groups and channels of each layer."""
     sizes = Geometry(query_heads=8, kv_heads=4, channels=96, head_dim=16)
-    layers = [LayerPlan(i, tuple(range(k)), tuple(range(c))) for i, (k, c) in enumerate(kept)]
+    layers = [keeping(i, tuple(range(k)), tuple(range(c))) for i, (k, c) in enumerate(kept)]
     Plan((sizes,) * 4, tuple(layers)).save(folder / "plan.json")
     return folder / "plan.json"
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from counting import keeping
 from tiny import FAMILIES, tiny_checkpoint, tiny_model
 
 from fastprune import cli
@@ -12,7 +13,7 @@ from fastprune.inspect import speed
 from fastprune.inspect.memory import Extra
 from fastprune.inspect.speed import FULL, Decoding, Reading, Selection, measure_speeds
 from fastprune.models.families import geometries
-from fastprune.pruning.plan import LayerPlan, Plan
+from fastprune.pruning.plan import Plan
 from fastprune.pruning.surgery import apply_plan
 
 BRIEF = Selection(prompts=(16, 2048), batches=(1, 3), turns=3)
@@ -21,8 +22,8 @@ BRIEF = Selection(prompts=(16, 2048), batches=(1, 3), turns=3)
 def pruned(family: str) -> torch.nn.Module:
     """Layers of four sizes, one without attention, one without MLP."""
     model = tiny_model(family)
-    kept = [LayerPlan(i, (0, 2) if i else (), tuple(range(40 + i))) for i in range(3)]
-    apply_plan(model, Plan(tuple(geometries(model)), (*kept, LayerPlan(3, (1,), ()))))
+    kept = [keeping(i, (0, 2) if i else (), tuple(range(40 + i))) for i in range(3)]
+    apply_plan(model, Plan(tuple(geometries(model)), (*kept, keeping(3, (1,), ()))))
     return model
 
 

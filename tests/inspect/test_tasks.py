@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from counting import keeping
 from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from fastprune import cli
@@ -13,7 +14,7 @@ from fastprune.errors import InputError
 from fastprune.inspect import tasks
 from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
 from fastprune.models.families import geometries
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.surgery import apply_plan
 
 harness = pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -98,7 +99,7 @@ def test_a_task_file_of_the_users_own_on_a_model_of_different_layers(data, tmp_p
     model = tiny_model("llama")
     sizes = tuple(geometries(model))
     whole = keep_all(sizes).layers[1:]
-    apply_plan(model, Plan(sizes, (LayerPlan(0, (1, 3), tuple(range(40))), *whole)))
+    apply_plan(model, Plan(sizes, (keeping(0, (1, 3), tuple(range(40))), *whole)))
     file = tmp_path / "river.yaml"
     items = tmp_path / "river.jsonl"
     items.write_text(json.dumps({"question": "What turns?", "options": ["a", "b"], "answer": 1}))

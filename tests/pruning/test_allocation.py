@@ -5,14 +5,20 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from counting import less, sized
 
 from fastprune.errors import InputError
 from fastprune.pruning.allocation import allocate, allocate_same, layer_weights
 from fastprune.pruning.ranking import allocate_global
-from fastprune.pruning.sizes import LayerSize, Limits, Removal, removed_parameters
+from fastprune.pruning.sizes import LayerSize, Limits, removed_parameters
 
-SMOLLM2 = LayerSize(groups=3, group_cost=294_912, channels=1536, channel_cost=1728)
-LLAMA3 = LayerSize(groups=8, group_cost=5_242_880, channels=14336, channel_cost=12288)
+SMOLLM2 = sized(groups=3, group_cost=294_912, channels=1536, channel_cost=1728)
+LLAMA3 = sized(groups=8, group_cost=5_242_880, channels=14336, channel_cost=12288)
+
+
+def by_kind(groups: list[list[float]], channels: list[list[float]]) -> list[dict]:
+    """Scores of the units of every layer."""
+    return [{"attention": g, "mlp": c} for g, c in zip(groups, channels, strict=True)]
 
 
 def budget(sizes: list[LayerSize], ratio: float) -> int:
@@ -28,9 +34,10 @@ def test_budget_is_met_to_half_a_channel(ratio: float, size: LayerSize, rule: st
     weights = [1.0] * 30 if rule == "equal" else layer_weights(sensitivity, rule, 1.2)
     target = budget(sizes, ratio)
     removals = allocate(sizes, weights, target, Limits(highest=0.95))
-    assert abs(removed_parameters(sizes, removals) - target) <= size.channel_cost / 2
+    assert abs(removed_parameters(sizes, removals) - target) <= size.finest.cost / 2
     for removal in removals:
-        assert 0 <= removal.groups < size.groups and 0 <= removal.channels < size.channels
+        for kind, part in size.sublayers.items():
+            assert 0 <= removal.count(kind) < part.units
 
 
 def test_rates_follow_the_weights() -> None:
@@ -47,32 +54,32 @@ def test_limits_hold() -> None:
     weights = [1e-3, 1.0, 1.0, 1e3]
     removals = allocate(sizes, weights, budget(sizes, 0.2), Limits(0.1, 0.35))
     shares = [removed_parameters([LLAMA3], [r]) / LLAMA3.prunable for r in removals]
-    half = LLAMA3.channel_cost / LLAMA3.prunable
+    half = LLAMA3.finest.cost / LLAMA3.prunable
     assert min(shares) >= 0.1 - half and max(shares) <= 0.35 + half
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5])
 def test_attention_only_is_met_to_half_a_group(ratio: float) -> None:
-    sizes = [LayerSize(8, 1000, 0, 0)] * 10
+    sizes = [sized(8, 1000, 0, 0)] * 10
     target = budget(sizes, ratio)
     removals = allocate(sizes, [1.0] * 10, target, Limits())
     assert abs(removed_parameters(sizes, removals) - target) <= 500
-    assert all(r.channels == 0 for r in removals)
+    assert all(r.count("mlp") == 0 for r in removals)
 
 
 def test_ties_among_groups_go_by_order() -> None:
-    sizes = [LayerSize(3, 100, 0, 0)] * 3
+    sizes = [sized(3, 100, 0, 0)] * 3
     removals = allocate(sizes, [1.0] * 3, 100, Limits(), order=[0.3, 0.1, 0.2])
-    assert [r.groups for r in removals] == [0, 1, 0]
+    assert [r.count("attention") for r in removals] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("align", [8, 64, 128])
 @pytest.mark.parametrize("channels", [1536, 1500])
 def test_aligned_channels(align: int, channels: int) -> None:
-    sizes = [LayerSize(4, 9000, channels, 100)] * 5
+    sizes = [sized(4, 9000, channels, 100)] * 5
     target = budget(sizes, 0.3)
     removals = allocate(sizes, [1.0] * 5, target, Limits(align=align))
-    assert all((channels - r.channels) % align == 0 for r in removals)
+    assert all((channels - r.count("mlp")) % align == 0 for r in removals)
     assert abs(removed_parameters(sizes, removals) - target) <= 100 * align / 2
 
 
@@ -88,17 +95,17 @@ def test_unreachable_budget_names_the_range() -> None:
 def test_same_everywhere(ratio: float) -> None:
     sizes = [SMOLLM2] * 30
     removals = allocate_same(sizes, budget(sizes, ratio), Limits())
-    assert len(set(removals)) == 1
+    assert removals == removals[:1] * 30
     error = abs(removed_parameters(sizes, removals) - budget(sizes, ratio))
-    assert error <= 30 * SMOLLM2.channel_cost / 2  # a channel goes from every layer at once
+    assert error <= 30 * SMOLLM2.finest.cost / 2  # a channel goes from every layer at once
 
 
 def test_global_takes_the_cheapest_parameters_first() -> None:
-    sizes = [LayerSize(2, 10, 4, 1)] * 2
+    sizes = [sized(2, 10, 4, 1)] * 2
     groups = [[100.0, 200.0], [1.0, 300.0]]
     channels = [[0.1, 5.0, 6.0, 7.0], [0.2, 8.0, 9.0, 9.5]]
-    removals = allocate_global(sizes, groups, channels, 12, Limits())
-    assert removals == [Removal(0, 1), Removal(1, 1)]
+    removals = allocate_global(sizes, by_kind(groups, channels), 12, Limits())
+    assert removals == [less(0, 1), less(1, 1)]
 
 
 def test_alpha_of_global_goes_from_the_scores_as_they_are_to_layers_alike() -> None:
@@ -108,12 +115,15 @@ def test_alpha_of_global_goes_from_the_scores_as_they_are_to_layers_alike() -> N
     groups = [[1e12] * 3] * 2
     target = budget(sizes, 0.2)
     lost = [
-        [r.channels for r in allocate_global(sizes, groups, channels, target, Limits(), alpha)]
+        [
+            r.count("mlp")
+            for r in allocate_global(sizes, by_kind(groups, channels), target, Limits(), alpha)
+        ]
         for alpha in (1.0, 0.5, 0.0)
     ]
     as_they_are, between, alike = lost
     assert lost[0] == [
-        r.channels for r in allocate_global(sizes, groups, channels, target, Limits())
+        r.count("mlp") for r in allocate_global(sizes, by_kind(groups, channels), target, Limits())
     ]
     assert as_they_are[0] > 50 * as_they_are[1]
     assert between[0] == pytest.approx(10 * between[1], rel=0.1)
@@ -122,17 +132,17 @@ def test_alpha_of_global_goes_from_the_scores_as_they_are_to_layers_alike() -> N
 
 
 def test_alpha_of_global_levels_kv_groups_where_only_they_may_go() -> None:
-    sizes = [LayerSize(8, 10, 0, 0)] * 2
+    sizes = [sized(8, 10, 0, 0)] * 2
     groups = [[float(g + 1) for g in range(8)], [1e3 * (g + 1) for g in range(8)]]
-    lost = allocate_global(sizes, groups, [[], []], 60, Limits(), alpha=0.0)
-    assert lost == [Removal(3, 0), Removal(3, 0)]
+    lost = allocate_global(sizes, by_kind(groups, [[], []]), 60, Limits(), alpha=0.0)
+    assert lost == [less(3, 0), less(3, 0)]
 
 
 def test_alpha_of_global_takes_a_layer_without_a_positive_score_first() -> None:
-    sizes = [LayerSize(0, 0, 10, 1)] * 2
+    sizes = [sized(0, 0, 10, 1)] * 2
     channels = [[0.0] * 10, [float(c + 1) for c in range(10)]]
-    lost = allocate_global(sizes, [[], []], channels, 6, Limits(), alpha=0.5)
-    assert lost == [Removal(0, 6), Removal(0, 0)]
+    lost = allocate_global(sizes, by_kind([[], []], channels), 6, Limits(), alpha=0.5)
+    assert lost == [less(0, 6), less(0, 0)]
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
@@ -141,9 +151,9 @@ def test_global_meets_the_budget_and_the_lowest_rate(ratio: float) -> None:
     groups = [[1e5 * (layer + g + 1) for g in range(3)] for layer in range(6)]
     channels = [[(layer + 1) * (c + 1) for c in range(1536)] for layer in range(6)]
     limits = Limits(lowest=0.05)
-    removals = allocate_global(sizes, groups, channels, budget(sizes, ratio), limits)
+    removals = allocate_global(sizes, by_kind(groups, channels), budget(sizes, ratio), limits)
     removed = removed_parameters(sizes, removals)
-    assert abs(removed - budget(sizes, ratio)) <= SMOLLM2.channel_cost / 2
+    assert abs(removed - budget(sizes, ratio)) <= SMOLLM2.finest.cost / 2
     for removal in removals:
         assert removed_parameters([SMOLLM2], [removal]) >= 0.05 * SMOLLM2.prunable
 
@@ -154,20 +164,22 @@ def test_global_gives_channels_back_for_a_group_that_is_larger_than_what_is_miss
     sizes = [SMOLLM2] * 6
     groups = [[1e9 * (layer + g + 1) for g in range(3)] for layer in range(6)]
     channels = [[(layer + 1) * (c + 1) for c in range(1536)] for layer in range(6)]
-    all_channels = 6 * SMOLLM2.channels * SMOLLM2.channel_cost
-    target = all_channels + SMOLLM2.group_cost // 3
+    all_channels = 6 * SMOLLM2.finest.units * SMOLLM2.finest.cost
+    target = all_channels + SMOLLM2.sublayers["attention"].cost // 3
     limits = Limits(align=align)
-    removals = allocate_global(sizes, groups, channels, target, limits)
-    assert [r.groups for r in removals] == [1, 0, 0, 0, 0, 0]
-    assert abs(removed_parameters(sizes, removals) - target) <= align * SMOLLM2.channel_cost / 2
+    removals = allocate_global(sizes, by_kind(groups, channels), target, limits)
+    assert [r.count("attention") for r in removals] == [1, 0, 0, 0, 0, 0]
+    assert abs(removed_parameters(sizes, removals) - target) <= align * SMOLLM2.finest.cost / 2
     assert removed_parameters(sizes[:1], removals[:1]) <= 0.9 * SMOLLM2.prunable
-    assert all(r.channels <= before.channels for r, before in zip(removals, sizes))
+    assert all(r.count("mlp") <= before.finest.units for r, before in zip(removals, sizes))
     # the best of the last layer come back, and nothing else
-    assert {r.channels for r in removals[:-1]} == {SMOLLM2.channels - align}
+    assert {r.count("mlp") for r in removals[:-1]} == {SMOLLM2.finest.units - align}
     # beyond the highest rate the layer itself gives first
-    tight = allocate_global(sizes, groups, channels, target, Limits(highest=0.8, align=align))
+    tight = allocate_global(
+        sizes, by_kind(groups, channels), target, Limits(highest=0.8, align=align)
+    )
     assert removed_parameters(sizes[:1], tight[:1]) <= 0.8 * SMOLLM2.prunable
-    assert abs(removed_parameters(sizes, tight) - target) <= align * SMOLLM2.channel_cost / 2
+    assert abs(removed_parameters(sizes, tight) - target) <= align * SMOLLM2.finest.cost / 2
 
 
 def test_weights_reject_what_is_no_sensitivity() -> None:

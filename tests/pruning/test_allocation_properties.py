@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from counting import sized
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ def layers(draw, structures: str, count: int, align: int) -> list[LayerSize]:
         groups = 0 if structures == "mlp" else draw(st.integers(2, 8))
         least = 2 * align + (2 * group_cost // channel_cost if groups else 0)
         channels = 0 if structures == "attention" else draw(st.integers(least, least + 40))
-        found.append(LayerSize(groups, group_cost, channels, channel_cost))
+        found.append(sized(groups, group_cost, channels, channel_cost))
     return found
 
 
@@ -57,19 +58,22 @@ def check(sizes: list[LayerSize], limits: Limits, target: int, removals: list[Re
     than that in every layer, the budget may be missed by as much.
     """
     unit = 2 * half_unit(sizes, limits)
-    coarsest = max([unit, *(s.group_cost for s in sizes if s.groups)])
+    coarsest = max(
+        [unit, *(s.sublayers["attention"].cost for s in sizes if s.sublayers["attention"].units)]
+    )
     room = len(sizes) * coarsest
     low, high = reachable(sizes, limits)
     roomy = low + room <= target <= high - room
     for size, removal in zip(sizes, removals, strict=True):
-        assert 0 <= removal.groups <= max(size.groups - 1, 0)
-        assert 0 <= removal.channels <= max(size.channels - 1, 0)
-        assert (size.channels - removal.channels) % limits.align == 0
-        unaligned = size.channels % limits.align * size.channel_cost
+        attention, mlp = size.sublayers["attention"], size.sublayers["mlp"]
+        for kind, part in size.sublayers.items():
+            assert 0 <= removal.count(kind) <= max(part.units - 1, 0)
+        assert (mlp.units - removal.count("mlp")) % limits.align == 0
+        unaligned = mlp.units % limits.align * mlp.cost
         most = max(limits.highest * size.prunable, unaligned)
         assert parameters(size, removal) <= most + coarsest
-        able = max(size.groups - 1, 0) * size.group_cost
-        able += max(size.channels - limits.align, 0) * size.channel_cost
+        able = max(attention.units - 1, 0) * attention.cost
+        able += max(mlp.units - limits.align, 0) * mlp.cost
         assert parameters(size, removal) >= min(limits.lowest * size.prunable, able) - coarsest
     missed = abs(removed_parameters(sizes, removals) - target)
     assert missed <= (unit / 2 + 1e-6 if roomy else room)
@@ -89,9 +93,11 @@ def test_global(problem, data, alpha) -> None:
     numbers = st.randoms(use_true_random=False)
     random = data.draw(numbers)
     level = [10 ** random.uniform(-4, 4) for _ in sizes]
-    groups = [[f * random.random() for _ in range(s.groups)] for f, s in zip(level, sizes)]
-    channels = [[f * random.random() for _ in range(s.channels)] for f, s in zip(level, sizes)]
-    removals = allocate_global(sizes, groups, channels, target, limits, alpha)
+    scores = [
+        {kind: [f * random.random() for _ in range(p.units)] for kind, p in s.sublayers.items()}
+        for f, s in zip(level, sizes)
+    ]
+    removals = allocate_global(sizes, scores, target, limits, alpha)
     check(sizes, limits, target, removals)
 
 
@@ -102,7 +108,7 @@ def test_the_same_in_every_layer(problem, count) -> None:
     share = round((low + high) / 2 / count)
     assume(low <= share * count <= high)  # a number of parameters may lie in no narrow limits
     removals = allocate_same([size] * count, share * count, limits)
-    assert len(set(removals)) == 1
+    assert removals == removals[:1] * count
     check([size], limits, share, removals[:1])
 
 
@@ -112,16 +118,16 @@ def test_search(problem, data) -> None:
     random = data.draw(st.randoms(use_true_random=False))
 
     def curve(layer: int, kind: str, units: int) -> Curve:
-        shares = range(1, 8) if kind == "channels" else [8 * n / units for n in range(units)]
+        shares = range(1, 8) if kind == "mlp" else [8 * n / units for n in range(units)]
         levels = sorted({0, *(round(units * share / 8) for share in shares)} - {units})
         points = {n: random.random() * (n / units) ** 2 if n else 0.0 for n in levels}
         return Curve.rising(layer, kind, points)
 
     curves = [
-        curve(layer, kind, units)
+        curve(layer, kind, part.units)
         for layer, size in enumerate(sizes)
-        for kind, units in (("groups", size.groups), ("channels", size.channels))
-        if units > 1
+        for kind, part in size.sublayers.items()
+        if part.units > 1
     ]
     removals, _ = choose(curves, sizes, target, limits)
     check(sizes, limits, target, removals)

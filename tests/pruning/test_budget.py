@@ -7,19 +7,20 @@ import math
 from dataclasses import replace
 
 import pytest
+from counting import less, sized
 from tiny import FAMILIES, TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from fastprune.errors import GateError, InputError
 from fastprune.models.families import block_parameters, geometries
 from fastprune.pruning import latency
+from fastprune.pruning.allocators import allocate_budget
 from fastprune.pruning.budget import Budget, budget_of, far_off, parse_bytes, saved_bytes
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.latency import CostTable
 from fastprune.pruning.pipeline import prune, run_prune
-from fastprune.pruning.sizes import BudgetError, LayerSize, Limits, Removal, removed_parameters
-from fastprune.pruning.spread import meet
+from fastprune.pruning.sizes import BudgetError, Limits, Removal, removed_parameters
 
-SIZE = LayerSize(4, 100, 96, 10)
+SIZE = sized(4, 100, 96, 10)
 
 
 @pytest.fixture
@@ -36,8 +37,10 @@ def table_of(model, attention: float = 0.1, mlp: float = 0.02, dense: float = 30
     sizes = tuple(geometries(model))
     return CostTable(
         dense=dense,
-        attention=((0, 0.0), (4, 4 * attention)),
-        mlp=((0, 0.0), (96, 96 * mlp)),
+        widths={
+            "attention": ((0, 0.0), (4, 4 * attention)),
+            "mlp": ((0, 0.0), (96, 96 * mlp)),
+        },
         sizes=sizes,
         stack=(sizes[0], 4, 5.0),
         context=16,
@@ -170,18 +173,18 @@ def test_parameters(settings) -> None:
 
 
 def test_the_fewest_parameters_that_save_enough() -> None:
-    """Against the same by trying every total; the spread takes channels from layers in turn."""
+    """Against the same by trying every total; the allocator takes channels from layers in turn."""
     sizes = [SIZE] * 3
 
-    def spread(target: float) -> list[Removal]:
+    def allocator(target: float) -> list[Removal]:
         channels = round(target / 10)
-        return [Removal(0, channels // 3 + (i < channels % 3)) for i in range(3)]
+        return [less(0, channels // 3 + (i < channels % 3)) for i in range(3)]
 
     budget = Budget("bytes", 1.0, need=1234, at_least=True)
-    found = removed_parameters(sizes, meet(budget, sizes, spread, Limits()))
+    found = removed_parameters(sizes, allocate_budget(budget, sizes, allocator, Limits()))
     assert found == 1240
     exact = replace(budget, at_least=False)
-    assert removed_parameters(sizes, meet(exact, sizes, spread, Limits())) == 1230
+    assert removed_parameters(sizes, allocate_budget(exact, sizes, allocator, Limits())) == 1230
 
 
 class TestLatency:
@@ -189,9 +192,9 @@ class TestLatency:
 
     def test_what_a_removal_saves(self) -> None:
         table = table_of(tiny_model("llama"))
-        assert table.saved(0, Removal(1, 10)) == pytest.approx(0.1 + 0.2)
-        assert table.saved(0, Removal(attention=True)) == pytest.approx(0.4)
-        assert table.saved(0, Removal(2, 0, mlp=True)) == pytest.approx(0.2 + 1.92)
+        assert table.saved(0, less(1, 10)) == pytest.approx(0.1 + 0.2)
+        assert table.saved(0, less(attention=True)) == pytest.approx(0.4)
+        assert table.saved(0, less(2, 0, mlp=True)) == pytest.approx(0.2 + 1.92)
 
     @pytest.mark.parametrize(
         ("allocation", "structures"),

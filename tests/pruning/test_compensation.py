@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from calibrated import calibrated
+from counting import keeping
 from tiny import FAMILIES, VOCABULARY, tiny_model, token_ids
 
 from fastprune.models.families import geometries
@@ -14,7 +15,7 @@ from fastprune.models.layers import Layers
 from fastprune.pruning import calibration, compensation
 from fastprune.pruning.compensation import PROPAGATED, compensate, solve
 from fastprune.pruning.moments import Moments, advance
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 
 WINDOWS = token_ids(64, 32)
 
@@ -23,8 +24,8 @@ def half_plan(model: torch.nn.Module) -> Plan:
     """Layer 1 loses half of everything, layer 2 its MLP; the others stay whole."""
     sizes = tuple(geometries(model))
     layers = list(keep_all(sizes).layers)
-    layers[1] = LayerPlan(1, (0, 3), tuple(range(0, 96, 2)))
-    layers[2] = LayerPlan(2, (0, 1, 2, 3), ())
+    layers[1] = keeping(1, (0, 3), tuple(range(0, 96, 2)))
+    layers[2] = keeping(2, (0, 1, 2, 3), ())
     return Plan(sizes, tuple(layers))
 
 
@@ -114,7 +115,7 @@ def test_a_later_sublayer_takes_in_a_share_of_the_propagated_error(bias: bool) -
 def from_dense(windows: torch.Tensor) -> float:
     """How far a model that lost half of all channels is from the dense one, on unseen text."""
     dense, model = tiny_model("llama"), tiny_model("llama")
-    half = [LayerPlan(i, (0, 1, 2, 3), tuple(range(0, 96, 2))) for i in range(4)]
+    half = [keeping(i, (0, 1, 2, 3), tuple(range(0, 96, 2))) for i in range(4)]
     compensate(calibrated(model, windows), Plan(tuple(geometries(model)), tuple(half)))
     unseen = token_ids(16, 32, seed=5)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from calibrated import calibrated
+from counting import keeping, less
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,7 +38,7 @@ from fastprune.pruning.curves import Search, measure_curves
 from fastprune.pruning.exchange import Problem, exchange
 from fastprune.pruning.importance import score
 from fastprune.pruning.pipeline import run_prune
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.planning import plan_of
 from fastprune.pruning.products import ModelShape
 from fastprune.pruning.sensitivity import activation, removal
@@ -112,7 +113,7 @@ def half(model: torch.nn.Module) -> Plan:
     """The first layer stays whole, the others lose every second unit."""
     whole = keep_all(geometries(model))
     layers = [
-        LayerPlan(i, layer.kv_groups[::2], layer.channels[::2]) if i else layer
+        keeping(i, layer.kept["attention"][::2], layer.kept["mlp"][::2]) if i else layer
         for i, layer in enumerate(whole.layers)
     ]
     return Plan(whole.geometries, tuple(layers))
@@ -169,7 +170,7 @@ STAGES: dict[str, tuple[Callable[[Costs], Stage], Callable[[Any], Any], dict[str
 def test_an_exchange_costs_no_more_than_is_said(model, compensate):
     sizes = [layer_size(layer, ("mlp",)) for layer in decoder_layers(model)]
     scores = score(calibrated(model, WINDOWS), "magnitude-l2")
-    start = [Removal(channels=280), Removal()]
+    start = [less(channels=280), Removal()]
     target = removed_parameters(sizes, start)
     with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as flops:
         search = Search(calibrated(model, WINDOWS), scores, compensate != "none")

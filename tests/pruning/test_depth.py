@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 
 import pytest
+from counting import less, sized
 
-from fastprune.pruning.depth import Sublayer, cheaper_than, cheapest_first, nearest, removals
-from fastprune.pruning.sizes import LayerSize, Limits, Removal, reachable, removed_parameters
+from fastprune.pruning.depth import Candidate, cheaper_than, cheapest_first, nearest, removals
+from fastprune.pruning.sizes import Limits, Removal, reachable, removed_parameters
 
-SIZE = LayerSize(0, 0, 0, 0, attention=100, mlp=300)
+SIZE = sized(0, 0, 0, 0, attention=100, mlp=300)
 """Nothing may be thinned, an attention and an MLP may go."""
 
 
-def candidates(losses: list[tuple[float, float]]) -> list[Sublayer]:
-    return cheapest_first([SIZE] * len(losses), losses)
+def candidates(losses: list[tuple[float, float]]) -> list[Candidate]:
+    return cheapest_first([SIZE] * len(losses), by_kind(losses))
+
+
+def by_kind(losses: list[tuple[float, float]]) -> list[dict[str, float]]:
+    return [{"attention": attention, "mlp": mlp} for attention, mlp in losses]
 
 
 def test_order_is_loss_per_parameter() -> None:
@@ -28,8 +33,8 @@ def test_order_is_loss_per_parameter() -> None:
 
 
 def test_a_sublayer_that_may_not_go_is_no_candidate() -> None:
-    sizes = [SIZE, LayerSize(0, 0, 0, 0, mlp=300), LayerSize(4, 10, 9, 1)]
-    found = cheapest_first(sizes, [(1.0, 1.0)] * 3)
+    sizes = [SIZE, sized(0, 0, 0, 0, mlp=300), sized(4, 10, 9, 1)]
+    found = cheapest_first(sizes, by_kind([(1.0, 1.0)] * 3))
     assert {(s.layer, s.kind) for s in found} == {(0, "attention"), (0, "mlp"), (1, "mlp")}
 
 
@@ -42,7 +47,7 @@ def test_the_budget_is_met_to_half_a_sublayer(target: int) -> None:
 
 def test_one_that_is_too_large_is_passed_over() -> None:
     assert nearest(candidates([(5.0, 0.1), (6.0, 9.0)]), 2, 100) == [
-        Removal(attention=True),
+        less(attention=True),
         Removal(),
     ]
 
@@ -57,9 +62,9 @@ def test_one_sublayer_stays() -> None:
 def test_what_costs_less_than_thinning_goes() -> None:
     found = candidates([(1.0, 9.0), (0.1, 0.2), (5.0, 0.6)])
     taken = cheaper_than(0.005, found, 3, 1000, lambda _: True)
-    assert taken == [Removal(), Removal(attention=True, mlp=True), Removal(mlp=True)]
+    assert taken == [Removal(), less(attention=True, mlp=True), less(mlp=True)]
     taken = cheaper_than(0.005, found, 3, 500, lambda _: True)
-    assert taken == [Removal(), Removal(attention=True, mlp=True), Removal()]
+    assert taken == [Removal(), less(attention=True, mlp=True), Removal()]
 
 
 def test_no_more_than_needed_goes_where_thinning_falls_short() -> None:
@@ -68,7 +73,7 @@ def test_no_more_than_needed_goes_where_thinning_falls_short() -> None:
         taken = cheaper_than(
             price, found, 3, 1000, lambda whole: removed_parameters([SIZE] * 3, whole) >= 350
         )
-        assert taken == [Removal(), Removal(attention=True, mlp=True), Removal()]
+        assert taken == [Removal(), less(attention=True, mlp=True), Removal()]
 
 
 def test_removals_of_nothing() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from calibrated import calibrated
+from counting import less
 from tiny import tiny_model, token_ids
 
 from fastprune.models.families import decoder_layers
@@ -53,7 +54,7 @@ class Case:
 
 def lopsided(case: Case, share: float = 0.75) -> list[Removal]:
     """Nearly all from the first layer and nothing from the others."""
-    first = Removal(0, round(share * case.sizes[0].channels))
+    first = less(0, round(share * case.sizes[0].finest.units))
     return [first] + [Removal()] * (len(case.sizes) - 1)
 
 
@@ -78,7 +79,7 @@ def test_no_round_changes_nothing() -> None:
 def test_a_round_that_makes_it_worse_is_not_taken(monkeypatch) -> None:
     case = Case()
     start = case.exchange(lopsided(case))
-    worst = lambda *args: [Removal(), *[Removal(0, 8)] * (len(case.sizes) - 1)]  # noqa: E731
+    worst = lambda *args: [Removal(), *[less(0, 8)] * (len(case.sizes) - 1)]  # noqa: E731
     monkeypatch.setattr(exchange, "_cheapest", worst)
     monkeypatch.setattr(exchange.Problem, "halfway_to_equal", lambda *_: None)
     assert case.divergence(case.exchange(start)) <= case.divergence(start)
@@ -90,15 +91,15 @@ def test_limits_and_alignment_hold() -> None:
     start = lopsided(case)
     found = case.exchange(start, limits)
     for size, removal in zip(case.sizes, found, strict=True):
-        assert (size.channels - removal.channels) % 8 == 0
-        assert removal.channels <= 0.8 * size.channels
+        assert (size.finest.units - removal.count("mlp")) % 8 == 0
+        assert removal.count("mlp") <= 0.8 * size.finest.units
 
 
 def test_sublayers_that_are_gone_stay_gone() -> None:
     case = Case(("attention", "mlp", "sublayer"))
-    start = [Removal(1, 0, mlp=True), Removal(0, 40), Removal(attention=True), Removal()]
+    start = [less(1, 0, mlp=True), less(0, 40), less(attention=True), Removal()]
     found = case.exchange(start)
-    assert [(r.attention, r.mlp) for r in found] == [(r.attention, r.mlp) for r in start]
+    assert [r.gone for r in found] == [r.gone for r in start]
     assert case.divergence(found) <= case.divergence(start)
     off = removed_parameters(case.sizes, found) - removed_parameters(case.sizes, start)
     assert abs(off) <= half_unit(case.sizes, Limits())
@@ -106,14 +107,14 @@ def test_sublayers_that_are_gone_stay_gone() -> None:
 
 def test_whole_sublayers_alone_leave_nothing_to_exchange() -> None:
     case = Case(("sublayer",))
-    start = [Removal(), Removal(mlp=True), Removal(), Removal()]
+    start = [Removal(), less(mlp=True), Removal(), Removal()]
     assert case.exchange(start) == start
 
 
 def test_a_saving_that_is_not_parameters_is_kept() -> None:
     case = Case(("mlp",))
     start = lopsided(case)
-    saved = [lambda r, i=i: (i + 1) * r.channels for i in range(len(start))]
+    saved = [lambda r, i=i: (i + 1) * r.count("mlp") for i in range(len(start))]
     target = saved[0](start[0])
     found = case.exchange(start, saved=saved, target=target)
     assert sum(s(r) for s, r in zip(saved, found, strict=True)) >= target
@@ -122,7 +123,7 @@ def test_a_saving_that_is_not_parameters_is_kept() -> None:
 
 def test_the_level_a_layer_is_at_is_refitted_as_it_was(monkeypatch) -> None:
     case = Case(("mlp",))
-    now = [Removal(0, 48)] * len(case.sizes)
+    now = [less(0, 48)] * len(case.sizes)
 
     monkeypatch.setattr(curves._Measurement, "_levels", lambda *_: [48])
     with preserved(case.layers) as dense:
@@ -136,7 +137,7 @@ def test_the_level_a_layer_is_at_is_refitted_as_it_was(monkeypatch) -> None:
 
 def test_curves_of_a_thinned_model_are_what_the_change_adds(tmp_path: Path) -> None:
     case = Case(("mlp",), refits=False)
-    now = [Removal(0, 8)] * len(case.sizes)
+    now = [less(0, 8)] * len(case.sizes)
     with preserved(case.layers) as dense:
         mask(case.layers, case.plan_of(now), None)
         masked = {name: p.clone() for name, p in case.model.state_dict().items()}
@@ -150,7 +151,7 @@ def test_curves_of_a_thinned_model_are_what_the_change_adds(tmp_path: Path) -> N
     for curve in found:
         assert 8 in curve.removed and len(curve.removed) == 3
         for removed in curve.removed:
-            changed = [r if i != curve.layer else Removal(0, removed) for i, r in enumerate(now)]
+            changed = [r if i != curve.layer else less(0, removed) for i, r in enumerate(now)]
             expected = case.divergence(changed) - base
             # logits may come from bf16 matrix units; a curve never falls
             assert curve.at(removed) >= expected - 1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counting import keeping
 from tiny import TEXT, tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.families import geometries
@@ -13,7 +14,7 @@ from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.masking import mask, preserved
 from fastprune.pruning.pipeline import prune
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.surgery import apply_plan
 
 
@@ -29,9 +30,9 @@ def settings(tmp_path, monkeypatch) -> dict[str, object]:
 def uneven(model: torch.nn.Module) -> Plan:
     sizes = tuple(geometries(model))
     thinned = (
-        LayerPlan(0, (1, 3), tuple(range(0, 96, 2))),
-        LayerPlan(1, (), (5, 6)),
-        LayerPlan(2, (0,), ()),
+        keeping(0, (1, 3), tuple(range(0, 96, 2))),
+        keeping(1, (), (5, 6)),
+        keeping(2, (0,), ()),
     )
     return Plan(sizes, (*thinned, *keep_all(sizes).layers[3:]))
 
@@ -99,7 +100,7 @@ def test_each_step_scores_the_thinned_model(settings, monkeypatch) -> None:
     assert seen[0] > seen[1] > seen[2]
     for name, p in model.state_dict().items():
         assert torch.equal(p, before[name]), name  # a dry run leaves the model alone
-    kept = [[set(k.channels) for k in plan.layers] for plan in plans]
+    kept = [[set(k.kept["mlp"]) for k in plan.layers] for plan in plans]
     for earlier, later in zip(kept, kept[1:]):
         assert all(b <= a for a, b in zip(earlier, later))
     left = [sum(map(len, layers)) for layers in kept]
@@ -127,5 +128,5 @@ def test_sublayers_that_are_gone_stay_gone(settings) -> None:
     model = tiny_model("mistral")
     result = prune(model, tiny_tokenizer(), config)
     left = [(g.kv_heads, g.channels) for g in geometries(model)]
-    assert left == [(len(k.kv_groups), len(k.channels)) for k in result.plan.layers]
+    assert left == [(len(k.kept["attention"]), len(k.kept["mlp"])) for k in result.plan.layers]
     assert result.metrics["ratio"]["achieved"] == pytest.approx(0.5, abs=0.002)  # half a channel

@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 import torch
+from counting import keeping
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 from fastprune.inspect.speed import Decoding
 from fastprune.models.families import Geometry, geometries
 from fastprune.pruning import latency
 from fastprune.pruning.latency import decoder_stack, measure, measure_again
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.surgery import apply_plan
 
 
@@ -37,9 +38,9 @@ def test_a_table_of_known_times(family: str, monkeypatch) -> None:
     for name, p in model.state_dict().items():
         assert torch.equal(p, before[name]), name
     assert table.context == 16
-    assert [n for n, _ in table.attention] == [0, 1, 2, 3, 4]
-    assert len(table.mlp) == 10 and table.mlp[-1][0] == 96
-    for points in (table.attention, table.mlp):
+    assert [n for n, _ in table.widths["attention"]] == [0, 1, 2, 3, 4]
+    assert len(table.widths["mlp"]) == 10 and table.widths["mlp"][-1][0] == 96
+    for points in (table.widths["attention"], table.widths["mlp"]):
         assert points[0] == (0, 0.0)
         assert all(a[1] < b[1] for a, b in itertools.pairwise(points))
 
@@ -47,7 +48,7 @@ def test_a_table_of_known_times(family: str, monkeypatch) -> None:
     whole = keep_all(sizes).layers
     plan = Plan(
         sizes,
-        (LayerPlan(0, (), whole[0].channels), LayerPlan(1, (1,), tuple(range(43))), *whole[2:]),
+        (keeping(0, (), whole[0].kept["mlp"]), keeping(1, (1,), tuple(range(43))), *whole[2:]),
     )
     predicted = table.predicted(plan.result())
     apply_plan(model, plan)
@@ -60,10 +61,10 @@ def test_a_pruned_model_is_measured_up_to_its_largest_layer(monkeypatch) -> None
     clock_by_weights(monkeypatch)
     model = tiny_model("llama")
     sizes = tuple(geometries(model))
-    kept = [LayerPlan(i, (0, 2) if i else (), tuple(range(40 + i))) for i in range(4)]
+    kept = [keeping(i, (0, 2) if i else (), tuple(range(40 + i))) for i in range(4)]
     apply_plan(model, Plan(sizes, tuple(kept)))
     table = measure(model, 16)
-    assert table.attention[-1][0] == 2 and table.mlp[-1][0] == 43
+    assert table.widths["attention"][-1][0] == 2 and table.widths["mlp"][-1][0] == 43
     assert table.predicted(geometries(model)) == table.dense
 
 
@@ -71,7 +72,7 @@ def test_real_steps_are_positive() -> None:
     """One run by the real clock: everything is finite, and times rise with the width."""
     table = measure(tiny_model("qwen3"), 8)
     assert table.dense > 0 and table.stack[2] > 0
-    for points in (table.attention, table.mlp):
+    for points in (table.widths["attention"], table.widths["mlp"]):
         values = [value for _, value in points]
         assert values == sorted(values) and all(0 <= v < float("inf") for v in values)
 

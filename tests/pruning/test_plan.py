@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from counting import keeping
 
 from fastprune.errors import InputError
 from fastprune.models.families import Geometry
 from fastprune.pruning.plan import LayerPlan, Plan, keep_all
 
 SIZES = (Geometry(8, 4, 10, 16), Geometry(8, 4, 10, 16))
-PLAN = Plan(SIZES, (LayerPlan(0, (0, 2), (1, 3, 9)), LayerPlan(1, (), (0,))))
+PLAN = Plan(SIZES, (keeping(0, (0, 2), (1, 3, 9)), keeping(1, (), (0,))))
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -26,23 +27,23 @@ def test_result_keeps_the_ratio() -> None:
 
 
 def test_one_plan_after_another() -> None:
-    later = Plan(tuple(PLAN.result()), (LayerPlan(0, (1,), (0, 2)), LayerPlan(1, (), (0,))))
+    later = Plan(tuple(PLAN.result()), (keeping(0, (1,), (0, 2)), keeping(1, (), (0,))))
     both = PLAN.then(later)
-    assert both == Plan(SIZES, (LayerPlan(0, (2,), (1, 9)), LayerPlan(1, (), (0,))))
+    assert both == Plan(SIZES, (keeping(0, (2,), (1, 9)), keeping(1, (), (0,))))
     assert both.result() == later.result()
 
 
 def test_a_plan_for_what_is_left_without_its_empty_layers() -> None:
-    first = Plan(SIZES, (LayerPlan(0, (), ()), LayerPlan(1, (1, 3), (0, 4, 5))))
-    later = Plan((first.result()[1],), (LayerPlan(0, (0,), (1, 2)),))
-    kept = LayerPlan(0, (), ()), LayerPlan(1, (1,), (4, 5))
+    first = Plan(SIZES, (keeping(0, (), ()), keeping(1, (1, 3), (0, 4, 5))))
+    later = Plan((first.result()[1],), (keeping(0, (0,), (1, 2)),))
+    kept = keeping(0, (), ()), keeping(1, (1,), (4, 5))
     assert first.then(later) == Plan(SIZES, kept)
     with pytest.raises(InputError, match="another model"):
-        first.then(Plan(SIZES[:1], (LayerPlan(0, (0,), (1,)),)))
+        first.then(Plan(SIZES[:1], (keeping(0, (0,), (1,)),)))
 
 
 @pytest.mark.parametrize(
-    "layer", [LayerPlan(0, (2, 0), ()), LayerPlan(0, (0, 4), ()), LayerPlan(0, (), (1, 1))]
+    "layer", [keeping(0, (2, 0), ()), keeping(0, (0, 4), ()), keeping(0, (), (1, 1))]
 )
 def test_units_must_ascend_and_exist(layer: LayerPlan) -> None:
     with pytest.raises(InputError, match="layer 0 are not ascending"):

@@ -59,15 +59,16 @@ def test_every_allocation(
     units = {"mlp": mlp // 96, "attention": attention // 4}
     finest = units["mlp" if "mlp" in structures else "attention"]
     removed = sum(
-        units["mlp"] * (96 - len(k.channels)) + units["attention"] * (4 - len(k.kv_groups))
+        units["mlp"] * (96 - len(k.kept["mlp"]))
+        + units["attention"] * (4 - len(k.kept["attention"]))
         for k in plan.layers
     )
     block = sum(p.numel() for p in tiny_model("mistral").model.layers.parameters())
     assert abs(removed - 0.3 * share * block) <= finest / 2 + 1  # the target is a whole number
     for kept in plan.layers:
-        assert kept.kv_groups and kept.channels
-        assert "attention" in structures or len(kept.kv_groups) == 4
-        assert "mlp" in structures or len(kept.channels) == 96
+        assert kept.kept["attention"] and kept.kept["mlp"]
+        assert "attention" in structures or len(kept.kept["attention"]) == 4
+        assert "mlp" in structures or len(kept.kept["mlp"]) == 96
 
 
 def test_alpha_evens_out_the_layers_of_global(settings: dict) -> None:
@@ -87,7 +88,7 @@ def test_alpha_evens_out_the_layers_of_global(settings: dict) -> None:
         )
         plan = fastprune.prune(model, tiny_tokenizer(), config).plan
         sizes = zip(plan.geometries, plan.layers, strict=True)
-        lost[alpha] = [size.channels - len(kept.channels) for size, kept in sizes]
+        lost[alpha] = [size.channels - len(kept.kept["mlp"]) for size, kept in sizes]
     assert lost[1.0][0] == 0 < lost[1.0][1]
     assert lost[0.0][0] >= lost[0.0][1] / 2
 

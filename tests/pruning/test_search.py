@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from calibrated import calibrated
+from counting import less, sized
 from tiny import tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.families import decoder_layers
@@ -20,11 +21,11 @@ from fastprune.pruning.curves import Search, judging, measure_curves
 from fastprune.pruning.divergence import DenseTargets
 from fastprune.pruning.importance import score
 from fastprune.pruning.search import Curve, choose, predicted
-from fastprune.pruning.sizes import LayerSize, Limits, Removal, removed_parameters
+from fastprune.pruning.sizes import Limits, removed_parameters
 from fastprune.pruning.texts import run_windows, with_lengths
 from fastprune.report.summary import divergence_line
 
-SIZE = LayerSize(groups=3, group_cost=300, channels=100, channel_cost=10)
+SIZE = sized(groups=3, group_cost=300, channels=100, channel_cost=10)
 
 
 def curves_of(steepness: list[float]) -> list[Curve]:
@@ -34,17 +35,17 @@ def curves_of(steepness: list[float]) -> list[Curve]:
         curve
         for i, s in enumerate(steepness)
         for curve in (
-            Curve(i, "groups", (0, 1, 2), (0.0, 3 * s, 9 * s)),
-            Curve(i, "channels", points, tuple(s * (p / 100) ** 2 for p in points)),
+            Curve(i, "attention", (0, 1, 2), (0.0, 3 * s, 9 * s)),
+            Curve(i, "mlp", points, tuple(s * (p / 100) ** 2 for p in points)),
         )
     ]
 
 
 def test_a_curve_between_and_beyond_its_levels() -> None:
-    curve = Curve(0, "channels", (10, 20, 40), (0.0, 1.0, 2.0))
+    curve = Curve(0, "mlp", (10, 20, 40), (0.0, 1.0, 2.0))
     expected = {10: 0.0, 15: 0.5, 30: 1.5, 40: 2.0, 50: 2.5, 9: math.inf}
     assert {n: curve.at(n) for n in expected} == pytest.approx(expected)
-    single = Curve(0, "channels", (10,), (0.0,))
+    single = Curve(0, "mlp", (10,), (0.0,))
     assert [single.at(n) for n in (9, 10, 11)] == [math.inf, 0.0, math.inf]
 
 
@@ -54,10 +55,10 @@ def test_budget_is_met_to_half_a_channel(ratio: float) -> None:
     target = round(ratio * sum(s.prunable for s in sizes))
     curves = curves_of([1.0, 0.2, 0.5, 2.0, 0.1, 1.5])
     removals, prediction = choose(curves, sizes, target, Limits())
-    assert abs(removed_parameters(sizes, removals) - target) <= SIZE.channel_cost / 2
+    assert abs(removed_parameters(sizes, removals) - target) <= SIZE.finest.cost / 2
     assert prediction == predicted(curves, removals)
     flat, steep = removals[4], removals[3]
-    assert flat.channels >= steep.channels
+    assert flat.count("mlp") >= steep.count("mlp")
 
 
 def test_no_mix_on_the_grid_is_cheaper() -> None:
@@ -65,7 +66,7 @@ def test_no_mix_on_the_grid_is_cheaper() -> None:
     curves = curves_of([1.0, 0.3, 0.05])
     target = 600
     _, prediction = choose(curves, sizes, target, Limits())
-    levels = [Removal(g, c) for g in range(2) for c in range(0, 76, 5)]
+    levels = [less(g, c) for g in range(2) for c in range(0, 76, 5)]
     mixes = [
         list(mix)
         for mix in itertools.product(levels, repeat=3)
@@ -80,7 +81,7 @@ def test_limits_of_a_layer_hold() -> None:
     target = round(0.25 * sum(s.prunable for s in sizes))
     removals, _ = choose(curves_of([1.0, 1.0, 1e-6]), sizes, target, Limits(highest=0.3))
     shares = [removed_parameters([SIZE], [r]) / SIZE.prunable for r in removals]
-    assert max(shares) <= 0.3 + SIZE.channel_cost / SIZE.prunable
+    assert max(shares) <= 0.3 + SIZE.finest.cost / SIZE.prunable
 
 
 def test_divergence_is_kullback_leibler() -> None:
@@ -113,7 +114,7 @@ def test_curves_rise_and_leave_the_model_alone(measured) -> None:
     before = {name: p.clone() for name, p in model.state_dict().items()}
     curves = measure_curves(search, sizes)
     assert [(c.layer, c.kind) for c in curves] == [
-        (i, kind) for i in range(4) for kind in ("groups", "channels")
+        (i, kind) for i in range(4) for kind in ("attention", "mlp")
     ]
     for curve in curves:
         assert curve.removed[0] == 0 and curve.divergence[0] == 0

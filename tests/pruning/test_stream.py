@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import keeping
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, TEXT, VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer, token_ids
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,7 @@ from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.importance import METHODS, Scores, score
 from fastprune.pruning.masking import mask, preserved
 from fastprune.pruning.pipeline import PruneResult, carry_out, prune, run_prune
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.run import PruneRun
 from fastprune.pruning.sensitivity import activation, removal
 from fastprune.pruning.sublayers import mean_loss, sublayer_losses
@@ -147,8 +148,8 @@ def test_removed_sublayers(both, tmp_path, compensate):
     """Uneven ones give a per-layer checkpoint, a whole layer a stock one with fewer layers."""
     source = tiny_checkpoint(tmp_path / "model", "qwen3")
     whole = keep_all(geometries(tiny_model("qwen3")))
-    uneven = LayerPlan(0, (), (1, 5)), LayerPlan(1, (1, 2), ()), LayerPlan(2, (), ())
-    for changed in (uneven, (LayerPlan(0, (), ()),)):
+    uneven = keeping(0, (), (1, 5)), keeping(1, (1, 2), ()), keeping(2, (), ())
+    for changed in (uneven, (keeping(0, (), ()),)):
         layers = (*changed, *whole.layers[len(changed) :])
         Plan(whole.geometries, layers).save(tmp_path / "plan.json")
         settings = {"plan": tmp_path / "plan.json", "compensate": compensate, "overwrite": True}
@@ -202,7 +203,7 @@ def test_every_source_measures_the_same(tmp_path, dtype):
 def test_a_plan_on_trial_is_laid_over_the_weights(tmp_path, refits):
     """Every source computes as the thinned model does inside, and as the dense one afterwards."""
     whole = keep_all(geometries(tiny_model("qwen2")))
-    cut = LayerPlan(1, (1, 2), (0, 7, 9)), LayerPlan(2, (), (3,))
+    cut = keeping(1, (1, 2), (0, 7, 9)), keeping(2, (), (3,))
     plan = Plan(whole.geometries, (whole.layers[0], *cut, whole.layers[3]))
     found = []
     folder = tiny_checkpoint(tmp_path / "model", "qwen2", attention_bias=True)
@@ -227,7 +228,7 @@ def test_a_plan_on_trial_is_laid_over_the_weights(tmp_path, refits):
 
 def keep_one(whole: Plan) -> Plan:
     """One unit of every sublayer."""
-    return Plan(whole.geometries, tuple(LayerPlan(k.index, (0,), (0,)) for k in whole.layers))
+    return Plan(whole.geometries, tuple(keeping(k.index, (0,), (0,)) for k in whole.layers))
 
 
 def test_an_offloaded_model_is_cut_like_a_resident_one(tmp_path, text, monkeypatch):

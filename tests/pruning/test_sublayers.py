@@ -87,7 +87,7 @@ def test_depth_alone(run, tmp_path, family: str, allocation: str) -> None:
     """Whole sublayers go and nothing else; what metrics say is what the files hold."""
     source = tiny_checkpoint(tmp_path / "model", family)
     result = run(source, ratio=0.3, structures=("sublayer",), allocation=allocation)
-    kept = [(len(k.kv_groups), len(k.channels)) for k in result.plan.layers]
+    kept = [(len(k.kept["attention"]), len(k.kept["mlp"])) for k in result.plan.layers]
     assert {groups for groups, _ in kept} <= {0, 4} and {c for _, c in kept} <= {0, 96}
     assert sum(groups == 0 for groups, _ in kept) + sum(c == 0 for _, c in kept) > 0
     # an attention is 40 % of a tiny layer, a layer 25 % of the blocks
@@ -129,7 +129,7 @@ def test_whole_and_thinned_meet_the_budget(run, tmp_path, allocation, structures
     assert abs(removed - 0.45 * block) <= half + 1  # the target is a whole number
     assert result.metrics["params"]["after"] == saved_parameters(tmp_path / "out")
     for kept in result.plan.layers:
-        assert "mlp" in structures or len(kept.channels) in (0, 96)
+        assert "mlp" in structures or len(kept.kept["mlp"]) in (0, 96)
 
 
 def test_more_than_thinning_can_do(run, tmp_path) -> None:
@@ -146,7 +146,7 @@ def test_layers_outside_the_selection_stay(run, tmp_path) -> None:
     result = run(source, ratio=0.2, structures=("sublayer",), layers="1:3")
     for index in (0, 3):
         kept = result.plan.layers[index]
-        assert (len(kept.kv_groups), len(kept.channels)) == (4, 96)
+        assert (len(kept.kept["attention"]), len(kept.kept["mlp"])) == (4, 96)
 
 
 def test_a_depth_plan_streamed_is_the_same(run, tmp_path) -> None:

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from counting import keeping
 from tiny import FAMILIES, tiny_model, token_ids
 
 from fastprune.errors import InputError
 from fastprune.models.families import decoder_layers, geometries
-from fastprune.pruning.plan import LayerPlan, Plan, keep_all
+from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.planning import parameters_removed
 from fastprune.pruning.surgery import apply_plan
 
@@ -22,7 +23,7 @@ def uneven_plan(model: torch.nn.Module) -> Plan:
     sizes = tuple(geometries(model))
     kept = [((1, 3), range(0, 96, 2)), ((0,), range(5, 96)), ((0, 1, 2), (7,))]
     whole = keep_all(sizes).layers[3:]
-    thinned = tuple(LayerPlan(i, g, tuple(c)) for i, (g, c) in enumerate(kept))
+    thinned = tuple(keeping(i, g, tuple(c)) for i, (g, c) in enumerate(kept))
     return Plan(sizes, (*thinned, *whole))
 
 
@@ -34,11 +35,11 @@ def mask(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     masked = copy.deepcopy(model)
     for layer, kept, size in zip(masked.model.layers, plan.layers, plan.geometries, strict=True):
         for head in range(size.query_heads):
-            if head // (size.query_heads // size.kv_heads) not in kept.kv_groups:
+            if head // (size.query_heads // size.kv_heads) not in kept.kept["attention"]:
                 columns = slice(head * size.head_dim, (head + 1) * size.head_dim)
                 layer.self_attn.o_proj.weight.data[:, columns] = 0
         for channel in range(size.channels):
-            if channel not in kept.channels:
+            if channel not in kept.kept["mlp"]:
                 layer.mlp.down_proj.weight.data[:, channel] = 0
     return masked
 
@@ -103,7 +104,7 @@ def test_surgery_twice() -> None:
     again = Plan(
         tuple(sizes),
         (
-            LayerPlan(0, (1,), tuple(range(first.channels // 2))),
+            keeping(0, (1,), tuple(range(first.channels // 2))),
             *keep_all(sizes).layers[1:],
         ),
     )

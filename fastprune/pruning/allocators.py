@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fastprune.models.families import COARSE
 from fastprune.pruning.allocation import allocate, allocate_same, layer_weights
 from fastprune.pruning.budget import Budget, limits_of
 from fastprune.pruning.config import PruneConfig
-from fastprune.pruning.depth import Sublayer, cheaper_than, nearest
+from fastprune.pruning.depth import Candidate, cheaper_than, nearest
 from fastprune.pruning.importance import Scores
 from fastprune.pruning.ranking import allocate_global
 from fastprune.pruning.sizes import (
@@ -25,7 +26,7 @@ from fastprune.pruning.sizes import (
     removed_parameters,
 )
 
-Spread = Callable[[float], list[Removal]]
+Allocator = Callable[[float], list[Removal]]
 """Removals of so many parameters."""
 
 
@@ -37,52 +38,53 @@ class Thinning:
     selected: range
     scores: Scores
     importance: list[float] | None
-    fits: Callable[[int], bool] = lambda groups: True
-    """whether layers that all lose so many KV groups make a standard model"""
+    fits: Callable[[Removal], bool] = lambda coarse: True
+    """whether layers that all lose so many coarse units make a standard model"""
 
     def __call__(self, sizes: Sequence[LayerSize], target: float) -> list[Removal]:
         """Removals of ``target`` parameters from ``sizes``; BudgetError when out of reach."""
         config, limits = self.config, limits_of(self.config)
         assert config.alpha is not None
         chosen = [sizes[i] for i in self.selected]
-        groups, channels = self.scores.attention, self.scores.mlp
         target = round(target)
         if config.layout == "uniform":
             removals = allocate_same(chosen, target, limits, self.fits)
         elif config.allocation == "global":
-            removals = allocate_global(
-                chosen,
-                [groups[i].tolist() if sizes[i].groups else [] for i in self.selected],
-                [channels[i].tolist() if sizes[i].channels else [] for i in self.selected],
-                target,
-                limits,
-                config.alpha,
-            )
+            scores = [
+                {kind: self.scores.layers[i][kind].tolist() for kind in _thinnable(sizes[i])}
+                for i in self.selected
+            ]
+            removals = allocate_global(chosen, scores, target, limits, config.alpha)
         else:
             weights = [1.0] * len(chosen)
             if self.importance is not None:
                 sensitivity = [self.importance[i] for i in self.selected]
                 weights = layer_weights(sensitivity, config.allocation, config.alpha)
-            # Where equal rates leave a choice of layer, the cheapest KV group goes first.
-            order = [float(s.min()) if len(s) else 0.0 for s in groups]
-            removals = allocate(chosen, weights, target, limits, [order[i] for i in self.selected])
+            order = [self._cheapest_coarse(i) for i in self.selected]
+            removals = allocate(chosen, weights, target, limits, order)
         everywhere = [Removal()] * len(sizes)
         for i, removal in zip(self.selected, removals):
             everywhere[i] = removal
         return everywhere
 
+    def _cheapest_coarse(self, layer: int) -> float:
+        """The lowest score of a coarse unit of ``layer``, which goes first where equal rates leave
+        a choice of layer; 0 where it has none."""
+        coarse = [s for kind in COARSE if len(s := self.scores.layers[layer].get(kind, ()))]
+        return min((float(s.min()) for s in coarse), default=0.0)
 
-def whole_only(candidates: Sequence[Sublayer], layers: int) -> Spread:
+
+def whole_only(candidates: Sequence[Candidate], layers: int) -> Allocator:
     """Nothing but whole sublayers, in order of loss per parameter."""
     return lambda target: nearest(candidates, layers, target)
 
 
 def whole_and_thinned(
     sizes: Sequence[LayerSize],
-    candidates: Sequence[Sublayer],
+    candidates: Sequence[Candidate],
     price: float,
     thin: Thinning,
-) -> Spread:
+) -> Allocator:
     """Sublayers that cost less than ``price`` per parameter go whole, the others are thinned.
 
     ``price`` is what thinning costs, in nats per parameter; infinite where it cannot do it alone.
@@ -90,7 +92,7 @@ def whole_and_thinned(
     limits = limits_of(thin.config)
     half = half_unit(sizes, limits)
 
-    def spread(target: float) -> list[Removal]:
+    def allocated(target: float) -> list[Removal]:
         def left(whole: list[Removal]) -> float:
             return target - removed_parameters(sizes, whole)
 
@@ -103,27 +105,28 @@ def whole_and_thinned(
         rest = remaining(sizes, whole)
         return merged(whole, thin(rest, min(left(whole), reachable(rest, limits)[1])))
 
-    return spread
+    return allocated
 
 
-def meet(
-    budget: Budget, sizes: Sequence[LayerSize], spread: Spread, limits: Limits
+def allocate_budget(
+    budget: Budget, sizes: Sequence[LayerSize], allocator: Allocator, limits: Limits
 ) -> list[Removal]:
-    """Removals that meet ``budget``: the nearest, or the fewest that save enough.
+    """Removals that ``allocator`` makes for ``budget``: the nearest, or the fewest that save
+    enough.
 
     Raises BudgetError, in the budget's currency, when the limits rule it out.
     """
     step = max(2 * half_unit(sizes, limits), 1)
     if not budget.at_least:
         check_reachable(sizes, round(budget.need), limits)
-        removals = spread(budget.need)
+        removals = allocator(budget.need)
         removed = removed_parameters(sizes, removals)
-        coarse = not any(s.prunable for s in sizes)
-        if any(s.whole for s in sizes) and not coarse and removed < budget.need - step / 2 - 1:
-            raise BudgetError(0, removed)  # what stays whole is more than the budget leaves
+        only_whole = not any(s.prunable for s in sizes)
+        if any(s.whole for s in sizes) and not only_whole and removed < budget.need - step / 2 - 1:
+            raise BudgetError(0, removed)  # what is not thinned is more than the budget leaves
         return removals
     low, high = reachable(sizes, limits)
-    best = spread(high)
+    best = allocator(high)
     most = budget.total(sizes, best)
     if most < budget.need:
         raise BudgetError(0, most)
@@ -131,7 +134,7 @@ def meet(
         low = min(max(low, budget.need - step), high)
     while high - low > step / 2:
         middle = (low + high) / 2
-        trial = spread(middle)
+        trial = allocator(middle)
         if budget.total(sizes, trial) >= budget.need:
             best, high = trial, middle
         else:
@@ -144,9 +147,14 @@ def first_guess(budget: Budget, sizes: Sequence[LayerSize]) -> float:
     if budget.table is None:
         return budget.need
     everything = sum(
-        budget.table.sublayers(g.kv_heads, g.channels)
+        budget.table.milliseconds(g.units)
         for g, size in zip(budget.table.sizes, sizes, strict=True)
         if size.prunable or size.whole
     )
     share = budget.need / everything if everything else math.inf
     return min(share, 1.0) * sum(s.whole or s.prunable for s in sizes)
+
+
+def _thinnable(size: LayerSize) -> list[str]:
+    """The kinds of sublayers of which units may go."""
+    return [kind for kind, part in size.sublayers.items() if part.units]
