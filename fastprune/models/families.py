@@ -101,7 +101,7 @@ class Declaration:
             shared = [what for path, what in self.inputs if path == own]
             rest = [what for what in shared if what not in found]
             known = sum(found[what] for what in shared if what in found)
-            found |= {what: (shape(own)[0] - known) // len(rest) for what in rest}
+            found |= {what: max(shape(own)[0] - known, 0) // len(rest) for what in rest}
         return found
 
 

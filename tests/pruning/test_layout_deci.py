@@ -55,7 +55,9 @@ def test_the_first_attention_is_no_candidate():
         layout: layer_sizes(model, PruneConfig(layout=layout, **common))
         for layout in ("per-layer", "deci")
     }
-    assert sizes["per-layer"][0].attention > 0 == sizes["deci"][0].attention
+    whole, none = (sizes[layout][0].sublayers for layout in ("per-layer", "deci"))
+    assert whole["attention"].whole > 0 == none["attention"].whole
+    assert whole["mlp"] == none["mlp"]
     assert sizes["per-layer"][1:] == sizes["deci"][1:]
 
 

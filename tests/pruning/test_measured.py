@@ -89,7 +89,7 @@ def test_a_run_that_was_cut_off_goes_on_with_what_it_had_measured(choice, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "meet", cut_off)
+        patch.setattr(planning, "allocate_budget", cut_off)
         patch.setattr(planning, "removal", lambda *_: ([1.0, 2.0, 3.0, 4.0], 9.0))
         with pytest.raises(KeyboardInterrupt):
             prune(tiny_model("llama"), tiny_tokenizer(), config)
