@@ -11,7 +11,7 @@ from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import geometries
 from fastprune.models.forward import decoder_and_head
 from fastprune.models.load import load_model
-from fastprune.models.modeling import conform, remove_attention, remove_mlp
+from fastprune.models.modeling import conform, remove_sublayer
 from fastprune.recover.lora import attach, save_adapter
 from fastprune.recover.loss import next_token_loss
 
@@ -37,8 +37,8 @@ def per_layer_model(family="llama", **options):
     attention = model.model.layers[2].self_attn
     cut(attention, ("q_proj",), "o_proj", 4 * 16)
     cut(attention, ("k_proj", "v_proj"), None, 2 * 16)
-    remove_attention(model.model.layers[1])
-    remove_mlp(model.model.layers[3])
+    remove_sublayer(model.model.layers[1], "attention", "llama")
+    remove_sublayer(model.model.layers[3], "mlp", "llama")
     conform(model, geometries(model))
     return model
 

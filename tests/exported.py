@@ -8,7 +8,7 @@ from tokenizers import Regex, pre_tokenizers
 import fastprune
 from fastprune.exporting.config import ExportConfig
 from fastprune.models.families import geometries
-from fastprune.models.modeling import conform, remove_attention, remove_mlp
+from fastprune.models.modeling import conform, remove_sublayer
 
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -43,9 +43,9 @@ def without(attention=(), mlp=(), family="llama", **options):
     """A tiny model without the attention and the MLP of these layers."""
     model = tiny_model(family, **options)
     for index in attention:
-        remove_attention(model.model.layers[index])
+        remove_sublayer(model.model.layers[index], "attention", "llama")
     for index in mlp:
-        remove_mlp(model.model.layers[index])
+        remove_sublayer(model.model.layers[index], "mlp", "llama")
     conform(model, geometries(model))
     return model
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import precise  # noqa: F401
 import torch
-from calibrated import calibrated
+from calibrated import by_kind, calibrated
 from counting import keeping
 from tiny import tiny_model, token_ids
 
@@ -59,8 +59,8 @@ def measure(windows: int) -> dict[str, torch.Tensor]:
     found = {}
     for method in METHODS:
         scores = score(calibrated(model, ids), method)
-        found[f"{method} attention"] = torch.cat(scores.attention)
-        found[f"{method} mlp"] = torch.cat(scores.mlp)
+        found[f"{method} attention"] = torch.cat(by_kind(scores, "attention"))
+        found[f"{method} mlp"] = torch.cat(by_kind(scores, "mlp"))
     found["removal"] = torch.tensor(removal(calibrated(model, ids))[0])
     found["perplexity"] = torch.tensor(evaluate(model, ids, batch_size=1).perplexity)
     if windows > 1:

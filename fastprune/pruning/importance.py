@@ -1,4 +1,4 @@
-"""Scores of KV groups and channels: Taylor, magnitude, activation, OBS, random.
+"""Scores of units: Taylor, magnitude, activation, OBS, random.
 
 Taylor scores are means over the calibration windows of the per-window term, so
 they do not depend on how windows are batched: one backward pass a window, in
@@ -55,16 +55,6 @@ class Scores:
     def __post_init__(self) -> None:
         nothing = {kind: torch.zeros(0, dtype=torch.float64) for kind in KINDS}
         self.layers = [nothing | units for units in self.layers]
-
-    @property
-    def attention(self) -> list[Tensor]:
-        """Those of the KV groups of every layer."""
-        return [units["attention"] for units in self.layers]
-
-    @property
-    def mlp(self) -> list[Tensor]:
-        """Those of the channels of every layer."""
-        return [units["mlp"] for units in self.layers]
 
     def finite(self) -> bool:
         return all(bool(s.isfinite().all()) for units in self.layers for s in units.values())

@@ -17,7 +17,7 @@ from fastprune.models.streamed import StreamedModel, skeleton
 from fastprune.pruning.calibration import Calibration, Prefix
 from fastprune.pruning.compensation import refit_layer
 from fastprune.pruning.plan import LayerPlan, Plan
-from fastprune.pruning.surgery import cut_parameter
+from fastprune.pruning.surgery import cut_parameter, keep_scales
 
 
 def write_cut(
@@ -44,6 +44,7 @@ def write_cut(
                 if not LAYER_KEY.fullmatch(name):
                     out.write(name, source.read(name))
             for index, layer in _refitted(source, plan, calibration):
+                keep_scales(layer, plan.layers[index])
                 for name, tensor in _kept(layer, plan.layers[index]):
                     # What belonged to a removed sublayer has no place in the form.
                     new = f"model.layers.{form.layers.get(index)}.{name}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.kernels import ops
-from fastprune.models.families import Slice, Sublayer, decoder_layers, geometries, sublayers
+from fastprune.models.families import Slice, decoder_layers, geometries, sublayers
 from fastprune.models.modeling import conform
 from fastprune.progress import track
 from fastprune.pruning.plan import LayerPlan, Plan
@@ -22,6 +22,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     nothing is kept is removed. The model's configuration follows the new sizes, so the result
     trains, generates, and saves like any other model.
     """
+    plan.check_model(geometries(model))
+    for layer, kept in zip(decoder_layers(model), plan.layers, strict=True):
+        keep_scales(layer, kept)
     cut_units(model, plan)
     conform(model, plan.result())
 
@@ -62,7 +65,6 @@ def _cut(layer: nn.Module, kept: LayerPlan) -> None:
         units = kept.kept[sublayer.kind]
         if not 0 < len(units) < sublayer.units:
             continue
-        _keep_scale(layer, sublayer, units)
         for name, slices in sublayer.owned.items():
             module, parameter = layer.get_submodule(slices[0].module), layer.get_parameter(name)
             new = nn.Parameter(cut_parameter(parameter, slices, units), parameter.requires_grad)
@@ -71,15 +73,20 @@ def _cut(layer: nn.Module, kept: LayerPlan) -> None:
                 module.out_features, module.in_features = new.shape
 
 
-def _keep_scale(layer: nn.Module, sublayer: Sublayer, units: Sequence[int]) -> None:
-    """Scale norms over all heads so that what the kept ``units`` leave has the size it had.
+@torch.no_grad()
+def keep_scales(layer: nn.Module, plan: LayerPlan) -> None:
+    """Scale norms over all heads so that what is left of their input keeps the size it had.
 
     Such a norm divides by the root mean square over all heads, which is another once some are gone.
     By how much follows from the rows of the projection that it reads, for inputs of no particular
     direction.
     """
-    rows = (s for s in sublayer.inputs if s.parameter == "weight")
-    for scale, read in zip(sublayer.scales, rows):
-        energy = layer.get_parameter(read.name).detach().double().square().mean(1)
-        ratio = energy[kept_entries(read, units).to(energy.device)].mean() / energy.mean()
-        layer.get_parameter(scale.name).mul_(ratio.sqrt())
+    for sublayer in sublayers(layer):
+        units = plan.kept[sublayer.kind]
+        if not 0 < len(units) < sublayer.units:
+            continue
+        rows = (s for s in sublayer.inputs if s.parameter == "weight")
+        for scale, read in zip(sublayer.scales, rows):
+            energy = layer.get_parameter(read.name).double().square().mean(1)
+            ratio = energy[kept_entries(read, units).to(energy.device)].mean() / energy.mean()
+            layer.get_parameter(scale.name).mul_(ratio.sqrt())

@@ -11,6 +11,7 @@ from fastprune import cli
 from fastprune.models import modeling
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import FAMILIES, decoder_layers, geometries, sublayers
+from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.pruning.masking import mask
 from fastprune.pruning.plan import LayerPlan, Plan
@@ -60,7 +61,7 @@ def test_every_parameter_of_a_layer_is_owned_shared_or_a_norm(family):
 def test_surgery_computes_what_masking_does(family):
     masked, cut = tiny_model(family), tiny_model(family)
     plan = uneven(cut, groups=family not in SCALED)
-    mask(masked, plan, None)
+    mask(Layers(masked), plan, None)
     apply_plan(cut, plan)
     torch.testing.assert_close(logits(cut), logits(masked), rtol=1e-4, atol=1e-4)
 
@@ -111,9 +112,10 @@ def test_every_command_takes_the_family(family, tmp_path):
 
     run("prune", str(dense), "--out", small, "--ratio", "0.3", *windows, *measured, "--keep-worse",
         "--structures", "attention,mlp,sublayer", "--allocation", "search")  # fmt: skip
-    run("finetune", small, "--out", adapter, "--method", "lora", *learnt, *measured)
+    run("finetune", small, "--out", adapter, "--method", "lora", *learnt, *measured,
+        "--keep-worse")  # fmt: skip
     run("merge", small, "--adapter", adapter, "--out", merged, "--quiet")
-    run("finetune", small, "--out", full, *learnt, *measured)
+    run("finetune", small, "--out", full, *learnt, *measured, "--keep-worse")
     run("diagnose", merged, "--dense", str(dense), "--text", str(text), "--quiet")
     streamed = str(tmp_path / "streamed")
     run("prune", str(dense), "--out", streamed, "--ratio", "0.2", *windows, *measured, "--stream",

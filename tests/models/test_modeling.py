@@ -35,8 +35,8 @@ def test_removed_sublayers_add_nothing(family):
     removed = tiny_model(family)
     nn.init.zeros_(full.model.layers[1].self_attn.o_proj.weight)
     nn.init.zeros_(full.model.layers[2].mlp.down_proj.weight)
-    modeling.remove_attention(removed.model.layers[1])
-    modeling.remove_mlp(removed.model.layers[2])
+    modeling.remove_sublayer(removed.model.layers[1], "attention", "llama")
+    modeling.remove_sublayer(removed.model.layers[2], "mlp", "llama")
     with torch.no_grad():
         assert torch.equal(full(token_ids()).logits, removed(token_ids()).logits)
 

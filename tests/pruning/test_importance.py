@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from calibrated import calibrated
+from calibrated import by_kind, calibrated
 from tiny import FAMILIES, tiny_model, token_ids
 from torch import Tensor, nn
 
@@ -75,8 +75,12 @@ def test_taylor_is_the_sum_over_the_unit(family: str, method: str) -> None:
     for i, (groups, channels) in enumerate(expected_taylor(model, method)):
         # Two ways to the same fp32 gradient, then sums of signed terms in another order.
         scale = channels.abs().max().item()
-        torch.testing.assert_close(scores.attention[i].float(), groups, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(scores.mlp[i].float(), channels, rtol=1e-3, atol=1e-3 * scale)
+        torch.testing.assert_close(
+            by_kind(scores, "attention")[i].float(), groups, rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(
+            by_kind(scores, "mlp")[i].float(), channels, rtol=1e-3, atol=1e-3 * scale
+        )
 
 
 @pytest.mark.parametrize("method", ["magnitude-l1", "magnitude-l2"])
@@ -88,8 +92,10 @@ def test_magnitude(method: str) -> None:
         terms = {n: term(p.detach()) for n, p in layer.named_parameters()}
         groups, channels = unit_sums(layer, terms, size)
         # fp32 sums of a few thousand positive terms in another order
-        torch.testing.assert_close(scores.attention[i].float(), groups, rtol=1e-5, atol=0)
-        torch.testing.assert_close(scores.mlp[i].float(), channels, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            by_kind(scores, "attention")[i].float(), groups, rtol=1e-5, atol=0
+        )
+        torch.testing.assert_close(by_kind(scores, "mlp")[i].float(), channels, rtol=1e-5, atol=0)
 
 
 def test_activation_weighs_weights_by_their_inputs() -> None:
@@ -114,8 +120,8 @@ def test_activation_weighs_weights_by_their_inputs() -> None:
     groups, channels = unit_sums(layer, terms, geometries(model)[0])
     scores = score(calibrated(model, WINDOWS), "activation")
     # fp32 sums of positive terms in another order
-    torch.testing.assert_close(scores.attention[0].float(), groups, rtol=1e-5, atol=0)
-    torch.testing.assert_close(scores.mlp[0].float(), channels, rtol=1e-5, atol=0)
+    torch.testing.assert_close(by_kind(scores, "attention")[0].float(), groups, rtol=1e-5, atol=0)
+    torch.testing.assert_close(by_kind(scores, "mlp")[0].float(), channels, rtol=1e-5, atol=0)
 
 
 def test_maximum_weight_and_output_energy() -> None:
@@ -143,8 +149,8 @@ def test_maximum_weight_and_output_energy() -> None:
     groups = (o.weight.norm(dim=0) * norms[o]).square().view(4, 32).sum(1) * scale
     scores = score(calibrated(model, WINDOWS), "activation-maw")
     # fp32 sums of positive terms in another order
-    torch.testing.assert_close(scores.mlp[0].float(), channels, rtol=1e-5, atol=0)
-    torch.testing.assert_close(scores.attention[0].float(), groups, rtol=1e-5, atol=0)
+    torch.testing.assert_close(by_kind(scores, "mlp")[0].float(), channels, rtol=1e-5, atol=0)
+    torch.testing.assert_close(by_kind(scores, "attention")[0].float(), groups, rtol=1e-5, atol=0)
 
 
 def test_relative_energy_compares_layers_and_bears_dead_channels() -> None:
@@ -158,17 +164,20 @@ def test_relative_energy_compares_layers_and_bears_dead_channels() -> None:
             layer.self_attn.o_proj.weight *= 8
             layer.mlp.down_proj.weight *= 8
     scaled = score(calibrated(model, WINDOWS), "activation-maw")
-    for a, b in zip([*scaled.attention, *scaled.mlp], [*expected.attention, *expected.mlp]):
+    for a, b in zip(
+        [*by_kind(scaled, "attention"), *by_kind(scaled, "mlp")],
+        [*by_kind(expected, "attention"), *by_kind(expected, "mlp")],
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=0)  # the norms' epsilon counts for less
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[:60] = 0  # most of 96
         model.model.layers[1].mlp.up_proj.weight.zero_()
-    dead = score(calibrated(model, WINDOWS), "activation-maw").mlp
+    dead = by_kind(score(calibrated(model, WINDOWS), "activation-maw"), "mlp")
     assert (dead[0][:60] == 0).all() and (dead[0][60:] > 0).all() and (dead[1] == 0).all()
     with torch.no_grad():
         model.model.embed_tokens.weight[WINDOWS[:, 0]] *= 1e4
-    giant = score(calibrated(model, WINDOWS), "activation-maw").attention[0]
-    ratio = giant / scaled.attention[0]
+    giant = by_kind(score(calibrated(model, WINDOWS), "activation-maw"), "attention")[0]
+    ratio = giant / by_kind(scaled, "attention")[0]
     assert (ratio > 0.5).all() and (ratio < 2).all()
 
 
@@ -180,7 +189,10 @@ def test_every_method_and_dtype_repeats_exactly(method: str, dtype: torch.dtype)
         score(calibrated(model, WINDOWS), method),
         score(calibrated(model, WINDOWS), method),
     )
-    for a, b in zip([*first.attention, *first.mlp], [*second.attention, *second.mlp]):
+    for a, b in zip(
+        [*by_kind(first, "attention"), *by_kind(first, "mlp")],
+        [*by_kind(second, "attention"), *by_kind(second, "mlp")],
+    ):
         assert torch.equal(a, b)
         assert a.min() >= 0 and a.max() > 0
 
@@ -190,7 +202,7 @@ def test_half_precision_agrees_with_single() -> None:
     exact = score(calibrated(model, WINDOWS), "taylor-first")
     for dtype in (torch.bfloat16, torch.float16):
         half = score(calibrated(tiny_model("llama", layers=2).to(dtype), WINDOWS), "taylor-first")
-        for a, b in zip(half.mlp, exact.mlp):
+        for a, b in zip(by_kind(half, "mlp"), by_kind(exact, "mlp")):
             # bf16 keeps 8 bits through two layers; the ranking needs no more
             assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.98
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calibrated import calibrated
+from calibrated import by_kind, calibrated
 from tiny import FAMILIES, tiny_model, token_ids
 
 from fastprune.pruning.importance import score
@@ -73,6 +73,6 @@ def test_a_duplicated_channel_costs_nothing() -> None:
 def test_every_family_is_scored(family: str) -> None:
     model = tiny_model(family)
     scores = score(calibrated(model, token_ids(16, 32)), "obs")
-    assert [len(s) for s in scores.attention] == [4] * 4
-    assert [len(s) for s in scores.mlp] == [96] * 4
-    assert scores.finite() and all(bool((s > 0).all()) for s in scores.mlp)
+    assert [len(s) for s in by_kind(scores, "attention")] == [4] * 4
+    assert [len(s) for s in by_kind(scores, "mlp")] == [96] * 4
+    assert scores.finite() and all(bool((s > 0).all()) for s in by_kind(scores, "mlp"))

@@ -18,7 +18,7 @@ from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import geometries
 from fastprune.models.forward import decoder_and_head
 from fastprune.models.load import load_model
-from fastprune.models.modeling import conform, remove_attention, remove_mlp
+from fastprune.models.modeling import conform, remove_sublayer
 from fastprune.recover import distill
 from fastprune.recover.align import align_layers
 from fastprune.recover.distill import Distiller, load_teacher
@@ -194,9 +194,9 @@ def test_nothing_scored_is_zero():
 def without(model, attention=(), mlp=()):
     """`model` with sublayers removed, in the class that builds such layers."""
     for index in attention:
-        remove_attention(model.model.layers[index])
+        remove_sublayer(model.model.layers[index], "attention", "llama")
     for index in mlp:
-        remove_mlp(model.model.layers[index])
+        remove_sublayer(model.model.layers[index], "mlp", "llama")
     conform(model, geometries(model))
     return model
 
