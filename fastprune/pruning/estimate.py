@@ -35,19 +35,20 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Stage:
-    """What one process does in a stage, and the most memory that takes."""
+    """What one process does in a stage, and the most memory that takes.
+
+    ``flops`` are floating-point operations of matrix products and factorisations, ``single`` those
+    of them in fp32 or fp64; ``read`` are bytes of weights read from files; ``runs`` says whether
+    the settings ask for the stage.
+    """
 
     name: str
     flops: int
-    """floating-point operations of matrix products and factorisations"""
     single: int
-    """those of them that are in fp32 or fp64"""
     device_bytes: int
     host_bytes: int = 0
     read: int = 0
-    """bytes of weights read from files"""
     runs: bool = True
-    """whether the settings ask for it"""
 
 
 class Part:
@@ -56,7 +57,7 @@ class Part:
 
     def __init__(self, layer: nn.Module, sublayer: Sublayer) -> None:
         self.kind, self.units = sublayer.kind, sublayer.units
-        names = [s.name for s in sublayer.slices if s.parameter == "weight"]
+        names = dict.fromkeys(s.name for s in sublayer.slices if s.parameter == "weight")
         matrices = [layer.get_parameter(name) for name in names]
         self.rows, self.columns = matrices[-1].shape
         self.inner = self.columns + sum(len(m) for m in matrices[:-1])
@@ -107,7 +108,6 @@ class Sizes:
         each = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
         self.block, self.layer = sum(each), max(each)
         self.bytes = sum(p.nbytes for p in model.parameters())
-        self.tied = bool(model.config.tie_word_embeddings)
         self.largest = max(part.rows * part.columns for part in self.parts) * self.item
         self.widest = max(part.columns for part in self.parts)
 
@@ -154,20 +154,23 @@ class Estimate:
         self.fitted = (searched - self.judged) * (config.compensate != "none")
 
     def stages(self) -> list[Stage]:
-        """Every stage in the order in which a run passes them; `search` only in memory."""
-        config, search = self.config, self.config.allocation == "search"
+        """Every stage in the order in which a run passes them."""
+        config, m, search = self.config, self.model, self.config.allocation == "search"
         ruled = config.allocation in ("inverse", "proportional")
         measured = config.layer_importance in ("removal", "activation")
-        found = [self.score(), replace(self.sensitivity(), runs=ruled and measured)]
-        if not self.stream:
-            found.append(replace(self.search(), runs=search))
-            found.append(replace(self.exchange(), runs=search and bool(config.exchange_rounds)))
-        found.append(replace(self.compensate(self.n), runs=config.compensate != "none"))
+        found = [
+            self.score(),
+            replace(self.sensitivity(), runs=ruled and measured),
+            replace(self.search(), runs=search),
+            replace(self.exchange(), runs=search and bool(config.exchange_rounds)),
+            replace(self.compensate(self.n), runs=config.compensate != "none"),
+        ]
         steps = config.iterations
         return [
             self.evaluate("evaluate before", self.model),
             *(replace(s, flops=s.flops * steps, single=s.single * steps) for s in found),
-            self.surgery(),
+            # one tensor at a time is copied; each layer is read for compensation as well
+            self._stage("surgery", 0, self._resident(m) + m.largest, 0, m.bytes),
             self.evaluate("evaluate after", self.kept),
         ]
 
@@ -175,7 +178,7 @@ class Estimate:
         """Perplexity on the evaluation windows."""
         s, windows = self.config.eval_seq_len, self.config.eval_windows
         assert s
-        n, tokens = self._mine(windows, s), _at_once(windows, s)
+        n, tokens = self._windows(windows, s)
         device = self._resident(model) + model.states(tokens)
         device += max(model.logits(tokens), model.live(tokens))
         read = model.block + 2 * model.table
@@ -184,7 +187,7 @@ class Estimate:
     def score(self) -> Stage:
         """Scores of all units by the criterion that the settings name."""
         m, s, method = self.model, self.s, self.config.importance
-        n, tokens = self._mine(self.n, s), _at_once(self.n, s)
+        n, tokens = self._windows(self.n, s)
         device, host, read = self._resident(m, head=False), m.states(n * s), m.block + m.table
         if method in TAYLOR:
             return self._taylor()
@@ -228,24 +231,29 @@ class Estimate:
         return self._stage("sensitivity", work, device, host, read)
 
     def search(self) -> Stage:
-        """Divergence of the whole model with each sublayer at each level, refitted."""
+        """Divergence of the whole model with each sublayer at each level, refitted.
+
+        Levels of a streamed model travel side by side, in hidden states on the host.
+        """
         m, s, judged, ranks = self.model, self.s, self.judged, self.config.ranks
-        n = self._mine(self.fitted, s)
+        n, tokens = self._windows(self.fitted, s)
         work = judged * m.passes(s, 2, 1) + n * m.passes(s, 1)
-        fits, most = 0.0, m.logits(judged * s)
+        fits, most, branches = 0.0, m.logits(judged * s), 0
         for index in self.config.selected_layers(self.depth):
             levels = {part: self._levels(part) for part in m.layers[index]}
             count = ceil(sum(map(len, levels.values())) / ranks)
+            branches += count
             work += judged * m.passes(s, count * (self.depth - index) / self.depth, count)
             work += n * max((_until(m.layers[index], p, s) for p in levels if levels[p]), default=0)
             for part, kept in levels.items() if n else ():
                 fits += part.fits(n * s, kept[::ranks], targets=False)
                 most = max(most, part.fit_bytes(max(kept, default=0), targets=False))
-        moments = sum(2 * part.fit_bytes(targets=False) for part in m.layers[0])
-        targets = judged * s * (TOP * 8 + (TOP + 1) * FP32)
-        device = m.bytes + targets + moments * bool(n) + m.states((judged + n) * s)
-        live = m.live(_at_once(max(judged, n), s))
-        return self._stage("search", work, device + max(live, most), fits=fits)
+        moments = sum(2 * part.fit_bytes(targets=False) for part in m.layers[0]) * bool(n)
+        targets, states = judged * s * (TOP * 8 + (TOP + 1) * FP32), m.states((judged + n) * s)
+        device = self._resident(m) + targets + moments + states * (not self.stream)
+        device += max(m.live(max(tokens, judged * s)), most)
+        host, read = states + branches * m.states(judged * s), 2 * m.block + 5 * m.table
+        return self._stage("search", work, device, host, read, fits)
 
     def exchange(self) -> Stage:
         """At most: a round takes what the search does, and tries two mixes in vain; three are tried
@@ -254,14 +262,16 @@ class Estimate:
         trials = 3 * (rounds + 1) if rounds else 0
         refits = trials if self.fitted else 0
         search, refit = self.search(), self.compensate(self.fitted, random=False)
-        judged = self._stage("", trials * self.judged * m.passes(self.s, 1, 1), 0)
-        return Stage(
-            "exchange",
-            flops=rounds * search.flops + refits * refit.flops + judged.flops,
-            single=rounds * search.single + refits * refit.single + judged.single,
-            device_bytes=max(search.device_bytes, refit.device_bytes),
-            # the dense output matrices are kept beside the hidden states of a refit
-            host_bytes=sum(p.rows * p.columns for p in m.parts) * m.item + refit.host_bytes,
+        work, read = trials * self.judged * m.passes(self.s, 1, 1), trials * 2 * (m.block + m.table)
+        tried = self._stage("exchange", work, max(search.device_bytes, refit.device_bytes), 0, read)
+        return replace(
+            tried,
+            flops=tried.flops + rounds * search.flops + refits * refit.flops,
+            single=tried.single + rounds * search.single + refits * refit.single,
+            # the dense output matrices are kept
+            host_bytes=m.item * sum(p.rows * p.columns for p in m.parts)
+            + max(search.host_bytes, refit.host_bytes),
+            read=tried.read + rounds * search.read,
         )
 
     def _levels(self, part: Part) -> list[int]:
@@ -275,8 +285,9 @@ class Estimate:
     def compensate(self, windows: int, *, random: bool = True) -> Stage:
         """Refits of every sublayer that loses units: two passes for the hidden states as they
         become and as they were, and for each refit one that stops at its moments."""
-        m, s, live = self.model, self.s, self.model.live(_at_once(windows, self.s))
-        n = self._mine(windows + random * (windows // TEXT_PER_RANDOM), s)
+        m, s = self.model, self.s
+        n, tokens = self._windows(windows + random * (windows // TEXT_PER_RANDOM), s)
+        live = m.live(tokens)
         work, fits, most, copies = m.passes(s, 2), 0.0, live, 2
         for layer, kept in zip(m.layers, self.kept.layers, strict=True):
             left = {part.kind: part.columns for part in kept}
@@ -293,12 +304,6 @@ class Estimate:
         stage = self._stage("compensate", n * work, device, host, m.table, fits)
         return replace(stage, host_bytes=host)
 
-    def surgery(self) -> Stage:
-        """Kept rows and columns copied out; streamed layers are read for compensation as well."""
-        m = self.model
-        read = m.block + m.table * (1 if m.tied else 2)
-        return self._stage("surgery", 0, self._resident(m) + m.largest, 0, read)
-
     def _stage(
         self, name: str, work: float, device: int, host: int = 0, read: int = 0, fits: float = 0
     ) -> Stage:
@@ -314,12 +319,8 @@ class Estimate:
             return model.bytes
         return max(model.layer, model.table) if head else model.layer
 
-    def _mine(self, windows: int, length: int) -> int:
-        """Windows of ``length`` tokens that the busiest process runs in batches."""
+    def _windows(self, count: int, length: int) -> tuple[int, int]:
+        """Of so many windows those that the busiest process runs, and the tokens of a batch."""
         batch = max(1, BATCH_TOKENS // length)
-        return min(windows, batch * ceil(ceil(windows / batch) / self.config.ranks))
-
-
-def _at_once(windows: int, length: int) -> int:
-    """Tokens of the largest batch."""
-    return min(windows, max(1, BATCH_TOKENS // length)) * length
+        mine = batch * ceil(ceil(count / batch) / self.config.ranks)
+        return min(count, mine), min(count, batch) * length
