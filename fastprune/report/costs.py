@@ -41,8 +41,13 @@ def stage_table(stages: list[dict[str, Any]]) -> Table:
         sizes = ("read", "device_bytes", "host_bytes")
         table.add_row(
             stage["name"],
-            *(f"{stage[key] / 1e12:,.3g}" for key in ("flops", "single")),
+            *(teraflop(stage[key]) for key in ("flops", "single")),
             *(format.size(stage[key]) if stage[key] else "—" for key in sizes),
             style=None if stage["runs"] else "dim",
         )
     return table
+
+
+def teraflop(flops: int) -> str:
+    """Operations in units of 10¹², to three digits or to the unit."""
+    return f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
