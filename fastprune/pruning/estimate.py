@@ -109,8 +109,8 @@ class Sizes:
         each = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
         self.block, self.layer = sum(each), max(each)
         self.bytes = sum(p.nbytes for p in model.parameters())
-        self.largest = max(part.rows * part.columns for part in self.parts) * self.item
-        self.widest = max(part.columns for part in self.parts)
+        self.largest = self.item * max((p.rows * p.columns for p in self.parts), default=0)
+        self.widest = max((part.columns for part in self.parts), default=0)
 
     def passes(self, length: int, layers: float, head: float = 0) -> float:
         """Operations of so many passes of a window through the layers, and through the head."""
@@ -127,7 +127,7 @@ class Sizes:
 
     def live(self, tokens: int) -> int:
         """Bytes of a layer's activations at their widest, where no backward pass follows."""
-        inner = max(part.inner for part in self.parts)
+        inner = max((part.inner for part in self.parts), default=0)
         return tokens * inner * self.item + 2 * self.states(tokens)
 
     def saved(self, tokens: int) -> list[int]:
@@ -239,17 +239,18 @@ class Estimate:
         m, s, judged, ranks = self.model, self.s, self.judged, self.config.ranks
         n, tokens = self._windows(self.fitted, s)
         work = judged * m.passes(s, 2, 1) + n * m.passes(s, 1)
-        fits, most, branches = 0.0, m.logits(judged * s), 0
+        fits, moments, most, branches = 0.0, 0, m.logits(judged * s), 0
         for index in self.config.selected_layers(self.depth):
             levels = {part: self._levels(part) for part in m.layers[index]}
             count = ceil(sum(map(len, levels.values())) / ranks)
             branches += count
             work += judged * m.passes(s, count * (self.depth - index) / self.depth, count)
-            work += n * max((_until(m.layers[index], p, s) for p in levels if levels[p]), default=0)
-            for part, kept in levels.items() if n else ():
+            refitted = {part: kept for part, kept in levels.items() if n and any(kept)}
+            work += n * max((_until(m.layers[index], p, s) for p in refitted), default=0)
+            for part, kept in refitted.items():
                 fits += part.fits(n * s, kept[::ranks], targets=False)
-                most = max(most, part.fit_bytes(max(kept, default=0), targets=False))
-        moments = sum(2 * part.fit_bytes(targets=False) for part in m.layers[0]) * bool(n)
+                most = max(most, part.fit_bytes(max(kept), targets=False))
+            moments = max(moments, sum(p.fit_bytes(targets=False) for p in refitted))
         targets, states = judged * s * (TOP * 8 + (TOP + 1) * FP32), m.states((judged + n) * s)
         device = self._resident(m) + targets + moments + states * (not self.stream)
         device += max(m.live(max(tokens, judged * s)), most)
@@ -263,14 +264,15 @@ class Estimate:
         if not rounds:
             return self._stage("exchange", 0, self._resident(m))
         trials = 3 * (rounds + 1)
-        refits = trials if self.fitted else 0
-        search, refit = self.search(), self.compensate(self.fitted, random=False)
+        search, refit = self.search(), self._stage("none", 0, 0)
+        if self.fitted:
+            refit = self.compensate(self.fitted, random=False)
         work, read = trials * self.judged * m.passes(self.s, 1, 1), trials * 2 * (m.block + m.table)
         tried = self._stage("exchange", work, max(search.device_bytes, refit.device_bytes), 0, read)
         return replace(
             tried,
-            flops=tried.flops + rounds * search.flops + refits * refit.flops,
-            single=tried.single + rounds * search.single + refits * refit.single,
+            flops=tried.flops + rounds * search.flops + trials * refit.flops,
+            single=tried.single + rounds * search.single + trials * refit.single,
             # the dense output matrices are kept
             host_bytes=m.item * sum(p.rows * p.columns for p in m.parts)
             + max(search.host_bytes, refit.host_bytes),
@@ -278,12 +280,12 @@ class Estimate:
         )
 
     def _levels(self, part: Part) -> list[int]:
-        """Columns that ``part`` keeps at each level of the search."""
-        if part.kind not in self.config.structures:
-            return []
-        width, shares = part.columns // part.units, {round(s * part.units) for s in CHANNEL_LEVELS}
-        removed = range(1, part.units) if width > 1 else sorted(shares - {0, part.units})
-        return [part.columns - width * units for units in removed]
+        """Columns that ``part`` keeps at each level of the search; 0 where it is gone."""
+        structures, width = self.config.structures, part.columns // part.units
+        shares = {round(share * part.units) for share in CHANNEL_LEVELS} - {0, part.units}
+        removed = range(1, part.units) if width > 1 else sorted(shares)
+        kept = [part.columns - width * units for units in removed if part.kind in structures]
+        return kept + [0] * ("sublayer" in structures)
 
     def compensate(self, windows: int, *, random: bool = True) -> Stage:
         """Refits of every sublayer that loses units: two passes for the hidden states as they

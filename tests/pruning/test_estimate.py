@@ -51,6 +51,11 @@ CHOICES: dict[str, dict[str, Any]] = {
         "layer_importance": "activation",
     },
     "search": {"allocation": "search", "exchange_rounds": 0},
+    "search with sublayers": {
+        "allocation": "search",
+        "exchange_rounds": 0,
+        "structures": ("attention", "mlp", "sublayer"),
+    },
     "search without refits": {
         "allocation": "search",
         "exchange_rounds": 0,
@@ -139,33 +144,36 @@ def text(tmp_path, monkeypatch) -> str:
     return str(file)
 
 
-def wide_model() -> torch.nn.Module:
-    return tiny_model("llama", layers=2, hidden_size=128, intermediate_size=320)
+def wide_model(family: str = "llama") -> torch.nn.Module:
+    return tiny_model(family, layers=2, hidden_size=128, intermediate_size=320)
 
 
-def estimated(config: PruneConfig) -> list[dict[str, Any]]:
+def estimated(config: PruneConfig, family: str = "llama") -> list[dict[str, Any]]:
     """The stages of an in-memory run that a dry run says will run."""
     dry = replace(config, dry_run=True)
-    stages = prune(wide_model(), tiny_tokenizer(), dry).metrics["costs"]["memory"]
+    stages = prune(wide_model(family), tiny_tokenizer(), dry).metrics["costs"]["memory"]
     return [stage for stage in stages if stage["runs"] and stage["name"] in CLOCKED]
 
 
-def measured(config: PruneConfig) -> tuple[Meter, int]:
+def measured(config: PruneConfig, family: str = "llama") -> tuple[Meter, int]:
     """A run under the meter, and bytes of the uncut weights."""
-    model = wide_model()
+    model = wide_model(family)
     meter = Meter(model)
     weights = sum(p.nbytes for p in model.parameters())
     prune(model, tiny_tokenizer(), config, clock=meter)
     return meter, weights
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_operations_and_peaks_of_a_run(text, name):
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [*((name, "llama") for name in CHOICES), *(("taylor", family) for family in FAMILIES[1:])],
+)
+def test_operations_and_peaks_of_a_run(text, name, family):
     config = PruneConfig(**SETTINGS | CHOICES[name], calib=text, eval=text)
-    meter, weights = measured(config)
+    meter, weights = measured(config, family)
     flops: Counter[str] = Counter()
     peaks: dict[str, int] = {}
-    for stage in estimated(config):
+    for stage in estimated(config, family):
         clocked = CLOCKED[stage["name"]]
         flops[clocked] += stage["flops"]
         # Here the host is the device.
@@ -183,9 +191,12 @@ def test_operations_and_peaks_of_a_run(text, name):
 def test_an_exchange_takes_no_more_than_is_said(text, compensate):
     choice = {"allocation": "search", "exchange_rounds": 2, "compensate": compensate}
     config = PruneConfig(**SETTINGS | choice, calib=text, eval=text)
-    bound = sum(s["flops"] for s in estimated(config) if s["name"] in ("search", "exchange"))
-    meter, _ = measured(config)
+    search, exchange = [s for s in estimated(config) if s["name"] in ("search", "exchange")]
+    meter, weights = measured(config)
+    bound = search["flops"] + exchange["flops"]
     assert bound / 5 < meter.flops["plan"] < bound
+    peak = exchange["device_bytes"] + exchange["host_bytes"] - weights
+    assert meter.peaks["plan"] == pytest.approx(peak, rel=0.3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
