@@ -58,6 +58,16 @@ FORMATS = {
 }
 
 
+def register_format(name: str, form: Format) -> None:
+    """Let `--format` of every command know ``form`` by ``name``.
+
+    Raises ValueError when the name is taken.
+    """
+    if name in FORMATS:
+        raise ValueError(f"the format '{name}' is registered already")
+    FORMATS[name] = form
+
+
 def find(name: str) -> Format:
     """The format called `name`. Raises InputError."""
     if name not in FORMATS:

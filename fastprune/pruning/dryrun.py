@@ -8,7 +8,7 @@ only allocations that measure nothing apply.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from fastprune.models.load import load_config
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.streamed import skeleton
 from fastprune.pruning.config import PruneConfig
-from fastprune.pruning.cost import Costs
+from fastprune.pruning.estimate import Estimate
 from fastprune.pruning.plan import Plan
-from fastprune.pruning.products import ModelShape
 
 log = logging.getLogger("fastprune")
 
@@ -81,7 +80,6 @@ def facts(model: nn.Module, plan: Plan, config: PruneConfig) -> dict[str, Any]:
     result = skeleton(per_layer_config(model.config, plan.result()), model.dtype)
     stock = stock_form(result)
     form = stock or per_layer_form(result)
-    before, after = ModelShape.of(model), ModelShape.of(result)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "layout": {
@@ -92,12 +90,7 @@ def facts(model: nn.Module, plan: Plan, config: PruneConfig) -> dict[str, Any]:
         "costs": {
             "processes": config.ranks,
             **{
-                name: [
-                    stage.to_dict()
-                    for stage in Costs(
-                        before, after, config, ranks=config.ranks, stream=stream
-                    ).stages()
-                ]
+                name: list(map(asdict, Estimate(model, result, config, stream=stream).stages()))
                 for name, stream in (("memory", False), ("stream", True))
             },
         },

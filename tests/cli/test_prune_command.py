@@ -180,7 +180,7 @@ def test_a_dry_run_of_a_config_alone_prints_what_the_run_would_cost(prune, tmp_p
     assert (status, stderr) == (0, "")
     assert "layout   uniform: MistralForCausalLM in float32" in stdout
     for way in ("in memory", "--stream"):
-        _, _, lines = stdout.partition(f"computed, not measured: {way}, each of 4 processes\n")
+        _, _, lines = stdout.partition(f"estimated, not measured: {way}, each of 4 processes\n")
         assert lines.startswith("stage"), way
 
 
