@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fastprune.errors import InputError
-from fastprune.recover.config import LAST
+from fastprune.kernels.optim import AdamW
+from fastprune.recover.config import LAST, FinetuneConfig
 from fastprune.recover.recipes import Stage
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
@@ -108,6 +109,22 @@ def _rate(name: str, stage: Stage, depth: int) -> float:
         parts = len(stage.layer_lrs)
         return stage.layer_lrs[max(0, layer) * parts // depth]
     return stage.lr * stage.layer_lr_decay ** (depth - 1 - layer)
+
+
+def make_optimizer(model: nn.Module, stage: Stage, config: FinetuneConfig, scaled: bool) -> AdamW:
+    """fastprune.AdamW over what learns, clipping inside; it scales the loss where weights are fp16.
+
+    `scaled`: products are made in fp16, so the loss is scaled whatever the weights are.
+    """
+    groups = parameter_groups(model, stage)
+    half = any(p.dtype == torch.float16 for group in groups for _, p in group["params"])
+    return AdamW(
+        groups,
+        max_grad_norm=stage.max_grad_norm,
+        master=config.optimizer_master,
+        loss_scale="dynamic" if scaled or half else None,
+        seed=config.seed,
+    )
 
 
 def warmup_steps(stage: Stage, steps: int) -> int:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastprune.progress import log as progress_log
-from fastprune.recover.arguments import is_first_process
 from fastprune.recover.objective import Objective
+from fastprune.recover.processes import is_first_process
 from fastprune.recover.recipes import Stage
 from fastprune.report.format import duration
 
