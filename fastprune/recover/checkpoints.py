@@ -98,8 +98,8 @@ class CheckpointFolder:
         made = work / f"checkpoint-{step}"
         if first:
             shutil.rmtree(work, ignore_errors=True)
-            made.mkdir(parents=True)
         barrier(self.device)
+        made.mkdir(parents=True, exist_ok=True)  # processes may have folders of their own
         self._write_weights(made / WEIGHTS)
         optimizer = collected(self.optimizer.state_dict(), keep=first)
         if first:

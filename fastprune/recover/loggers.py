@@ -14,11 +14,16 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastprune.data.records import source_names
 from fastprune.errors import InputError
+from fastprune.recover.config import FinetuneConfig
+from fastprune.recover.processes import is_first_process
+from fastprune.recover.recipes import Stage
+from fastprune.report.run import settings
 
 EVENTS = "tensorboard"  # in DIR/fastprune
 START = time.strftime("%Y%m%d-%H%M%S")
@@ -33,7 +38,7 @@ def check_logger(name: str) -> None:
 
 
 def perplexity_key(text: str) -> str:
-    """What loggers call the perplexity on `text` while training: `eval/wikitext2_ppl`.
+    """What the perplexity on `text` is called for loggers, who show it as `eval/wikitext2_ppl`.
 
     Several texts joined by commas are one; a path gives the name of its file.
     """
@@ -42,7 +47,7 @@ def perplexity_key(text: str) -> str:
         place = name.removeprefix("hf:").partition(":")[0] if name.startswith("hf:") else name
         stem = Path(place.removeprefix("builtin:")).name
         names.append(re.sub(r"[^\w-]+", "_", stem.partition(".")[0] or stem))
-    return f"eval/{'+'.join(names)}_ppl"
+    return f"eval_{'+'.join(names)}_ppl"
 
 
 class Logger:
@@ -120,15 +125,14 @@ class Tracker(Logger):
             raise InputError(f"--log-to {self.name}: {error}{hint}") from error
 
 
-def open_logger(
-    name: str, folder: Path, about: Mapping[str, Any], project: str | None = None
-) -> Logger:
-    """The logger `name` (none: nothing is kept) for the stage with the checkpoints in `folder`.
+def open_logger(config: FinetuneConfig, stage: Stage, folder: Path) -> Logger:
+    """The logger of `stage`, which has its checkpoints in `folder`; of the first process alone.
 
-    `about` are the settings of the stage; `project` that of wandb or trackio. Raises InputError.
+    Raises InputError for what it refuses.
     """
-    if name == "none":
+    about = {**settings(config), "stage": asdict(stage)}
+    if config.log_to == "none" or not is_first_process():
         return Logger()
-    if name == "tensorboard":
+    if config.log_to == "tensorboard":
         return TensorBoard(folder, about)
-    return Tracker(name, folder, about, project)
+    return Tracker(config.log_to, folder, about, config.logger_project)

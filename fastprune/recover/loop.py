@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,11 @@ from fastprune.recover.loggers import Logger, open_logger, perplexity_key
 from fastprune.recover.moments import take_over
 from fastprune.recover.monitor import ADVICE
 from fastprune.recover.objective import Objective, synchronised, unsynchronised
-from fastprune.recover.processes import is_first_process, total, world_size
+from fastprune.recover.processes import total, world_size
 from fastprune.recover.recipes import Stage
 from fastprune.recover.reporter import Reporter
 from fastprune.recover.state import State
 from fastprune.recover.steps import batches_per_epoch, steps_per_epoch, total_steps
-from fastprune.report.run import settings
 
 LOG_LINES = 200  # of a stage, where --log-steps does not say
 
@@ -132,7 +131,7 @@ class Loop:
         if self._over():  # it had ended when its process was killed
             return
         state = self.state
-        self._logger = self._open_logger()
+        self._logger = open_logger(self.config, self.stage, self.folder)
         self.guard = Guard(
             self.model,
             self.optimizer,
@@ -348,10 +347,10 @@ class Loop:
         self.hooks.line(self.evaluated)
         progress_log.info("%s: %s", stage.name, state.monitor.evaluation(step, self.evaluated))
         self._say(finding)
-        logged = {name.replace("_", "/", 1): x for name, x in figures.items()}
+        logged = dict(figures)
         if "eval_perplexity" in figures:
             logged[perplexity_key(self.config.eval)] = figures["eval_perplexity"]
-        self._logger.log(logged, step)
+        self._logger.log({name.replace("_", "/", 1): x for name, x in logged.items()}, step)
         patience = stage.early_stop
         if patience is not None and state.monitor.since_best >= patience:
             self.stop(f"no improvement in {patience} evaluations")
@@ -388,12 +387,6 @@ class Loop:
         self.state.gave_up = str(error)
         self._save()
         return NumericalError(f"{error}; the last good state is that of step {self._saved_step}")
-
-    def _open_logger(self) -> Logger:
-        if not is_first_process():
-            return Logger()
-        about = {**settings(self.config), "stage": asdict(self.stage)}
-        return open_logger(self.config.log_to, self.folder, about, self.config.logger_project)
 
 
 def _mean(sums: Tensor) -> float | None:
