@@ -39,7 +39,7 @@ class Evaluation:
         self.objective, self.stage, self.samples = objective, stage, samples
         self.device = next(objective.model.parameters()).device
         validation = samples.validation
-        self.validation = validation if validation is not None and len(validation) else None
+        self.validation: Any = validation if validation is not None and len(validation) else None
         self.possible = self.validation is not None or samples.windows is not None
         """whether there is anything to measure"""
 
