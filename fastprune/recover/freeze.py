@@ -14,7 +14,8 @@ from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.kernels.optim import AdamW
-from fastprune.recover.config import LAST, FinetuneConfig
+from fastprune.recover.config import LAST
+from fastprune.recover.objective import Objective
 from fastprune.recover.recipes import Stage
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
@@ -111,20 +112,18 @@ def _rate(name: str, stage: Stage, depth: int) -> float:
     return stage.lr * stage.layer_lr_decay ** (depth - 1 - layer)
 
 
-def make_optimizer(model: nn.Module, stage: Stage, config: FinetuneConfig, scaled: bool) -> AdamW:
-    """fastprune.AdamW over what learns, clipping inside; it scales the loss where weights are fp16.
+def make_optimizer(
+    objective: Objective, stage: Stage, *, master: str = "fp32", seed: int = 0
+) -> AdamW:
+    """fastprune.AdamW over what learns, clipping inside; it scales the loss where fp16 takes part.
 
-    `scaled`: products are made in fp16, so the loss is scaled whatever the weights are.
+    `master` and `seed` are those of AdamW.
     """
-    groups = parameter_groups(model, stage)
+    groups = parameter_groups(objective.model, stage)
     half = any(p.dtype == torch.float16 for group in groups for _, p in group["params"])
-    return AdamW(
-        groups,
-        max_grad_norm=stage.max_grad_norm,
-        master=config.optimizer_master,
-        loss_scale="dynamic" if scaled or half else None,
-        seed=config.seed,
-    )
+    scale = "dynamic" if half or objective.dtype == torch.float16 else None
+    clip = stage.max_grad_norm
+    return AdamW(groups, max_grad_norm=clip, master=master, loss_scale=scale, seed=seed)
 
 
 def warmup_steps(stage: Stage, steps: int) -> int:

@@ -92,9 +92,8 @@ class Loop:
         self.log_steps = config.log_steps or math.ceil(self.steps / LOG_LINES)
         set_seed(config.seed)
         self.loss = synchronised(objective, self.device)
-        self.optimizer = make_optimizer(
-            self.model, stage, config, scaled=objective.dtype == torch.float16
-        )
+        master, seed = config.optimizer_master, config.seed
+        self.optimizer = make_optimizer(objective, stage, master=master, seed=seed)
         if moments:
             take_over(self.optimizer, moments)
         self.schedule = make_schedule(stage, self.optimizer, self.steps)

@@ -171,7 +171,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         stage, found = _find_rate(objective, stage, data, collate, course, number)
     batch = _first_batch(data, collate, stage, course.device)
     if stage.minutes is not None:
-        stage = stage_within(objective, stage, batch, number, course)
+        stage = stage_within(objective, stage, batch, number, course.folder)
     checkpoint = course.folder.checkpoint
     course.folder.checkpoint = None  # the stages that follow begin at their beginning
     samples = Samples(data.train, collate, data.validation, course.windows, course.tokenizer)

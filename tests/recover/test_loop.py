@@ -137,6 +137,14 @@ def test_validation_loss_is_the_mean_over_tokens(loop):
     assert found == pytest.approx(mean.item(), rel=1e-5)  # fp32 sums in another order
 
 
+def test_nothing_to_measure_is_no_evaluation(loop):
+    made = loop(samples(4), batch_size=2, grad_accum=1, max_steps=2, eval_steps=1)
+    made.run()
+    made.finish()
+    assert [set(line) >= {"loss"} for line in made.lines] == [True, True]
+    assert made.evaluated == {}
+
+
 def test_stops_when_the_loss_is_low_enough(loop):
     made = loop(samples(2), batch_size=2, grad_accum=1, max_steps=200, lr=1e-2, stop_loss=2.0)
     made.run()
