@@ -4,7 +4,7 @@ Text becomes one stream a source, each document ended by a token that says so, c
 everything is learnt. Instructions and chats become one example each, of which the answers and the
 end after each are learnt. Examples are padded, not packed: several in one window must not see each
 other, which only some attention implementations can promise, and where they cannot, nothing would
-tell. Sort them by length instead: `TokenDataset.lengths` is what the Trainer's sampler asks for.
+tell. Sort them by length instead: `TokenDataset.lengths` says how long they are.
 """
 
 from __future__ import annotations

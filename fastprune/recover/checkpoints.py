@@ -1,21 +1,56 @@
-"""What a stage leaves to go on from: the files of a checkpoint, and which checkpoints are whole."""
+"""What a stage leaves to go on from: its checkpoints, and the best weights it came to.
+
+    checkpoint-STEP/
+      weights.safetensors   what learns: the other weights are where they came from
+      optimizer.pt          moments and the like, whole tensors
+      scheduler.pt          the learning rate's place in its schedule
+      rng_state.pth         random states, one file a process where there are several
+      fastprune.json        step, figures, what the guard and the monitor have seen
+    best.safetensors        weights of the best evaluation
+
+Tensors of a sharded model (FSDP2) are whole in it: all processes gather them and the first one
+writes, so that a run goes on with any number of processes.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
 import zipfile
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastprune import distributed
+from fastprune.errors import InputError
+from fastprune.kernels.optim import AdamW
+from fastprune.recover.freeze import rates_of, reschedule
+from fastprune.recover.processes import barrier, is_first_process, world_size
+from fastprune.report.run import write_json
+from fastprune.sharding import collected, local, shard_of
 
 WEIGHTS, OWN_STATE = "weights.safetensors", "fastprune.json"
 OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
-LIBRARY_STATE = "trainer_state.json"
+BEST = "best.safetensors"
+
+
+def own_state(checkpoint: Path) -> dict[str, Any]:
+    """The figures in `checkpoint`."""
+    return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))
 
 
 def last_words(checkpoint: Path) -> str | None:
     """Why the guard gave up where it wrote `checkpoint`; None where it did not."""
-    return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8")).get("gave_up")
+    return own_state(checkpoint).get("gave_up")
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -24,8 +59,7 @@ def damage(checkpoint: Path) -> str | None:
     Their ends are looked at, not all that they hold: files are cut short by full disks and kills.
     """
     try:
-        for file in (OWN_STATE, LIBRARY_STATE):
-            json.loads((checkpoint / file).read_text(encoding="utf-8"))
+        own_state(checkpoint)
         with safe_open(checkpoint / WEIGHTS, "pt"):
             pass
         for file in (OPTIMIZER, SCHEDULE):
@@ -40,3 +74,126 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if (p / OWN_STATE).is_file()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+class CheckpointFolder:
+    """Writes and reads the checkpoints of one stage; all processes must call what it offers.
+
+    Args:
+        folder: where they lie; it holds nothing else.
+        keep_last: how many stay.
+        model, optimizer, schedule: what they are of.
+    """
+
+    def __init__(
+        self, folder: Path, keep_last: int, model: nn.Module, optimizer: AdamW, schedule: Any
+    ) -> None:
+        self.folder, self.keep_last = folder, keep_last
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.device = next(model.parameters()).device
+
+    def write(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint aside, rename it when it is complete, and drop the oldest."""
+        first, work = is_first_process(), self.folder / "writing"
+        made = work / f"checkpoint-{step}"
+        if first:
+            shutil.rmtree(work, ignore_errors=True)
+        barrier(self.device)
+        made.mkdir(parents=True, exist_ok=True)  # processes may have folders of their own
+        self._write_weights(made / WEIGHTS)
+        optimizer = collected(self.optimizer.state_dict(), keep=first)
+        if first:
+            torch.save(optimizer, made / OPTIMIZER)
+            torch.save(self.schedule.state_dict(), made / SCHEDULE)
+            write_json(made / OWN_STATE, dict(state))
+        torch.save(_random_state(self.device), made / _random_file())
+        barrier(self.device)
+        if first:
+            place = self.folder / made.name
+            if place.exists():
+                place.rename(work / "old")
+            made.rename(place)
+            for number, path in enumerate(checkpoints(self.folder)[: -self.keep_last]):
+                path.rename(work / f"old-{number}")
+            shutil.rmtree(work, ignore_errors=True)
+
+    def read(self, checkpoint: Path, *, rescheduled: bool) -> None:
+        """Bring model, optimizer and schedule to where they were in `checkpoint`.
+
+        `rescheduled`: the learning rates stay those of now. Raises InputError when the checkpoint
+        is of other weights.
+        """
+        weights = load_file(checkpoint / WEIGHTS, device="cpu")
+        expected = set(self._learning())
+        if set(weights) != expected:
+            raise InputError(
+                f"{checkpoint}: it holds {len(weights)} weights, this run learns "
+                f"{len(expected)} others; was it begun from another model or method?"
+            )
+        self._put(weights)
+        # Mapped, for it is whole: a process may need a part of it only.
+        read = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+        rates = rates_of(self.optimizer)
+        self.optimizer.load_state_dict(read(checkpoint / OPTIMIZER))
+        begun = read(checkpoint / SCHEDULE)
+        if rescheduled:
+            reschedule(self.schedule, self.optimizer, rates, begun)
+        else:
+            self.schedule.load_state_dict(begun)
+
+    def restore_random_state(self, checkpoint: Path) -> None:
+        """Draw on as when `checkpoint` was written, by as many processes as there are now."""
+        from accelerate.utils import load  # torch's reader of weights, with numpy's arrays allowed
+
+        file = checkpoint / _random_file()
+        if not file.is_file():
+            return
+        state = load(file, map_location="cpu")
+        random.setstate(state["python"])
+        numpy.random.set_state(state["numpy"])
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            cuda = state["cuda"]  # of several processes earlier versions kept those of all GPUs
+            own = cuda if isinstance(cuda, Tensor) else cuda[self.device.index]
+            torch.cuda.set_rng_state(own, self.device)
+
+    def write_best(self, step: int) -> None:
+        """The weights as they are after `step` are the best so far."""
+        self._write_weights(self.folder / BEST, {"step": str(step)})
+
+    def read_best(self) -> None:
+        """Put the best weights back."""
+        self._put(load_file(self.folder / BEST, device="cpu"))
+
+    def _learning(self) -> dict[str, Tensor]:
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        """Give what learns the whole tensors `weights`."""
+        for name, parameter in self._learning().items():
+            local(parameter).copy_(shard_of(weights[name], parameter))
+
+    def _write_weights(self, path: Path, metadata: dict[str, str] | None = None) -> None:
+        """Write what learns to `path`, whole or not at all."""
+        tensors = collected(self._learning(), keep=is_first_process())
+        if is_first_process():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}")
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, beside, metadata=metadata)
+            os.replace(beside, path)
+
+
+def _random_file() -> str:
+    return f"rng_state_{distributed.rank()}.pth" if world_size() > 1 else "rng_state.pth"
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """The random states that a process on `device` draws from."""
+    state = {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "cpu": torch.get_rng_state(),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})

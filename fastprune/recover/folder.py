@@ -6,7 +6,7 @@
       run.log                 everything the run has said, from its first second on
       state/run.json          settings, results of the finished stages, the stage at work
       state/start-N.safetensors    all weights as stage N began (N > 0; stage 0 begins with MODEL)
-      state/stage-N/checkpoint-S   what transformers' Trainer resumes from
+      state/stage-N/checkpoint-S   what the training loop goes on from
 
 At the end a folder with the model's own files and all of these takes the place of DIR in one step.
 Until then DIR is what it was before, an earlier model or none, and the same command continues the

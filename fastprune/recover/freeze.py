@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from fastprune.errors import InputError
+from fastprune.kernels.optim import AdamW
 from fastprune.recover.config import LAST
+from fastprune.recover.objective import Objective
 from fastprune.recover.recipes import Stage
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
@@ -108,6 +110,20 @@ def _rate(name: str, stage: Stage, depth: int) -> float:
         parts = len(stage.layer_lrs)
         return stage.layer_lrs[max(0, layer) * parts // depth]
     return stage.lr * stage.layer_lr_decay ** (depth - 1 - layer)
+
+
+def make_optimizer(
+    objective: Objective, stage: Stage, *, master: str = "fp32", seed: int = 0
+) -> AdamW:
+    """fastprune.AdamW over what learns, clipping inside; it scales the loss where fp16 takes part.
+
+    `master` and `seed` are those of AdamW.
+    """
+    groups = parameter_groups(objective.model, stage)
+    half = any(p.dtype == torch.float16 for group in groups for _, p in group["params"])
+    scale = "dynamic" if half or objective.dtype == torch.float16 else None
+    clip = stage.max_grad_norm
+    return AdamW(groups, max_grad_norm=clip, master=master, loss_scale=scale, seed=seed)
 
 
 def warmup_steps(stage: Stage, steps: int) -> int:

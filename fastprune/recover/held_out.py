@@ -14,7 +14,7 @@ from fastprune.inspect.bleu import Bleu, measure_bleu
 from fastprune.inspect.generate import pad_token
 from fastprune.kernels.reference import IGNORED
 from fastprune.progress import track
-from fastprune.recover.objective import Objective, loss_inside
+from fastprune.recover.objective import Objective
 
 
 def held_out_figures(
@@ -40,10 +40,9 @@ def held_out_figures(
     model.eval()
     loader: Any = DataLoader(data.train, batch_size=batch_size, collate_fn=collate)
     try:
-        with loss_inside(objective):
-            for batch in track(loader, "testing", len(loader)):
-                total, count = objective.plain({k: v.to(device) for k, v in batch.items()})
-                sums += torch.stack([total.double().cpu(), torch.tensor(float(count))])
+        for batch in track(loader, "testing", len(loader)):
+            total, count = objective.plain({k: v.to(device) for k, v in batch.items()})
+            sums += torch.stack([total.double().cpu(), torch.tensor(float(count))])
     finally:
         model.train(training)
     loss = float(sums[0] / sums[1].clamp(min=1))

@@ -131,6 +131,3 @@ class Monitor:
             return None
         self.said[finding] = step
         return finding
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))

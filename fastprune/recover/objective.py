@@ -1,28 +1,28 @@
-"""The loss of a batch, computed inside the model's own forward call.
+"""The loss of a batch, taken between the decoder and the head.
 
-The logits of a batch never stand whole (recover/loss.py), so the loss must be taken between the
-decoder and the head. DDP, which synchronises gradients, and FSDP, which gathers weights, act when
-the model is called, so it must happen inside that call: while training, the model's `forward` also
-knows `items`, and then returns the loss.
+The logits of a batch never stand whole (recover/loss.py). FSDP gathers weights when the model is
+called, so of a sharded model the loss is computed inside such a call; DDP, which averages
+gradients, wraps a module whose call is the loss.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import wraps
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastprune.errors import InputError
 from fastprune.models.forward import decoder_and_head
 from fastprune.models.seq2seq import is_seq2seq, response_states
 from fastprune.precision import bf16_is_fast, lacks_units
 from fastprune.recover.loss import next_token_loss
-from fastprune.sharding import inside
+from fastprune.recover.processes import world_size
+from fastprune.sharding import inside, is_sharded
 
 log = logging.getLogger("fastprune")
 
@@ -108,21 +108,28 @@ class Objective:
             self.distiller = distiller
 
 
-@contextmanager
-def loss_inside(objective: Objective) -> Iterator[None]:
-    """While the block runs, the model called with `items` returns the loss; otherwise as ever."""
-    model = objective.model
-    usual = model.forward
+class _LossModule(nn.Module):
+    """The loss of `objective` as a module, whose parameters are those of its model."""
 
-    @wraps(usual)  # generation asks the signature which inputs the model takes
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if "items" not in kwargs:
-            return usual(*args, **kwargs)
-        items = kwargs.pop("items")
-        return {"loss": objective.within(kwargs, items)}
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = objective.model, objective
 
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward  # the class's own shows again
+    def forward(self, inputs: Mapping[str, Any], items: int | Tensor | None = None) -> Tensor:
+        return self.objective(inputs, items)
+
+
+def synchronised(objective: Objective, device: torch.device) -> Callable[..., Tensor]:
+    """The loss whose backward pass averages gradients over processes that have all the weights.
+
+    That of one process, and of a sharded model, which does so itself, is `objective`.
+    """
+    if world_size() == 1 or is_sharded(objective.model):
+        return objective
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(_LossModule(objective), device_ids=devices)
+
+
+def unsynchronised(loss: Callable[..., Tensor]) -> AbstractContextManager[None]:
+    """A context in which a `synchronised` loss adds up gradients without averaging them."""
+    return loss.no_sync() if isinstance(loss, DistributedDataParallel) else nullcontext()

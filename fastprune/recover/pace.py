@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprune.progress import log as progress_log
-from fastprune.recover.arguments import is_first_process
+from fastprune.recover.folder import RunFolder
 from fastprune.recover.objective import Objective
+from fastprune.recover.processes import is_first_process
 from fastprune.recover.recipes import Stage
 from fastprune.report.format import duration
-
-if TYPE_CHECKING:
-    from fastprune.recover.stage import Course
 
 WORTH_REPEATING = 30.0
 """Seconds. A first pass is slow, since its memory is new; a shorter one than this is done again."""
@@ -27,12 +25,12 @@ BESIDE = 1.08
 
 
 def stage_within(
-    objective: Objective, stage: Stage, batch: dict[str, Any], number: int, course: Course
+    objective: Objective, stage: Stage, batch: dict[str, Any], number: int, folder: RunFolder
 ) -> Stage:
     """`stage` with as many steps as `stage.minutes` have room for; a resumed run takes as many as
     it began with, so that it ends alike."""
     assert stage.minutes is not None
-    decided = course.folder.record.setdefault("timed_steps", {})
+    decided = folder.record.setdefault("timed_steps", {})
     if str(number) not in decided:
         seconds = seconds_per_step(objective, stage, batch, passes=PASSES) * BESIDE
         steps = max(1, int(60 * stage.minutes / seconds))
@@ -41,7 +39,7 @@ def stage_within(
             "%s: %d steps of %s in %g minutes", stage.name, steps, duration(seconds), stage.minutes
         )
         if is_first_process():
-            course.folder.save()
+            folder.save()
     return replace(stage, max_steps=decided[str(number)])
 
 

@@ -39,19 +39,13 @@ from fastprune.models.seq2seq import is_seq2seq
 from fastprune.models.vocabulary import check_largest, grow_embeddings
 from fastprune.precision import convert_weights
 from fastprune.progress import log as progress_log
-from fastprune.recover.arguments import (
-    is_first_process,
-    meet,
-    own_device,
-    shards,
-    take_over_sharding,
-)
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.guard import bits
 from fastprune.recover.held_out import held_out_figures
 from fastprune.recover.loggers import check_logger
+from fastprune.recover.loop import GradientHook
 from fastprune.recover.lora import save_adapter
 from fastprune.recover.moments import left_moments
 from fastprune.recover.objective import autocast_dtype, warn_of_slow
@@ -62,9 +56,15 @@ from fastprune.recover.outcome import (
     outcome,
     warn_of_broken,
 )
+from fastprune.recover.processes import (
+    barrier,
+    is_first_process,
+    own_device,
+    shards,
+    take_over_sharding,
+)
 from fastprune.recover.recipes import Recipe, Stage, load_recipe
 from fastprune.recover.stage import Course, data_kind, gate_passed, put_back, run_stage, snapshot
-from fastprune.recover.trainer import GradientHook
 from fastprune.report.finetune import write_finetune_report
 from fastprune.report.run import Clock, command_line, settings, versions, write_json
 from fastprune.report.summary import recovery_lines, verdict_lines
@@ -106,7 +106,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
     config = take_over_sharding(config)
     recipe = _checked(config)
     folder = RunFolder.open(config)
-    meet(own_device(config.device))  # all have seen the folder as it was
+    barrier(own_device(config.device))  # all have seen the folder as it was
     clock = Clock()
     with folder.keeping_log() if is_first_process() else nullcontext():
         with clock("load"):
@@ -152,7 +152,7 @@ def finetune(
     """
     config = take_over_sharding(config)
     recipe = _checked(config)
-    meet(own_device(config.device))
+    barrier(own_device(config.device))
     with tempfile.TemporaryDirectory(prefix="fastprune-") as records:
         folder = RunFolder(Path(records), config)
         return _finetune(model, tokenizer, config, recipe, folder, Clock(), gradient_hook)

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from fastprune.inspect.health import unsound
-from fastprune.kernels.optim import AdamW
 from fastprune.progress import track
-from fastprune.recover.freeze import parameter_groups
+from fastprune.recover.freeze import make_optimizer
 from fastprune.recover.guard import poison
 from fastprune.recover.objective import Objective
 from fastprune.recover.recipes import Stage
@@ -123,10 +122,7 @@ def _climb(
     master: str,
 ) -> tuple[list[float], list[float]]:
     """Steps at rising rates; the rates tried, and the probe loss after each."""
-    groups = parameter_groups(objective.model, replace(stage, lr=1.0))  # relative to the rate
-    half = any(p.dtype == torch.float16 for group in groups for _, p in group["params"])
-    scaled = "dynamic" if half or objective.dtype == torch.float16 else None
-    optimizer = AdamW(groups, max_grad_norm=stage.max_grad_norm, master=master, loss_scale=scaled)
+    optimizer = make_optimizer(objective, replace(stage, lr=1.0), master=master)
     relative = [group["lr"] for group in optimizer.param_groups]
     rates: list[float] = []
     losses: list[float] = []

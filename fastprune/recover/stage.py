@@ -23,30 +23,28 @@ from fastprune.inspect.record import Origin
 from fastprune.models.families import PRUNED_PREFIX
 from fastprune.models.script_optimizer import Moments
 from fastprune.progress import log as progress_log
-from fastprune.recover.arguments import (
-    describe,
-    first_of_node_first,
-    is_first_process,
-    shards,
-    steps_per_epoch,
-    total_steps,
-    training_arguments,
-    unusual_for_answers,
-    world_size,
-)
 from fastprune.recover.checkpoints import checkpoints
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import Distiller
+from fastprune.recover.evaluation import Samples
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.freeze import freeze, warmup_steps
 from fastprune.recover.guard import bits
+from fastprune.recover.loop import GradientHook, Hooks, Loop
 from fastprune.recover.lora import attach
 from fastprune.recover.monitor import Monitor
 from fastprune.recover.objective import Objective, autocast_dtype
 from fastprune.recover.pace import seconds_per_step, stage_within
+from fastprune.recover.processes import (
+    first_of_node_first,
+    is_first_process,
+    shards,
+    total,
+    world_size,
+)
 from fastprune.recover.range_test import range_test
 from fastprune.recover.recipes import Stage
-from fastprune.recover.trainer import FinetuneTrainer, GradientHook
+from fastprune.recover.steps import describe, steps_per_epoch, total_steps, unusual_for_answers
 from fastprune.report.format import duration
 from fastprune.sharding import bring_back, sharded_copy
 
@@ -123,11 +121,11 @@ class Course:
         )
 
     def placed(self, model: nn.Module) -> nn.Module:
-        """`model` where it can run: itself, or under --shard a copy spread over the processes.
+        """`model` on the device: itself, or under --shard a copy spread over the processes.
 
         Such a copy has weights of its own. All processes must call it.
         """
-        return sharded_copy(model, self.device) if shards(self.config) else model
+        return sharded_copy(model, self.device) if shards(self.config) else model.to(self.device)
 
 
 def data_kind(config: FinetuneConfig) -> str | Columns:
@@ -173,47 +171,37 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         stage, found = _find_rate(objective, stage, data, collate, course, number)
     batch = _first_batch(data, collate, stage, course.device)
     if stage.minutes is not None:
-        stage = stage_within(objective, stage, batch, number, course)
+        stage = stage_within(objective, stage, batch, number, course.folder)
     checkpoint = course.folder.checkpoint
     course.folder.checkpoint = None  # the stages that follow begin at their beginning
-    arguments = training_arguments(stage, course.config, folder, course.device, len(data.train))
-    trainer = FinetuneTrainer(
-        objective,
-        stage,
-        course.config,
-        arguments,
-        train=data.train,
-        validation=data.validation,
-        collate=collate,
-        tokenizer=course.tokenizer,
-        windows=course.windows,
-        on_line=_line_writer(course.folder, number),
-        on_sample=lambda step: course.sample(trained, step),
-        gradient_hook=course.gradient_hook,
-        moments=course.moments if number == 0 and stage.method == "full" else {},
+    samples = Samples(data.train, collate, data.validation, course.windows, course.tokenizer)
+    hooks = Hooks(
+        _line_writer(course.folder, number),
+        lambda step: course.sample(trained, step),
+        course.gradient_hook,
     )
+    moments = course.moments if number == 0 and stage.method == "full" else None
+    loop = Loop(objective, stage, course.config, samples, folder, hooks, moments)
     steps = total_steps(stage, len(data.train))
     if checkpoint is None:
         seconds = seconds_per_step(objective, stage, batch) * steps if world_size() == 1 else None
-        _announce(trainer, stage, steps, learning, seconds)
+        _announce(stage, len(data.train), learning, seconds)
         unusual = unusual_for_answers(stage, len(data.train)) if data.kind != "text" else []
         if unusual:
             progress_log.info("usual for learning answers: %s", "; ".join(unusual))
     if is_first_process():
         course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
     before = bits(p for p in trained.parameters() if p.requires_grad)
-    _train(trainer, checkpoint, folder if course.folder.lasting else None)
-    if not trainer.interrupted:
-        _check_learnt(trainer, before)
-        trainer.finish()
-    best = _take_best(trainer)
+    _train(loop, checkpoint, folder if course.folder.lasting else None)
+    if not loop.interrupted:
+        _check_learnt(loop, before)
+    loop.finish()
+    best = _take_best(loop)
     if trained is not model:
         bring_back(trained, model)
-    if not trainer.interrupted:
+    if not loop.interrupted:
         _check_size(model, stage, max(LARGE, GROWTH * largest))
-    return StageRun(
-        model, _result(trainer, stage, steps, learning, found, best), trainer.interrupted
-    )
+    return StageRun(model, _result(loop, stage, steps, learning, found, best), loop.interrupted)
 
 
 def _distiller(model: nn.Module, stage: Stage, course: Course) -> Distiller | None:
@@ -229,30 +217,29 @@ def _distiller(model: nn.Module, stage: Stage, course: Course) -> Distiller | No
     )
 
 
-def _take_best(trainer: FinetuneTrainer) -> int | None:
+def _take_best(loop: Loop) -> int | None:
     """Put the best evaluated weights back; the step they are of, None where none was evaluated."""
-    stage, monitor = trainer.stage, trainer.monitor
+    stage, monitor = loop.stage, loop.state.monitor
     if stage.eval_steps is None or monitor.best is None:
         return None
     best = monitor.best_step
-    if best != trainer.state.global_step and not trainer.interrupted:
+    if best != loop.state.step and not loop.interrupted:
         progress_log.info("%s: the weights of step %d were the best, taken back", stage.name, best)
-        trainer.load_best()
+        loop.checkpoints.read_best()
     return best
 
 
-def _check_learnt(trainer: FinetuneTrainer, before: list[int]) -> None:
+def _check_learnt(loop: Loop, before: list[int]) -> None:
     """NumericalError when what learns still has the `bits` that it had before the first step.
 
     All processes must call it.
     """
-    same = before == bits(p for p in trainer.model.parameters() if p.requires_grad)
-    agreed = torch.tensor(int(same), device=trainer.args.device)
-    if int(trainer.accelerator.reduce(agreed, "sum")) < trainer.args.world_size:
+    same = before == bits(p for p in loop.model.parameters() if p.requires_grad)
+    if int(total(torch.tensor(int(same), device=loop.device))) < world_size():
         return
-    steps, guard = trainer.state.global_step, trainer.guard_state
-    skipped = guard.skipped if trainer.optimizer is None else int(trainer.adamw.skipped_steps)
-    half = torch.float16 in {trainer.objective.dtype, trainer.model.dtype}
+    state, guard = loop.state, loop.state.guard
+    skipped = int(loop.optimizer.skipped_steps)
+    half = torch.float16 in {loop.objective.dtype, loop.model.dtype}
     if skipped and guard.rollbacks:
         why = (
             f"{skipped} had a non-finite loss or gradient, and the last sound state was the first. "
@@ -264,12 +251,12 @@ def _check_learnt(trainer: FinetuneTrainer, before: list[int]) -> None:
             if half
             else "Look at the data and at the model: fastprune diagnose MODEL"
         )
-    elif trainer.masked_batches:
-        why = f"{trainer.masked_batches} had no token to learn from. Raise --seq-len"
+    elif state.masked_batches:
+        why = f"{state.masked_batches} had no token to learn from. Raise --seq-len"
     else:
         why = "all updates were too small for the weights' precision. Raise --lr"
     raise NumericalError(
-        f"{trainer.stage.name}: 0 of {steps} steps changed the weights: {why}; "
+        f"{loop.stage.name}: 0 of {state.step} steps changed the weights: {why}; "
         "nothing was kept, --resume never begins anew"
     )
 
@@ -297,7 +284,7 @@ def _check_size(model: nn.Module, stage: Stage, limit: float) -> None:
 
 
 def _result(
-    trainer: FinetuneTrainer,
+    loop: Loop,
     stage: Stage,
     steps: int,
     learning: int,
@@ -305,8 +292,7 @@ def _result(
     best: int | None,
 ) -> dict[str, Any]:
     """What metrics.json says of the stage."""
-    optimizer = trainer.adamw if trainer.optimizer is not None else None
-    monitor, guard = trainer.monitor, trainer.guard_state
+    state, monitor, guard = loop.state, loop.state.monitor, loop.state.guard
     return {
         "name": stage.name,
         "gate": stage.gate,
@@ -314,16 +300,16 @@ def _result(
         "learning_parameters": learning,
         "lr": list(stage.layer_lrs) or stage.lr,
         "range_test": found,
-        "steps": trainer.state.global_step,
+        "steps": state.step,
         "planned_steps": steps,
-        "stopped": trainer.stopped,
-        "tokens": trainer.tokens,
-        "seconds": trainer.elapsed(),
+        "stopped": state.stopped,
+        "tokens": state.tokens,
+        "seconds": loop.elapsed(),
         "loss": monitor.smooth,
         "best": None if best is None else _best(stage, monitor),
-        "bleu": trainer.bleu,
-        "skipped_steps": guard.skipped if optimizer is None else int(optimizer.skipped_steps),
-        "masked_batches": trainer.masked_batches,
+        "bleu": state.bleu,
+        "skipped_steps": int(loop.optimizer.skipped_steps),
+        "masked_batches": state.masked_batches,
         "rollbacks": guard.rollbacks,
         "lr_factor": guard.rate_factor,
         "findings": dict(monitor.said),
@@ -378,10 +364,10 @@ def _find_rate(
     return replace(stage, lr=found["chosen"]), found
 
 
-def _train(trainer: FinetuneTrainer, checkpoint: Path | None, folder: Path | None) -> None:
+def _train(loop: Loop, checkpoint: Path | None, folder: Path | None) -> None:
     """Take the steps that are left. An error names the newest checkpoint in `folder`, if any."""
     try:
-        trainer.run(checkpoint)
+        loop.run(checkpoint)
     except NumericalError as error:
         kept = [] if folder is None else checkpoints(folder)
         if not kept:
@@ -397,11 +383,9 @@ def _first_batch(
     return {k: v.to(device) for k, v in collate(chosen).items() if isinstance(v, Tensor)}
 
 
-def _announce(
-    trainer: FinetuneTrainer, stage: Stage, steps: int, learning: int, seconds: float | None
-) -> None:
+def _announce(stage: Stage, samples: int, learning: int, seconds: float | None) -> None:
     """Say before the start what is to be done, and about how long it will take in `seconds`."""
-    samples = len(trainer.train_dataset)
+    steps = total_steps(stage, samples)
     warmup = warmup_steps(stage, steps)
     rate = ", ".join(f"{lr:.3g}" for lr in stage.layer_lrs) or f"{stage.lr:.3g}"
     progress_log.info(
@@ -409,7 +393,7 @@ def _announce(
         "%s parameters learn%s",
         stage.name,
         samples,
-        describe(trainer.args),
+        describe(stage),
         steps_per_epoch(stage, samples),
         steps,
         warmup,

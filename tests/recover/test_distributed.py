@@ -14,7 +14,7 @@ from training import RUNS, Runner, guarded
 
 from fastprune.errors import InputError
 from fastprune.recover import pipeline, range_test
-from fastprune.recover.arguments import own_device
+from fastprune.recover.processes import own_device
 from fastprune.sharding import spread
 
 pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores

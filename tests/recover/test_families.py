@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from fastprune.data.training import Collator
 from fastprune.errors import InputError
 from fastprune.models.load import load_model
-from fastprune.recover.collate import Counted
+from fastprune.recover.batches import Counted
 from fastprune.recover.distill import Distiller
 from fastprune.recover.objective import Objective
 

@@ -16,7 +16,7 @@ from fastprune.recover.checkpoints import OPTIMIZER, OWN_STATE, SCHEDULE, WEIGHT
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.folder import RunFolder
 
-FILES = (OWN_STATE, "trainer_state.json", WEIGHTS, OPTIMIZER, SCHEDULE)
+FILES = (OWN_STATE, WEIGHTS, OPTIMIZER, SCHEDULE)
 
 
 class Killed(BaseException):
@@ -52,8 +52,7 @@ def begun(out: Path, **changed) -> RunFolder:
 def write_checkpoint(checkpoint: Path) -> None:
     """The smallest that is whole."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    for name in FILES[:2]:
-        (checkpoint / name).write_text("{}")
+    (checkpoint / OWN_STATE).write_text("{}")
     save_file({"weight": torch.zeros(9)}, checkpoint / WEIGHTS)
     for name in (OPTIMIZER, SCHEDULE):
         torch.save({"step": 1}, checkpoint / name)
@@ -275,9 +274,7 @@ def test_a_stage_of_another_run_can_be_continued_twice(tmp_path):
 
 
 class TestDamagedCheckpoints:
-    @pytest.mark.parametrize(
-        "file", [OWN_STATE, "trainer_state.json", WEIGHTS, OPTIMIZER, SCHEDULE]
-    )
+    @pytest.mark.parametrize("file", FILES)
     def test_the_next_older_one_is_taken(self, out, file, caplog):
         folder = begun(out)
         older, newest = (folder.stage_folder(0) / f"checkpoint-{n}" for n in (1, 2))

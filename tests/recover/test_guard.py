@@ -10,7 +10,8 @@ from tiny import saved, tiny_model
 
 from fastprune.errors import NumericalError
 from fastprune.kernels import AdamW
-from fastprune.recover import callbacks
+from fastprune.recover import loop
+from fastprune.recover.batches import Counted
 from fastprune.recover.freeze import make_schedule
 from fastprune.recover.guard import LOSS_LIMIT, Guard, GuardState, bits, poison
 from fastprune.recover.recipes import Stage
@@ -210,7 +211,7 @@ def test_faults_here_and_there(finetune, gradients, tmp_path):
 @pytest.mark.parametrize("delay", [0, 1])
 def test_a_run_of_faults_is_survived(finetune, gradients, tmp_path, monkeypatch, delay):
     monkeypatch.setattr(
-        callbacks, "Guard", lambda *args, **options: Guard(*args, **options | {"delay": delay})
+        loop, "Guard", lambda *args, **options: Guard(*args, **options | {"delay": delay})
     )
     gradients(math.inf, range(3, 6 + delay))
     status, _, stderr = finetune("--max-steps", "8", "--guard-steps", "3")
@@ -321,8 +322,6 @@ def test_batches_without_labels_are_skipped(finetune, tmp_path):
 
 
 def test_masked_batches_change_nothing():
-    from fastprune.recover.collate import Counted
-
     def collate(samples):
         return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
 

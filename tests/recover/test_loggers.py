@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import os
+import signal
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
 
-from fastprune.recover import loggers
+from fastprune.recover import loggers, pipeline
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
@@ -80,15 +80,14 @@ def test_trackio_gets_a_run_a_stage(finetune, two_stages, tmp_path, monkeypatch)
 
 
 def test_every_figure_reaches_the_loggers(finetune, monkeypatch, tmp_path):
-    """Whatever the logger: what the library's callbacks are given."""
+    """Whatever the logger is."""
     seen = []
-    monkeypatch.setattr(
-        "fastprune.recover.callbacks.Watch.on_log",
-        lambda self, args, state, control, logs=None, **_: seen.append(dict(logs or {})),
-    )
+    monkeypatch.setattr(loggers.Logger, "log", lambda self, figures, step: seen.append(figures))
     status, _, err = finetune("--max-steps", "2", "--eval-steps", "1", "--val-size", "2")
     assert status == 0, err
-    assert sum("eval_eval_ppl" in logs and "eval_loss" in logs for logs in seen) == 2
+    assert sum("eval/eval_ppl" in logs and "eval/loss" in logs for logs in seen) == 2
+    trained = [figures for figures in seen if "train/loss" in figures]
+    assert len(trained) == 2 and {"train/learning_rate", "train/grad_norm"} <= trained[0].keys()
 
 
 @pytest.mark.parametrize("name", ["none", "tensorboard"])
@@ -97,34 +96,101 @@ def test_a_project_needs_a_logger_that_has_some(finetune, name):
     assert status == 2 and "--logger-project needs --log-to wandb or trackio" in err
 
 
-def test_the_project_reaches_both_loggers(tmp_path, monkeypatch):
-    from fastprune.recover.arguments import training_arguments
-    from fastprune.recover.config import FinetuneConfig
-    from fastprune.recover.recipes import Stage
+class Package(ModuleType):
+    """Stands for wandb or trackio: remembers runs, what they get, and that they end."""
 
-    monkeypatch.setenv("WANDB_PROJECT", "before")
-    config = FinetuneConfig(log_to="none", logger_project="mine")
-    folder = tmp_path / "a/b/c"
-    arguments = training_arguments(Stage(), config, folder, torch.device("cpu"), 8)
-    assert arguments.project == os.environ["WANDB_PROJECT"] == "mine"
+    def __init__(self, name, error=None):
+        super().__init__(name)
+        self.error, self.runs = error, []
+
+    def init(self, **options):
+        if self.error is not None:
+            raise self.error
+        self.runs.append(SimpleNamespace(**options, lines=[], ended=False))
+        return self
+
+    def log(self, figures, step):
+        self.runs[-1].lines.append((step, figures))
+
+    def finish(self):
+        self.runs[-1].ended = True
 
 
-def test_what_a_logger_refuses_is_one_line(finetune, tmp_path, monkeypatch):
+@pytest.fixture
+def package(monkeypatch):
+    def put(name, error=None):
+        made = Package(name, error)
+        monkeypatch.setitem(sys.modules, name, made)
+        monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name, *rest: object())
+        return made
+
+    return put
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_each_stage_is_a_run_of_its_project(finetune, two_stages, tmp_path, package, name):
+    theirs = package(name)
+    flags = ["--recipe", str(two_stages), "--log-to", name, "--logger-project", "mine"]
+    status, _, stderr = finetune(*flags)
+    assert status == 0, stderr
+    assert [run.project for run in theirs.runs] == ["mine", "mine"]
+    assert [run.name[:11] for run in theirs.runs] == ["out-stage-0", "out-stage-1"]
+    assert all(run.ended for run in theirs.runs)
+    first = theirs.runs[0]
+    assert first.config["stage"]["name"] == "all" and first.config["seed"] == 0
+    assert [step for step, line in first.lines if "train/loss" in line] == [1, 2, 3]
+    assert [step for step, line in first.lines if "eval/loss" in line] == [2, 3]
+    assert all(line["train/global_step"] == step for step, line in first.lines)
+
+
+@pytest.mark.parametrize(("name", "project"), [("wandb", "theirs"), ("trackio", loggers.PROJECT)])
+def test_wandb_has_a_project_in_the_environment(finetune, monkeypatch, package, name, project):
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    theirs = package(name)
+    assert finetune("--max-steps", "1", "--log-to", name)[0] == 0
+    assert [run.project for run in theirs.runs] == [project]
+
+
+def test_an_interrupted_run_is_ended(finetune, monkeypatch, package):
+    theirs = package("wandb")
+    original = pipeline.Course
+
+    def hooked(*args, **options):
+        stop = lambda step, model: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+        return original(*args, **options | {"gradient_hook": stop})
+
+    monkeypatch.setattr(pipeline, "Course", hooked)
+    assert finetune("--max-steps", "4", "--log-to", "wandb")[0] == 130
+    assert [run.ended for run in theirs.runs] == [True]
+
+
+def test_what_a_logger_refuses_is_one_line(finetune, tmp_path, package):
     """As wandb does where no one is logged in."""
-    from transformers.integrations import WandbCallback
-
-    theirs = ModuleType("wandb")
-    theirs.UsageError = type("UsageError", (Exception,), {"__module__": "wandb.errors"})
-    monkeypatch.setitem(sys.modules, "wandb", theirs)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name, *rest: object())
-
-    def refuse(self, *args, **options):
-        raise theirs.UsageError("No API key configured.")
-
-    monkeypatch.setattr(WandbCallback, "__init__", lambda self: None)
-    monkeypatch.setattr(WandbCallback, "on_train_begin", refuse)
+    refusal = type("UsageError", (Exception,), {"__module__": "wandb.errors"})
+    package("wandb", refusal("No API key configured."))
     status, _, stderr = finetune("--max-steps", "1", "--log-to", "wandb")
     assert status == 2
     line = "--log-to wandb: No API key configured. (WANDB_MODE=offline needs no account)"
     assert stderr.endswith(f"error: {line}\n")
     assert not (tmp_path / "out/config.json").exists()
+
+
+def test_tensorboard_is_told_where_to_write(finetune, tmp_path, monkeypatch):
+    theirs = ModuleType("torch.utils.tensorboard")
+    places = []
+
+    class SummaryWriter(SimpleNamespace):
+        def __init__(self, place):
+            places.append(place)
+            nothing = lambda *args: None  # noqa: E731
+            super().__init__(add_text=nothing, add_scalar=nothing, flush=nothing, close=nothing)
+
+    theirs.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", theirs)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name, *rest: object())
+    assert finetune("--max-steps", "1", "--log-to", "tensorboard")[0] == 0
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    assert finetune("--max-steps", "1", "--log-to", "tensorboard", out="other")[0] == 0
+    assert places[0].parent == tmp_path / "out/fastprune/tensorboard"
+    assert places[0].name.startswith("stage-0-")
+    assert places[1] == tmp_path / "events"

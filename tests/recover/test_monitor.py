@@ -1,6 +1,7 @@
 """What the monitor says of loss curves made for it."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 
@@ -92,6 +93,6 @@ def test_state_survives_as_plain_data():
     monitor = Monitor()
     findings([3.0] * 10 + [9.0], monitor)
     monitor.validation(11, 2.0)
-    copy = Monitor(**monitor.to_dict())
+    copy = Monitor(**asdict(monitor))
     assert copy == monitor
     assert findings([9.0], copy) == []  # said already

@@ -10,9 +10,9 @@ from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 from fastprune import cli
 from fastprune.inspect.conclude import EXPLODED, Trained
 from fastprune.inspect.record import Figures, Origin
-from fastprune.recover.arguments import unusual_for_answers
 from fastprune.recover.recipes import Stage
 from fastprune.recover.stage import gate_passed
+from fastprune.recover.steps import unusual_for_answers
 
 WORSE = ("--max-steps", "4", "--lr", "0.3", "--max-grad-norm", "0")
 

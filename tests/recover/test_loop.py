@@ -10,14 +10,11 @@ from tiny import tiny_model, token_ids
 from torch.nn import functional as F
 
 from fastprune.data.training import Collator
-from fastprune.errors import InputError
-from fastprune.recover.arguments import training_arguments
 from fastprune.recover.config import FinetuneConfig
+from fastprune.recover.evaluation import Samples
+from fastprune.recover.loop import Hooks, Loop
 from fastprune.recover.objective import Objective
 from fastprune.recover.recipes import Stage
-from fastprune.recover.trainer import FinetuneTrainer
-
-CPU = torch.device("cpu")
 
 
 def samples(n, s=16, seed=0, masked=()):
@@ -29,24 +26,18 @@ def samples(n, s=16, seed=0, masked=()):
 
 
 @pytest.fixture
-def trainer(tmp_path):
-    """A trainer of a tiny model; `lines` are those of its log."""
+def loop(tmp_path):
+    """The loop of a tiny model; `lines` are those of its log."""
 
     def make(train, *, validation=None, model=None, config=None, hook=None, **settings):
         stage = Stage(**{"schedule": "constant", "warmup_steps": 0, "lr": 1e-3} | settings)
         config = config or FinetuneConfig(log_steps=1)
-        made = FinetuneTrainer(
-            Objective(model or tiny_model("llama", layers=2)),
-            stage,
-            config,
-            training_arguments(stage, config, tmp_path, CPU, len(train)),
-            train=train,
-            validation=validation,
-            collate=Collator(0),
-            on_line=lambda line: made.lines.append(line),
-            gradient_hook=hook,
-        )
-        made.lines = []
+        objective = Objective(model or tiny_model("llama", layers=2))
+        data = Samples(train, Collator(0), validation)
+        lines = []
+        hooks = Hooks(line=lines.append, gradients=hook)
+        made = Loop(objective, stage, config, data, tmp_path, hooks)
+        made.lines = lines
         return made
 
     return make
@@ -59,7 +50,7 @@ def plain_loss(model, rows):
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
-def test_a_step_is_that_of_the_whole_batch(trainer):
+def test_a_step_is_that_of_the_whole_batch(loop):
     rows = samples(4)
     model, peer = tiny_model("llama", layers=2), tiny_model("llama", layers=2)
     seen = {}
@@ -67,7 +58,7 @@ def test_a_step_is_that_of_the_whole_batch(trainer):
     def look(step, trained):
         seen.update({n: p.grad.clone() for n, p in trained.named_parameters()})
 
-    made = trainer(rows, model=model, batch_size=2, grad_accum=2, max_steps=1, hook=look)
+    made = loop(rows, model=model, batch_size=2, grad_accum=2, max_steps=1, hook=look)
     made.run()
     loss = plain_loss(peer, rows)
     loss.backward()
@@ -77,11 +68,11 @@ def test_a_step_is_that_of_the_whole_batch(trainer):
         torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_micro_batches_count_by_their_tokens(trainer):
+def test_micro_batches_count_by_their_tokens(loop):
     """Padding in one micro-batch must not give its tokens more weight than those of the other."""
     rows = samples(3)
     short = samples(1, s=5, seed=1)
-    made = trainer(rows + short, batch_size=2, grad_accum=2, max_steps=1)
+    made = loop(rows + short, batch_size=2, grad_accum=2, max_steps=1)
     made.run()
     peer = tiny_model("llama", layers=2)
     mean = (45 * plain_loss(peer, rows) + 4 * plain_loss(peer, short)) / 49
@@ -89,25 +80,25 @@ def test_micro_batches_count_by_their_tokens(trainer):
     assert made.lines[0]["tokens"] == 3 * 16 + 5
 
 
-def test_masked_batches_change_nothing(trainer, caplog):
+def test_masked_batches_change_nothing(loop, caplog):
     rows = samples(2, masked=(0, 1))
     model = tiny_model("llama", layers=2)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    made = trainer(rows, model=model, batch_size=2, grad_accum=1, max_steps=2, weight_decay=0.5)
+    made = loop(rows, model=model, batch_size=2, grad_accum=1, max_steps=2, weight_decay=0.5)
     made.run()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert made.masked_batches == 2
+    assert made.state.masked_batches == 2
     assert caplog.text.count("all labels are masked") == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e7])
-def test_a_bad_loss_is_logged_as_none_and_skipped(trainer, value):
-    made = trainer(samples(8), batch_size=2, grad_accum=1, max_steps=4)
+def test_a_bad_loss_is_logged_as_none_and_skipped(loop, value):
+    made = loop(samples(8), batch_size=2, grad_accum=1, max_steps=4)
     usual = made.objective.within
 
     def within(inputs, items):
         loss = usual(inputs, items)
-        return loss + value if made.state.global_step == 2 else loss
+        return loss + value if made.state.step == 2 else loss
 
     made.objective.within = within
     made.run()
@@ -115,7 +106,7 @@ def test_a_bad_loss_is_logged_as_none_and_skipped(trainer, value):
     assert [line["skipped"] for line in made.lines] == [0, 0, 1, 1]
 
 
-def test_early_stop_and_the_best_weights(trainer):
+def test_early_stop_and_the_best_weights(loop):
     """Validation on other random tokens only gets worse: the first evaluation is the best one."""
     model = tiny_model("llama", layers=2)
     kept = {}
@@ -124,43 +115,51 @@ def test_early_stop_and_the_best_weights(trainer):
         if step == 2:
             kept.update({n: p.detach().clone() for n, p in trained.named_parameters()})
 
-    made = trainer(
+    made = loop(
         samples(4), validation=samples(4, seed=9), model=model, hook=hook, lr=1e-2,
         batch_size=4, grad_accum=1, max_steps=50, eval_steps=2, early_stop=3,
     )  # fmt: skip
     made.run()
     made.finish()
-    assert made.stopped == "no improvement in 3 evaluations"
-    assert made.monitor.best_step == 2
-    assert made.state.global_step == 8
-    assert made.load_best() == 2
+    assert made.state.stopped == "no improvement in 3 evaluations"
+    assert made.state.monitor.best_step == 2
+    assert made.state.step == 8
+    made.checkpoints.read_best()
     assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())
 
 
-def test_validation_loss_is_the_mean_over_tokens(trainer):
+def test_validation_loss_is_the_mean_over_tokens(loop):
     rows, short = samples(3, seed=3), samples(2, s=5, seed=4)
-    made = trainer(samples(4), validation=rows + short, batch_size=2, max_steps=1, eval_steps=1)
+    made = loop(samples(4), validation=rows + short, batch_size=2, max_steps=1, eval_steps=1)
     found = made.evaluate()["eval_loss"]
     peer = tiny_model("llama", layers=2)
     mean = (45 * plain_loss(peer, rows) + 8 * plain_loss(peer, short)) / 53
     assert found == pytest.approx(mean.item(), rel=1e-5)  # fp32 sums in another order
 
 
-def test_stops_when_the_loss_is_low_enough(trainer):
-    made = trainer(samples(2), batch_size=2, grad_accum=1, max_steps=200, lr=1e-2, stop_loss=2.0)
+def test_nothing_to_measure_is_no_evaluation(loop):
+    made = loop(samples(4), batch_size=2, grad_accum=1, max_steps=2, eval_steps=1)
     made.run()
-    assert made.stopped == "the mean loss is below 2"
-    assert made.state.global_step < 200
+    made.finish()
+    assert [set(line) >= {"loss"} for line in made.lines] == [True, True]
+    assert made.evaluated == {}
 
 
-def test_old_checkpoints_go(trainer, tmp_path):
-    made = trainer(samples(8), batch_size=1, grad_accum=1, max_steps=7, save_steps=2, keep_last=2)
+def test_stops_when_the_loss_is_low_enough(loop):
+    made = loop(samples(2), batch_size=2, grad_accum=1, max_steps=200, lr=1e-2, stop_loss=2.0)
+    made.run()
+    assert made.state.stopped == "the mean loss is below 2"
+    assert made.state.step < 200
+
+
+def test_old_checkpoints_go(loop, tmp_path):
+    made = loop(samples(8), batch_size=1, grad_accum=1, max_steps=7, save_steps=2, keep_last=2)
     made.run()
     made.finish()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-7"]
 
 
-def test_recomputed_activations_give_the_same_gradients(trainer):
+def test_recomputed_activations_give_the_same_gradients(loop):
     from fastprune.recover.stage import _recompute_activations
 
     found = []
@@ -172,18 +171,6 @@ def test_recomputed_activations_give_the_same_gradients(trainer):
         def look(step, trained):
             found.append({n: p.grad.clone() for n, p in trained.named_parameters()})
 
-        trainer(samples(2), model=model, hook=look, batch_size=2, grad_accum=1, max_steps=1).run()
+        loop(samples(2), model=model, hook=look, batch_size=2, grad_accum=1, max_steps=1).run()
     for name in found[0]:
         assert torch.equal(found[0][name], found[1][name]), name
-
-
-def test_sharding_by_accelerate_is_refused_before_anything_is_trained(trainer, monkeypatch):
-    create = FinetuneTrainer.create_accelerator_and_postprocess
-
-    def sharded(self):
-        create(self)
-        self.is_fsdp_enabled = True
-
-    monkeypatch.setattr(FinetuneTrainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(InputError, match="give --shard"):
-        trainer(samples(4))
