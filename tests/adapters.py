@@ -9,9 +9,10 @@ from tiny import tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.conform import conform
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
-from fastprune.models.modeling import conform, remove_attention, remove_mlp
+from fastprune.models.modeling import remove_attention, remove_mlp
 from fastprune.recover.lora import attach, save_adapter
 from fastprune.recover.loss import next_token_loss
 

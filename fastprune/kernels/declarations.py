@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +34,7 @@ class Op:
     hints: Mapping[str, str] = field(default_factory=dict)
     """what only the compiled op wants to know"""
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, str]:
         """The arguments of the compiled op, in order."""
         workspace = {"workspace": TENSOR} if self.workspace else {}
@@ -43,9 +44,9 @@ class Op:
         """Call the compiled op; `values` are all its arguments but the workspace, which is made
         here, and what the size of that depends on."""
         if self.workspace:
-            size = getattr(module, f"{self.name}_workspace")(*(values[n] for n in self.workspace))
+            size = getattr(module, f"{self.name}_workspace")(*[values[n] for n in self.workspace])
             values["workspace"] = torch.empty(size, dtype=torch.uint8, device=device)
-        getattr(module, self.name)(*(values[name] for name in self.arguments))
+        getattr(module, self.name)(*[values[name] for name in self.arguments])
 
 
 TAYLOR = Op(
@@ -85,8 +86,7 @@ ATTENTION_BACKWARD = Op(
 OPS = (TAYLOR, GATHER, SCAN, CROSS_ENTROPY, ATTENTION, ATTENTION_BACKWARD)
 
 
-@dataclass(frozen=True)
-class AdamWBuffers:
+class AdamWBuffers(NamedTuple):
     """What AdamW keeps from step to step on one device, beside the states of n parameters."""
 
     steps: torch.Tensor
@@ -101,8 +101,7 @@ class AdamWBuffers:
     """bytes, as many as ops.adamw_workspace has"""
 
 
-@dataclass(frozen=True)
-class AdamWRule:
+class AdamWRule(NamedTuple):
     """Settings of an AdamW step that all groups of parameters share."""
 
     max_norm: float = 0.0

@@ -308,26 +308,3 @@ def per_layer_config(config: Any, sizes: Sequence[Sizes]) -> Any:
         logging.set_verbosity(level)
     result._attn_implementation = config._attn_implementation
     return result
-
-
-def conform(model: nn.Module, sizes: Sequence[Sizes]) -> None:
-    """Make everything around the weights of `model`, cut to `sizes`, agree with them, in place.
-
-    Removes the sublayers of size zero, and turns the model into the class that builds layers of
-    such sizes, with its config: it then trains, generates and saves like a model loaded from disk.
-    """
-    old, new = model.config, per_layer_config(model.config, sizes)
-    layers = model.model.layers
-    for layer, size in zip(layers, sizes, strict=True):
-        if not size.query_heads:
-            remove_attention(layer)
-        else:
-            layer.self_attn.num_key_value_groups = size.query_heads // size.kv_heads
-        if not size.channels:
-            remove_mlp(layer)
-        else:
-            layer.mlp.intermediate_size = size.channels
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
-    model.__class__ = FAMILIES[new.model_type.removeprefix("fastprune_")].causal_lm

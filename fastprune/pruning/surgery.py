@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastprune.kernels import ops
+from fastprune.models.conform import conform
 from fastprune.models.families import (
     Slice,
     attention_slices,
@@ -13,7 +14,6 @@ from fastprune.models.families import (
     geometries,
     mlp_slices,
 )
-from fastprune.models.modeling import conform
 from fastprune.progress import track
 from fastprune.pruning.plan import Plan
 

@@ -16,9 +16,10 @@ from fastprune.errors import InputError
 from fastprune.inspect import perplexity
 from fastprune.inspect.perplexity import decoder_and_head
 from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.conform import conform
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
-from fastprune.models.modeling import conform, remove_attention, remove_mlp
+from fastprune.models.modeling import remove_attention, remove_mlp
 from fastprune.recover import distill
 from fastprune.recover.align import align_layers
 from fastprune.recover.distill import Distiller, load_teacher
