@@ -11,15 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
-
-from tyro.conf import Positional as Positional  # `model: Positional[str]` is MODEL, not --model
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
 
 from fastprune.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+
+POSITIONAL = "positional"
+Positional = Annotated[T, POSITIONAL]
+"""`model: Positional[str]` is MODEL on the command line, not --model."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 

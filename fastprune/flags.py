@@ -1,102 +1,38 @@
-"""From a configuration dataclass to flags and back: tyro derives the parser, this file the manners.
+"""From a configuration dataclass to flags and back.
 
-What it adds to tyro: a usage error is one line instead of a box, numbers and optional values are
-named plainly in it, lists are comma-separated, and `--config FILE.yaml` supplies defaults under the
-same names as the flags.
+The words of a command line are read here: flags in kebab or snake case, lists comma-separated, and
+`--config FILE.yaml` supplies values under the same names, converted alike. Every usage error is one
+line. `--help` shows the docstrings under the fields.
 """
 
-import contextlib
+import ast
 import dataclasses
+import difflib
 import inspect
-import io
-import re
+import sys
+import textwrap
 import types
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import tyro
 import yaml
-from tyro.conf import FlagConversionOff, OmitArgPrefixes, PositionalMetavarFromFieldName
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
 
-from fastprune.config import Group
+from fastprune.config import POSITIONAL, Group
 from fastprune.errors import InputError
 from fastprune.output import check_apart
 
 C = TypeVar("C")
 
-registry = ConstructorRegistry()
-
-
-@registry.primitive_rule
-def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """int and float whose errors name the value instead of Python's conversion."""
-    if info.type not in (int, float):
-        return None
-    noun = "a whole number" if info.type is int else "a number"
-
-    def parse(args: list[str]) -> Any:
-        try:
-            return info.type(args[0])
-        except ValueError:
-            raise ValueError(f"{args[0]!r} is not {noun}") from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=info.type.__name__.upper(),
-        instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, (int, info.type)),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-@registry.primitive_rule
-def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """`X | None`: a flag that takes an X and may be left out; the word None is not a value."""
-    if info.type_origin not in (Union, types.UnionType):
-        return None
-    inner = [member for member in get_args(info.type) if member is not types.NoneType]
-    if len(inner) != 1:
-        return None
-    spec = registry.get_primitive_spec(PrimitiveTypeInfo.make(inner[0], info.markers))
-    if not isinstance(spec, PrimitiveConstructorSpec):
-        return None
-    return dataclasses.replace(
-        spec,
-        is_instance=lambda value: value is None or spec.is_instance(value),
-        str_from_instance=lambda v: [] if v is None else spec.str_from_instance(v),
-    )
-
-
-@registry.primitive_rule
-def comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """`tuple[X, ...]` and `list[X]` as one comma-separated value; positional lists stay spaced."""
-    if info.type_origin not in (tuple, list) or tyro.conf.Positional in info.markers:
-        return None
-    members = [member for member in get_args(info.type) if member is not Ellipsis]
-    if len(members) != 1:
-        return None
-    spec = registry.get_primitive_spec(PrimitiveTypeInfo.make(members[0], info.markers))
-    if not isinstance(spec, PrimitiveConstructorSpec):
-        return None
-    container = info.type_origin
-
-    def parse(args: list[str]) -> Any:
-        words = [word.strip() for word in args[0].split(",") if word.strip()]
-        for word in words:
-            if spec.choices is not None and word not in spec.choices:
-                raise ValueError(f"{word!r} is not one of {', '.join(spec.choices)}")
-        return container(spec.instance_from_str([word]) for word in words)
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=",".join(spec.choices) if spec.choices else f"{spec.metavar},…",
-        instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, container),
-        str_from_instance=lambda v: [",".join(spec.str_from_instance(x)[0] for x in v)],
-    )
+WIDTH = 100
+"""Columns of the help text, at most."""
+HANGING = 23
+"""Where the explanation of an option begins, unless all options are shorter."""
 
 
 def parse(config_class: type[C], args: Sequence[str], prog: str) -> C:
@@ -106,11 +42,18 @@ def parse(config_class: type[C], args: Sequence[str], prog: str) -> C:
     """
     args, file = _take_config(args)
     values = {} if file is None else _read_config(config_class, file, prog)
-    about = inspect.getdoc(config_class) or ""
-    about += "\n\nAny of these may also stand in a YAML file: --config FILE."
-    markers = (PositionalMetavarFromFieldName, OmitArgPrefixes)
-    parsed = _tyro(_presented(config_class, values), args, prog, about, markers)
-    config: C = _flattened(config_class, parsed)
+    if {"-h", "--help"}.intersection(args):
+        print(_help(config_class, values, prog), end="")
+        raise SystemExit(0)
+    options = _options(config_class)
+    try:
+        values |= _given(options, args)
+        for option in options.values():
+            if option.required and option.name not in values:
+                raise InputError(f"missing {option.shown} ({option.about})")
+    except InputError as error:
+        raise InputError(f"{error}; see {prog} --help") from error
+    config = config_class(**values)
     if file is not None and isinstance(out := getattr(config, "out", None), Path):
         check_apart(out, [file])
     return config
@@ -121,67 +64,227 @@ def group_of(hint: Any) -> Group | None:
     return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Group)), None)
 
 
-def _presented(config_class: type[Any], values: dict[str, Any]) -> type[Any]:
-    """A throw-away class for one parse, with `values` as defaults.
-
-    Fields of a group are in a dataclass of their own below it, which heads a box of the help text.
-    """
-    groups: dict[Group | None, list[str]] = {None: []}
-    hints = get_type_hints(config_class, include_extras=True)
-    for field in dataclasses.fields(config_class):
-        groups.setdefault(group_of(hints[field.name]), []).append(field.name)
-    nested = []
-    for group in Group:
-        if names := groups.get(group):
-            part, box = _part(config_class, names, values), tyro.conf.arg(name=group.value)
-            nested.append((_member(group), Annotated[part, box]))
-    return _part(config_class, groups[None], values, nested)
+# ---------------------------------------------------------------------------- words
 
 
-def _part(
-    config_class: type[Any],
-    names: Sequence[str],
-    values: dict[str, Any],
-    nested: Sequence[tuple[str, Any]] = (),
-) -> type[Any]:
-    """A dataclass of the fields `names` alone, with their help texts, and of the `nested` ones."""
-    hints = get_type_hints(config_class, include_extras=True)
-    members: list[Any] = []
-    for field in dataclasses.fields(config_class):
-        default, factory = field.default, field.default_factory
-        if field.name in values:
-            default, factory = dataclasses.MISSING, partial(values.get, field.name)
-        elif field.name not in names:
-            default, factory = None, dataclasses.MISSING
-        hint: Any = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint=_default_hint)]
-        copy: Any = dataclasses.field(default=default, default_factory=factory)
-        members.append((field.name, hint, copy))
-    shown: Any = dataclasses.make_dataclass(  # its base has the docstrings, which are the help
-        config_class.__name__, [*members, *nested], bases=(config_class,), kw_only=True
+@dataclass(frozen=True)
+class _Option:
+    """One field of a configuration, as it stands on a command line."""
+
+    name: str
+    hint: Any
+    positional: bool
+    owner: type[Any]
+    default: Any = MISSING
+
+    @property
+    def shown(self) -> str:
+        return self.name.upper() if self.positional else f"--{self.name.replace('_', '-')}"
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def usage(self) -> str:
+        """What to write for it."""
+        if self.positional:
+            return self.shown if self.required else f"[{self.shown}]"
+        switch = f", --no-{self.shown[2:]}"
+        return self.shown + (switch if self.hint is bool else f" {_metavar(self.hint)}")
+
+    @property
+    def about(self) -> str:
+        """The docstring under the field."""
+        return _about(self.owner, self.name)
+
+    def remark(self, values: dict[str, Any]) -> str:
+        """What the help text says of its default, by `values` or its own; nothing where leaving
+        the option out says it all."""
+        default = values.get(self.name, self.default)
+        if default is MISSING:
+            return " (required)"
+        default = _listed(default) if isinstance(default, (tuple, list)) else default
+        return "" if default in (None, "") or default is False else f" (default: {default})"
+
+    def convert(self, text: str) -> Any:
+        """`text` as the field's type. Raises InputError."""
+        try:
+            return _converted(self.hint, text)
+        except ValueError as error:
+            raise InputError(f"{self.shown}: {error}") from error
+
+
+def _options(config_class: type[Any]) -> dict[str, _Option]:
+    """The fields of a configuration by name."""
+    plain, annotated = (
+        get_type_hints(config_class, include_extras=extras) for extras in (False, True)
     )
-    shown.__doc__ = ""
-    listed = {*names, *(name for name, _ in nested)}
-    fields = shown.__dataclass_fields__
-    shown.__dataclass_fields__ = {name: fields[name] for name in fields if name in listed}
-    return shown
-
-
-def _member(group: Group) -> str:
-    return f"group_{group.name.lower()}"
-
-
-def _flattened(config_class: type[Any], parsed: Any) -> Any:
-    """The configuration whose fields lie in `parsed` and in its groups."""
-    parts = [parsed, *(getattr(parsed, _member(group), None) for group in Group)]
-    found = {
-        f.name: getattr(part, f.name) for part in parts if part for f in dataclasses.fields(part)
+    return {
+        field.name: _Option(
+            field.name,
+            plain[field.name],
+            POSITIONAL in getattr(annotated[field.name], "__metadata__", ()),
+            config_class,
+            field.default if field.default_factory is MISSING else field.default_factory(),
+        )
+        for field in dataclasses.fields(config_class)
     }
-    return config_class(**{f.name: found[f.name] for f in dataclasses.fields(config_class)})
 
 
-def _default_hint(default: str) -> str:
-    """What the help text says of a default; nothing where leaving the option out says it all."""
-    return "" if default in ("", "''", "False") else f"(default: {default})"
+def _given(options: dict[str, _Option], args: Sequence[str]) -> dict[str, Any]:
+    """The values that `args` give, by field name. Raises InputError."""
+    flags = {o.shown: o for o in options.values() if not o.positional}
+    switches = {
+        f"--{no}{flag[2:]}": (option.name, not no)
+        for flag, option in flags.items()
+        if option.hint is bool
+        for no in ("", "no-")
+    }
+    values: dict[str, Any] = {}
+    loose = []
+    words = iter(args)
+    for word in words:
+        if not _is_flag(word):
+            loose.append(word)
+            continue
+        flag, equals, text = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in switches and not equals:
+            name, values[name] = switches[flag]
+        elif flag in switches:
+            raise InputError(f"{flag} takes no value")
+        elif flag in flags:
+            if not equals and _is_flag(text := next(words, "--")):
+                raise InputError(f"{flag} needs a value ({flag}=VALUE where it begins with -)")
+            values[flags[flag].name] = flags[flag].convert(text)
+        else:
+            near = difflib.get_close_matches(flag, [*flags, *switches], n=1)
+            raise InputError(f"unknown option {flag}{f'; did you mean {near[0]}?' if near else ''}")
+    return values | _placed([o for o in options.values() if o.positional], loose)
+
+
+def _placed(options: Sequence[_Option], words: list[str]) -> dict[str, Any]:
+    """The values of positional options; one that is a list takes all the words that are left."""
+    values: dict[str, Any] = {}
+    for option in options:
+        if words and get_origin(option.hint) is tuple:
+            values[option.name] = tuple(_converted(get_args(option.hint)[0], w) for w in words)
+            words = []
+        elif words:
+            values[option.name] = option.convert(words.pop(0))
+    if words:
+        raise InputError(f"unexpected argument {words[0]!r}")
+    return values
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word is a flag, and neither a value nor a negative number."""
+    try:
+        float(word)
+    except ValueError:
+        return word.startswith("-") and word != "-"
+    return False
+
+
+def _members(hint: Any) -> list[Any]:
+    return [m for m in get_args(hint) if m not in (types.NoneType, Ellipsis)]
+
+
+def _converted(hint: Any, text: str) -> Any:
+    """`text` as a value of the type `hint`; X | None takes an X. Raises ValueError."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _converted(_members(hint)[0], text)
+    if origin in (tuple, list):
+        words = (word.strip() for word in text.split(","))
+        return origin(_converted(_members(hint)[0], word) for word in words if word)
+    if origin is Literal or hint is bool:
+        choices = (True, False) if hint is bool else get_args(hint)
+        for choice in choices:
+            if str(choice) == text:
+                return choice
+        raise ValueError(f"{text!r} is not one of {', '.join(map(str, choices))}")
+    try:
+        return hint(text)
+    except ValueError:
+        noun = "a whole number" if hint is int else "a number"
+        raise ValueError(f"{text!r} is not {noun}") from None
+
+
+# ---------------------------------------------------------------------------- help
+
+
+def _help(config_class: type[Any], values: dict[str, Any], prog: str) -> str:
+    """The help text of a command: a box for each group of its options, `values` as defaults."""
+    options = _options(config_class)
+    hints = get_type_hints(config_class, include_extras=True)
+    boxes: dict[str, list[tuple[str, str]]] = {
+        "positional arguments": [],
+        "options": [("-h, --help", "show this help message and exit")],
+        **{f"{group.value} options": [] for group in Group},
+    }
+    for name, option in options.items():
+        group = group_of(hints[name])
+        title = f"{group.value} options" if group else "options"
+        row = option.usage, f"{option.about}{option.remark(values)}"
+        boxes["positional arguments" if option.positional else title].append(row)
+    console = Console()
+    console.width = min(console.width, WIDTH)
+    hanging = min(HANGING, 2 + max(len(usage) for rows in boxes.values() for usage, _ in rows))
+    with console.capture() as shown:
+        words = [option.usage for option in options.values() if option.positional]
+        console.out(" ".join(["usage:", prog, "[-h] [OPTIONS]", *words]), highlight=False)
+        console.out(f"\n{inspect.getdoc(config_class)}\n", highlight=False)
+        console.out("Any of these may also stand in a YAML file: --config FILE.\n")
+        for title, rows in boxes.items():
+            if rows:
+                lines = [_explained(*row, hanging, console.width - 4) for row in rows]
+                box = Panel(Text("\n").join(lines), title=title, title_align="left")
+                console.print(box)
+    coding = sys.stdout.encoding or "utf-8"
+    return shown.get().encode(coding, "replace").decode(coding)
+
+
+def _explained(usage: str, about: str, hanging: int, width: int) -> Text:
+    """What to write for an option and, beside or below it, what that does."""
+    between = " " * (hanging - len(usage)) if len(usage) < hanging - 1 else "\n" + " " * hanging
+    if len(usage) > width:  # many choices; they are parted at their commas
+        words = usage.replace(",", ", ")
+        usage = "\n".join(textwrap.wrap(words, max(width, 20), break_on_hyphens=False))
+        usage = usage.replace(", ", ",")
+    lines = textwrap.wrap(about, max(width - hanging, 20), break_on_hyphens=False)
+    return Text.assemble((usage, "bold"), between, ("\n" + " " * hanging).join(lines))
+
+
+def _metavar(hint: Any) -> str:
+    """What stands for a value of the type `hint` in the help text."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _metavar(_members(hint)[0])
+    if origin in (tuple, list):
+        member = _metavar(_members(hint)[0])
+        return member[1:-1] if member.startswith("{") else f"{member},…"
+    return f"{{{_listed(get_args(hint))}}}" if origin is Literal else str(hint.__name__).upper()
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ",".join(map(str, values))
+
+
+def _about(config_class: type[Any], name: str) -> str:
+    """The docstring under the field `name`, on one line."""
+    owner = next(c for c in config_class.__mro__ if name in vars(c).get("__annotations__", {}))
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    assert isinstance(definition, ast.ClassDef)
+    for field, text in pairwise(definition.body):
+        named = isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == name
+        if named and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            return _one_line(str(text.value.value))
+    return ""
+
+
+# ---------------------------------------------------------------------------- files
 
 
 def _take_config(args: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -220,82 +323,25 @@ def typed_values(
 ) -> dict[str, Any]:
     """`values` from a YAML file as the types of `config_class`'s fields, by field name.
 
-    They go through the same parser as flags, so they are checked and converted alike. `where` names
+    They are converted and checked as flags are. `where` names
     the file in an error, `prog` the command that lists the fields. Raises InputError.
     """
-    known = {field.name for field in dataclasses.fields(config_class)}
-    args: list[str] = []
-    names: list[str] = []
+    options = _options(config_class)
+    found: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in known:
+        if name not in options:
             raise InputError(f"{where}: unknown option {key!r}; see {prog} --help")
         if isinstance(value, dict):
             raise InputError(f"{where}: {key}: must be one value or a list")
         if value is None:
             continue
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        names.append(name)
-        args.append(f"--{name}={text}")
-
-    plain = get_type_hints(config_class)
-    flags_only = dataclasses.make_dataclass("File", [(name, plain[name]) for name in names])
-    try:
-        parsed = _tyro(flags_only, args, prog, None, markers=(FlagConversionOff,))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-    return {name: getattr(parsed, name) for name in names}
-
-
-def _tyro(
-    target: Any, args: Sequence[str], prog: str, description: str | None, markers: Any = ()
-) -> Any:
-    """tyro.cli, its framed error message turned into one line."""
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            return tyro.cli(
-                target,
-                args=args,
-                prog=prog,
-                description=description,
-                config=markers,
-                registry=registry,
-            )
-    except SystemExit as exit:
-        if exit.code in (0, None):
-            raise
-        raise InputError(_usage_error(stderr.getvalue(), prog)) from None
-
-
-def _usage_error(framed: str, prog: str) -> str:
-    """One line out of tyro's box: its first paragraph and the flag it suggests, if any.
-
-    The box is drawn with lines or, where stdout is not UTF-8, with dashes: title, rule, paragraphs.
-    """
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", framed)
-    rows = [row.strip("╭╮╰╯│─ ") for row in plain.splitlines()]
-    paragraphs: list[list[str]] = [[]]
-    for row in rows:
-        if row.strip("-"):
-            paragraphs[-1].append(row)
-        elif paragraphs[-1]:
-            paragraphs.append([])
-    if "─" in plain:  # the title shares its row with the rule
-        paragraphs.insert(0, [paragraphs[0].pop(0)])
-    title, text, *rest = (_one_line(" ".join(rows)) for rows in [*paragraphs, [""]])
-
-    text = text.removeprefix("Error parsing ").rstrip(".")
-    if title == "Required options":
-        name, _, about = text.removeprefix(f"Missing from {prog}: ").partition(" ")
-        if name.startswith("--"):
-            about = about.partition(" ")[2]  # the kind of value stands between
-        text = f"missing {name} ({about.removesuffix(' (required)')})"
-    suggestion = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(rest))
-    if suggestion:
-        text += f"; did you mean {suggestion[1]}?"
-    return f"{text}; see {prog} --help"
+        try:
+            found[name] = options[name].convert(text)
+        except InputError as error:
+            raise InputError(f"{where}: {error}; see {prog} --help") from error
+    return found
 
 
 def _one_line(text: str) -> str:

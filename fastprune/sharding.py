@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.\d+$")
 """Names of the modules that are gathered one at a time."""
+_INSIDE = "compute_inside"
+"""The method of a sharded model that calls a function as if it were the model's `forward`."""
 
 
 def local(t: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ def spread(module: nn.Module, device: torch.device) -> None:
         )
     import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -117,6 +119,8 @@ def spread(module: nn.Module, device: torch.device) -> None:
         if any(True for _ in each.parameters()):
             # the root too: between two calls its parameters are the sharded ones
             fully_shard(each, mesh=mesh, reshard_after_forward=True)
+    setattr(module, _INSIDE, _called)
+    register_fsdp_forward_method(module, _INSIDE)
 
 
 def sharded_copy(model: nn.Module, device: torch.device) -> nn.Module:
@@ -153,12 +157,9 @@ def inside(model: nn.Module, compute: Callable[[], T]) -> T:
     """
     if not is_sharded(model):
         return compute()
-    before = vars(model).get("forward")
-    model.forward = compute
-    try:
-        return model()
-    finally:
-        if before is None:
-            del model.forward  # the class's own shows again
-        else:
-            model.forward = before
+    result: T = getattr(model, _INSIDE)(compute)
+    return result
+
+
+def _called(compute: Callable[[], T]) -> T:
+    return compute()

@@ -8,10 +8,11 @@ import torch
 from tiny import tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.conform import conform
 from fastprune.models.families import geometries
 from fastprune.models.forward import decoder_and_head
 from fastprune.models.load import load_model
-from fastprune.models.modeling import conform, remove_sublayer
+from fastprune.models.modeling import remove_sublayer
 from fastprune.recover.lora import attach, save_adapter
 from fastprune.recover.loss import next_token_loss
 

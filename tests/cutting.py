@@ -2,8 +2,8 @@
 
 from torch import nn
 
+from fastprune.models.conform import conform
 from fastprune.models.families import Geometry
-from fastprune.models.modeling import conform
 
 HEAD = 16  # size of every head
 

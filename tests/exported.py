@@ -7,8 +7,9 @@ from tokenizers import Regex, pre_tokenizers
 
 import fastprune
 from fastprune.exporting.config import ExportConfig
+from fastprune.models.conform import conform
 from fastprune.models.families import geometries
-from fastprune.models.modeling import conform, remove_sublayer
+from fastprune.models.modeling import remove_sublayer
 
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},

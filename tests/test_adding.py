@@ -1,4 +1,4 @@
-"""What is added from outside the package, in a few lines each: a recipe, a form of export."""
+"""What is added from outside, in a few lines each: a score, a recipe, a form of export."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from tiny import tiny_checkpoint
+import torch
+from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from fastprune.exporting.config import ExportConfig
 from fastprune.exporting.formats import FORMATS, Format, register_format
 from fastprune.exporting.pipeline import run_export
+from fastprune.models.families import sublayers
+from fastprune.pruning.config import PruneConfig
+from fastprune.pruning.importance import REGISTERED, register_score
+from fastprune.pruning.pipeline import prune
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.recipes import load_recipe
 
@@ -71,3 +76,33 @@ class TestFormat:
     def test_no_name_is_taken_twice(self):
         with pytest.raises(ValueError, match="'hf' is registered already"):
             register_format("hf", Format("format_of_sizes"))
+
+
+class TestScore:
+    @pytest.fixture(autouse=True)
+    def largest_weight(self) -> Iterator[None]:
+        register_score("largest-weight", of_layer)
+        yield
+        del REGISTERED["largest-weight"]
+
+    def test_it_ranks_the_units(self):
+        model = tiny_model("llama")
+        ratio = {"ratio": 0.2, "structures": ("mlp",), "allocation": "uniform", "align": 1}
+        text = {"calib_samples": 2, "calib_seq_len": 16, "eval_windows": 1, "eval_seq_len": 16}
+        down = model.model.layers[0].mlp.down_proj.weight.abs().amax(0)
+        config = PruneConfig(importance="largest-weight", compensate="none", **ratio, **text)
+        plan = prune(model, tiny_tokenizer(), config).plan
+        kept = plan.layers[0].kept["mlp"]
+        assert set(kept) == set(down.topk(len(kept)).indices.tolist())
+
+    def test_no_name_is_taken_twice(self):
+        with pytest.raises(ValueError, match="'obs' is registered already"):
+            register_score("obs", of_layer)
+
+
+def of_layer(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The largest weight of each unit's columns of the output matrix."""
+    return {
+        s.kind: s.linear(layer).weight.abs().amax(0).view(s.units, -1).amax(1)
+        for s in sublayers(layer)
+    }

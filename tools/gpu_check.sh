@@ -5,7 +5,7 @@
 #   tools/gpu_check.sh [STEP...]    results in $OUT (default gpu-results); all steps by default
 #
 # Needs nvcc, cmake, ninja, torch, transformers, peft, pybind11 and scikit-build-core. Packages that
-# are missing there (tyro, docstring-parser, typeguard, gguf, pyarrow) may lie as wheels in .whl/,
+# are missing there (gguf, pyarrow) may lie as wheels in .whl/,
 # and so may fastprune itself, which is then not built.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -154,12 +154,12 @@ void run_scan(Tensors& tensors) {
 
 void run_adamw(Tensors& tensors, Master master, bool sound) {
   AdamWParams p;
-  p.master = master;
-  p.max_norm = 1;
-  p.seed = 7;
-  p.interval = 2;
-  p.growth = 2;
-  p.backoff = 0.5;
+  p.rule.master = master;
+  p.rule.max_norm = 1;
+  p.rule.seed = 7;
+  p.rule.interval = 2;
+  p.rule.growth = 2;
+  p.rule.backoff = 0.5;
   p.groups = {{1e-3, 0.9, 0.999, 1e-8, 0.01}};
   std::int64_t slot = 0;
   for (const DType w : kFloats)
@@ -182,15 +182,15 @@ void run_adamw(Tensors& tensors, Master master, bool sound) {
     p.items[2].g = tensors.filled(DType::f32, {111}, gradient);
   }
   const auto slots = static_cast<std::size_t>(slot);
-  p.steps = tensors.filled(DType::i64, {slot}, std::vector<std::int64_t>(slots, 3));
-  p.stats = tensors.result(DType::f64, {slot, 2});
-  p.total = tensors.result(DType::f64, {2});
-  p.control = tensors.filled(DType::f64, {kControlFields}, std::vector<double>{8, 1, 0});
-  p.workspace = tensors.workspace(cuda::adamw_workspace(p.items));
+  p.buffers.steps = tensors.filled(DType::i64, {slot}, std::vector<std::int64_t>(slots, 3));
+  p.buffers.stats = tensors.result(DType::f64, {slot, 2});
+  p.buffers.total = tensors.result(DType::f64, {2});
+  p.buffers.control = tensors.filled(DType::f64, {kControlFields}, std::vector<double>{8, 1, 0});
+  p.buffers.workspace = tensors.workspace(cuda::adamw_workspace(p.items));
   cuda::adamw_norms(p, nullptr);
   cuda::adamw_update(p, nullptr);
   std::vector<double> control(kControlFields);
-  succeed(cudaMemcpy(control.data(), p.control.data, kControlFields * sizeof(double),
+  succeed(cudaMemcpy(control.data(), p.buffers.control.data, kControlFields * sizeof(double),
                      cudaMemcpyDeviceToHost),
           "cudaMemcpy");
   if ((control[kSkippedSteps] == 0) != sound)
@@ -207,8 +207,7 @@ void run_cross_entropy(Tensors& tensors, DType dtype, std::int64_t vocabulary,
                                std::vector<std::int64_t>{vocabulary - 1, kIgnored, vocabulary});
     p.loss = tensors.result(DType::f32, {3});
     p.log_normaliser = tensors.result(DType::f32, {3});
-    p.in_place = in_place;
-    p.scale = 0.5f;
+    if (in_place) p.scale = 0.5f;
     cuda::cross_entropy(p, nullptr);
     std::vector<float> loss(3);
     succeed(cudaMemcpy(loss.data(), p.loss.data, 3 * sizeof(float), cudaMemcpyDeviceToHost),

@@ -174,11 +174,6 @@ inline void* current_stream(fastprune::Device device) {
   return stream;
 }
 
-// Lists of tensors, where None is an absent one.
-struct TensorList {
-  std::vector<fastprune::Tensor> views;
-};
-
 }  // namespace fastprune::dlpack
 
 namespace pybind11::detail {
@@ -193,18 +188,18 @@ struct type_caster<fastprune::Tensor> {
   }
 };
 
+// A list of tensors, where None is an absent one; other sequences are turned away.
 template <>
-struct type_caster<fastprune::dlpack::TensorList> {
-  PYBIND11_TYPE_CASTER(fastprune::dlpack::TensorList, const_name("list[torch.Tensor | None]"));
+struct type_caster<std::vector<fastprune::Tensor>> {
+  PYBIND11_TYPE_CASTER(std::vector<fastprune::Tensor>, const_name("list[torch.Tensor | None]"));
 
   bool load(handle object, bool) {
     if (!PyList_Check(object.ptr())) return false;
     const Py_ssize_t n = PyList_GET_SIZE(object.ptr());
-    value.views.reserve(std::size_t(n));
+    value.reserve(std::size_t(n));
     for (Py_ssize_t i = 0; i < n; ++i) {
       PyObject* item = PyList_GET_ITEM(object.ptr(), i);
-      value.views.push_back(item == Py_None ? fastprune::Tensor{}
-                                            : fastprune::dlpack::borrow(item));
+      value.push_back(item == Py_None ? fastprune::Tensor{} : fastprune::dlpack::borrow(item));
     }
     return true;
   }

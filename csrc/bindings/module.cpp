@@ -1,8 +1,9 @@
-// The Python face of the kernels, and the only C++ that knows Python.
+// The Python face of the kernels, and the only C++ that knows Python. The arguments of each op are
+// those that fastprune/kernels/declarations.py lists, in its order.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
+#include <utility>
 
 #include "bindings/dlpack.h"
 #include "core/check.h"
@@ -16,119 +17,161 @@ using fastprune::Device;
 using fastprune::DeviceType;
 using fastprune::Tensor;
 using fastprune::dlpack::Owned;
-using fastprune::dlpack::TensorList;
+using Tensors = std::vector<Tensor>;
+
+// ---------------------------------------------------------------------------- values
+namespace pybind11::detail {
+
+template <class Enum, std::size_t n>
+Enum member_named(handle name, const char* what, const std::pair<const char*, Enum> (&members)[n]) {
+  const auto wanted = name.cast<std::string>();
+  for (const auto& [known, member] : members)
+    if (wanted == known) return member;
+  fastprune::require(false, what, " '", wanted, "' is unknown");
+  return members[0].second;
+}
+
+template <>
+struct type_caster<fastprune::Score> {
+  PYBIND11_TYPE_CASTER(fastprune::Score, const_name("str"));
+
+  bool load(handle name, bool) {
+    using fastprune::Score;
+    static constexpr std::pair<const char*, Score> kKinds[] = {
+        {"first", Score::first},          {"second", Score::second}, {"mix", Score::mix},
+        {"vector", Score::vector},        {"l1", Score::l1},         {"l2", Score::l2},
+        {"activation", Score::activation}};
+    value = member_named(name, "taylor: kind", kKinds);
+    return true;
+  }
+};
+
+template <>
+struct type_caster<fastprune::AdamWRule> {
+  PYBIND11_TYPE_CASTER(fastprune::AdamWRule, const_name("AdamWRule"));
+
+  bool load(handle rule, bool) {
+    using fastprune::Master;
+    static constexpr std::pair<const char*, Master> kMasters[] = {
+        {"none", Master::none}, {"fp32", Master::fp32}, {"stochastic", Master::stochastic}};
+    value.max_norm = rule.attr("max_norm").cast<double>();
+    value.master = member_named(rule.attr("master"), "adamw: master", kMasters);
+    value.seed = rule.attr("seed").cast<std::uint64_t>();
+    value.growth = rule.attr("growth").cast<double>();
+    value.backoff = rule.attr("backoff").cast<double>();
+    value.interval = rule.attr("interval").cast<std::int64_t>();
+    return true;
+  }
+};
+
+template <>
+struct type_caster<fastprune::AdamWBuffers> {
+  PYBIND11_TYPE_CASTER(fastprune::AdamWBuffers, const_name("AdamWBuffers"));
+
+  bool load(handle buffers, bool) {
+    value.steps = buffers.attr("steps").cast<Tensor>();
+    value.stats = buffers.attr("stats").cast<Tensor>();
+    value.total = buffers.attr("total").cast<Tensor>();
+    value.control = buffers.attr("control").cast<Tensor>();
+    value.workspace = buffers.attr("workspace").cast<Tensor>();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
 
 namespace {
 
+// ---------------------------------------------------------------------------- backends
+// The functions of an op by device. A backend that is not compiled in is not named, hence macros.
 #if defined(FASTPRUNE_WITH_CUDA)
 constexpr bool kWithCuda = true;
-#else
-constexpr bool kWithCuda = false;
-#endif
-
-// Runs the op's CPU or CUDA function on the device, without the GIL. A backend that is not
-// compiled is not named, hence the macro.
-#if defined(FASTPRUNE_WITH_CUDA)
-#define RUN_ON(device, function, params)                                                    \
-  do {                                                                                      \
-    const bool on_cuda = (device).type == DeviceType::cuda;                                 \
-    void* stream = on_cuda ? fastprune::dlpack::current_stream(device) : nullptr;           \
-    py::gil_scoped_release nogil;                                                           \
-    on_cuda ? fastprune::cuda::function(params, stream) : fastprune::cpu::function(params); \
-  } while (0)
+#define BACKENDS(op) &fastprune::cpu::op, &fastprune::cuda::op
 #define WORKSPACE(device, function, ...)                                      \
   ((device).type == DeviceType::cuda ? fastprune::cuda::function(__VA_ARGS__) \
                                      : fastprune::cpu::function(__VA_ARGS__))
 #else
-#define RUN_ON(device, function, params)                            \
-  do {                                                              \
-    fastprune::require((device).type == DeviceType::cpu, #function, \
-                       ": the CUDA kernels are not compiled in");   \
-    py::gil_scoped_release nogil;                                   \
-    fastprune::cpu::function(params);                               \
-  } while (0)
+constexpr bool kWithCuda = false;
+#define BACKENDS(op) &fastprune::cpu::op, nullptr
 #define WORKSPACE(device, function, ...) \
   (static_cast<void>(device), fastprune::cpu::function(__VA_ARGS__))
 #endif
 
-// ---------------------------------------------------------------------------- taylor
-fastprune::Score score_named(const std::string& kind) {
-  using fastprune::Score;
-  if (kind == "first") return Score::first;
-  if (kind == "second") return Score::second;
-  if (kind == "mix") return Score::mix;
-  if (kind == "vector") return Score::vector;
-  if (kind == "l1") return Score::l1;
-  if (kind == "l2") return Score::l2;
-  fastprune::require(kind == "activation", "taylor: kind '", kind, "' is unknown");
-  return Score::activation;
+template <class Params>
+using OnCpu = void (*)(const Params&);
+template <class Params>
+using OnCuda = void (*)(const Params&, void* stream);
+
+// Runs an op on the device, without the GIL.
+template <class Params>
+void run(const Params& p, Device device, OnCpu<Params> cpu, OnCuda<Params> cuda) {
+  const bool on_cuda = device.type == DeviceType::cuda;
+  fastprune::require(!on_cuda || cuda, "no CUDA kernel of this op is compiled in");
+  void* stream = on_cuda ? fastprune::dlpack::current_stream(device) : nullptr;
+  py::gil_scoped_release nogil;
+  on_cuda ? cuda(p, stream) : cpu(p);
 }
 
-std::int64_t taylor_workspace(Tensor w) {
-  return WORKSPACE(w.device, taylor_workspace, w.rows(), w.cols());
+template <class Params, class Member>
+struct Argument {
+  const char* name;
+  Member Params::* member;
+};
+
+template <class Params, class Member>
+Argument<Params, Member> argument(const char* name, Member Params::* member) {
+  return {name, member};
 }
 
-void taylor(const std::string& kind, Tensor w, Tensor g, Tensor h, Tensor x, Tensor rows,
-            Tensor cols, Tensor workspace) {
-  const fastprune::TaylorParams p{score_named(kind), w, g, h, x, rows, cols, workspace};
-  RUN_ON(w.device, taylor, p);
+// Binds an op whose arguments are members of its params struct; it runs where `on` lies.
+template <class Params, class... Members>
+void def_op(py::module_& m, const char* name, Tensor Params::* on, OnCpu<Params> cpu,
+            OnCuda<Params> cuda, Argument<Params, Members>... arguments) {
+  m.def(
+      name,
+      [=](Members... values) {
+        Params p;
+        ((p.*arguments.member = std::move(values)), ...);
+        run<Params>(p, (p.*on).device, cpu, cuda);
+      },
+      py::arg(arguments.name)...);
 }
 
 // ---------------------------------------------------------------------------- gather
-fastprune::GatherParams gather_params(const TensorList& src, const TensorList& index,
-                                      const std::vector<int>& dims, const TensorList& dst) {
-  const std::size_t n = src.views.size();
-  fastprune::require(index.views.size() == n && dims.size() == n && dst.views.size() == n,
+fastprune::GatherParams gather_params(const Tensors& tensors, const Tensors& indices,
+                                      const std::vector<int>& dims, const Tensors& out) {
+  const std::size_t n = tensors.size();
+  fastprune::require(indices.size() == n && dims.size() == n && out.size() == n,
                      "gather: the lists have different lengths");
   fastprune::GatherParams p;
   p.items.reserve(n);
-  for (std::size_t i = 0; i < n; ++i)
-    p.items.push_back({src.views[i], index.views[i], dims[i], dst.views[i]});
+  for (std::size_t i = 0; i < n; ++i) p.items.push_back({tensors[i], indices[i], dims[i], out[i]});
   return p;
 }
 
-std::int64_t gather_workspace([[maybe_unused]] const TensorList& src,
-                              [[maybe_unused]] const TensorList& index,
+std::int64_t gather_workspace([[maybe_unused]] const Tensors& tensors,
+                              [[maybe_unused]] const Tensors& indices,
                               [[maybe_unused]] const std::vector<int>& dims,
-                              [[maybe_unused]] const TensorList& dst) {
+                              [[maybe_unused]] const Tensors& out) {
 #if defined(FASTPRUNE_WITH_CUDA)
-  if (!src.views.empty() && src.views[0].device.type == DeviceType::cuda)
-    return fastprune::cuda::gather_workspace(gather_params(src, index, dims, dst).items);
+  if (!tensors.empty() && tensors[0].device.type == DeviceType::cuda)
+    return fastprune::cuda::gather_workspace(gather_params(tensors, indices, dims, out).items);
 #endif
   return 0;
 }
 
-void gather(const TensorList& src, const TensorList& index, const std::vector<int>& dims,
-            const TensorList& dst, Tensor workspace, bool fresh) {
-  fastprune::GatherParams p = gather_params(src, index, dims, dst);
+void gather(const Tensors& tensors, const Tensors& indices, const std::vector<int>& dims,
+            bool fresh, const Tensors& out, Tensor workspace) {
+  fastprune::GatherParams p = gather_params(tensors, indices, dims, out);
   p.fresh = fresh;
   p.workspace = workspace;
-  if (!p.items.empty()) RUN_ON(p.items[0].src.device, gather, p);
-}
-
-// ---------------------------------------------------------------------------- scan
-std::int64_t scan_workspace(const TensorList& tensors) {
-  const Device device = tensors.views.empty() ? Device{} : tensors.views[0].device;
-  return WORKSPACE(device, scan_workspace, tensors.views);
-}
-
-void scan(const TensorList& tensors, Tensor out, Tensor workspace) {
-  const fastprune::ScanParams p{tensors.views, out, workspace};
-  RUN_ON(out.device, scan, p);
+  if (!p.items.empty()) run<fastprune::GatherParams>(p, p.items[0].src.device, BACKENDS(gather));
 }
 
 // ---------------------------------------------------------------------------- adamw
-fastprune::Master master_named(const std::string& mode) {
-  using fastprune::Master;
-  if (mode == "none") return Master::none;
-  if (mode == "fp32") return Master::fp32;
-  fastprune::require(mode == "stochastic", "adamw: master '", mode, "' is unknown");
-  return Master::stochastic;
-}
-
-std::int64_t adamw_workspace(const TensorList& params) {
-  std::vector<fastprune::AdamWItem> items(params.views.size());
-  for (std::size_t i = 0; i < items.size(); ++i) items[i].w = params.views[i];
+std::int64_t adamw_workspace(const Tensors& params) {
+  std::vector<fastprune::AdamWItem> items(params.size());
+  for (std::size_t i = 0; i < items.size(); ++i) items[i].w = params[i];
   const Device device = items.empty() ? Device{} : items[0].w.device;
   return WORKSPACE(device, adamw_workspace, items);
 }
@@ -175,36 +218,25 @@ class AdamWStates {
 // is meant to live for one step. Parameters without a gradient (None) are left out.
 class AdamWStep {
  public:
-  AdamWStep(const TensorList& params, const TensorList& grads, const AdamWStates& states,
+  AdamWStep(const Tensors& params, const Tensors& grads, const AdamWStates& states,
             const std::vector<int>& group_of, const std::vector<std::vector<double>>& groups,
-            Tensor steps, Tensor stats, Tensor total, Tensor control, Tensor workspace,
-            double max_norm, const std::string& master, std::uint64_t seed, double growth,
-            double backoff, std::int64_t interval) {
-    const std::size_t n = params.views.size();
-    fastprune::require(grads.views.size() == n && states.held().size() == n && group_of.size() == n,
+            const fastprune::AdamWBuffers& buffers, const fastprune::AdamWRule& rule) {
+    const std::size_t n = params.size();
+    fastprune::require(grads.size() == n && states.held().size() == n && group_of.size() == n,
                        "adamw: the lists have different lengths");
     p_.items.reserve(n);
     for (std::size_t i = 0; i < n; ++i) {
-      if (!grads.views[i].present()) continue;
+      if (!grads[i].present()) continue;
       const AdamWStates::State& state = states.held()[i];
-      p_.items.push_back({params.views[i], grads.views[i], state.m.view(), state.v.view(),
-                          state.master.view(), group_of[i], std::int64_t(i)});
+      p_.items.push_back({params[i], grads[i], state.m.view(), state.v.view(), state.master.view(),
+                          group_of[i], std::int64_t(i)});
     }
     for (const auto& g : groups) {
       fastprune::require(g.size() == 5, "adamw: a group has lr, beta1, beta2, eps, weight_decay");
       p_.groups.push_back({g[0], g[1], g[2], g[3], g[4]});
     }
-    p_.steps = steps;
-    p_.stats = stats;
-    p_.total = total;
-    p_.control = control;
-    p_.workspace = workspace;
-    p_.max_norm = max_norm;
-    p_.master = master_named(master);
-    p_.seed = seed;
-    p_.growth = growth;
-    p_.backoff = backoff;
-    p_.interval = interval;
+    p_.buffers = buffers;
+    p_.rule = rule;
   }
 
   // Parameters whose gradient is not laid out like the weight.
@@ -215,43 +247,16 @@ class AdamWStep {
     return slots;
   }
 
-  void norms() const { RUN_ON(p_.total.device, adamw_norms, p_); }
-  void update() const { RUN_ON(p_.total.device, adamw_update, p_); }
+  void norms() const {
+    run<fastprune::AdamWParams>(p_, p_.buffers.total.device, BACKENDS(adamw_norms));
+  }
+  void update() const {
+    run<fastprune::AdamWParams>(p_, p_.buffers.total.device, BACKENDS(adamw_update));
+  }
 
  private:
   fastprune::AdamWParams p_;
 };
-
-// ---------------------------------------------------------------------------- cross_entropy
-void cross_entropy(Tensor logits, Tensor targets, Tensor loss, Tensor log_normaliser,
-                   std::optional<float> scale) {
-  const fastprune::CrossEntropyParams p{logits,         targets,           loss,
-                                        log_normaliser, scale.has_value(), scale.value_or(1)};
-  RUN_ON(logits.device, cross_entropy, p);
-}
-
-// ---------------------------------------------------------------------------- attention
-void attention(Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, Tensor workspace,
-               float scale) {
-  fastprune::AttentionParams p;
-  p.q = q, p.k = k, p.v = v, p.out = out, p.log_sums = log_sums;
-  p.workspace = workspace;
-  p.scale = scale;
-  py::gil_scoped_release nogil;
-  fastprune::cpu::attention(p);
-}
-
-void attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums,
-                        Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor workspace,
-                        float scale) {
-  fastprune::AttentionParams p;
-  p.q = q, p.k = k, p.v = v, p.out = out, p.log_sums = log_sums;
-  p.grad_out = grad_out, p.grad_q = grad_q, p.grad_k = grad_k, p.grad_v = grad_v;
-  p.workspace = workspace;
-  p.scale = scale;
-  py::gil_scoped_release nogil;
-  fastprune::cpu::attention_backward(p);
-}
 
 }  // namespace
 
@@ -275,37 +280,66 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_unavailable_reason", [] { return "the CUDA kernels are not compiled in"; });
 #endif
 
-  m.def("taylor_workspace", &taylor_workspace, "w"_a);
-  m.def("taylor", &taylor, "kind"_a, "w"_a, "g"_a, "h"_a, "x"_a, "rows"_a, "cols"_a, "workspace"_a);
-  m.def("gather_workspace", &gather_workspace, "src"_a, "index"_a, "dims"_a, "dst"_a);
-  m.def("gather", &gather, "src"_a, "index"_a, "dims"_a, "dst"_a, "workspace"_a, "fresh"_a);
-  m.def("scan_workspace", &scan_workspace, "tensors"_a);
-  m.def("scan", &scan, "tensors"_a, "out"_a, "workspace"_a);
+  using Taylor = fastprune::TaylorParams;
+  m.def(
+      "taylor_workspace",
+      [](Tensor w) { return WORKSPACE(w.device, taylor_workspace, w.rows(), w.cols()); }, "w"_a);
+  def_op<Taylor>(m, "taylor", &Taylor::w, BACKENDS(taylor), argument("w", &Taylor::w),
+                 argument("g", &Taylor::g), argument("h", &Taylor::h), argument("x", &Taylor::x),
+                 argument("kind", &Taylor::score), argument("rows", &Taylor::rows),
+                 argument("cols", &Taylor::cols), argument("workspace", &Taylor::workspace));
+
+  m.def("gather_workspace", &gather_workspace, "tensors"_a, "indices"_a, "dims"_a, "out"_a);
+  m.def("gather", &gather, "tensors"_a, "indices"_a, "dims"_a, "fresh"_a, "out"_a, "workspace"_a);
+
+  using Scan = fastprune::ScanParams;
+  m.def(
+      "scan_workspace",
+      [](const Tensors& tensors) {
+        const Device device = tensors.empty() ? Device{} : tensors[0].device;
+        return WORKSPACE(device, scan_workspace, tensors);
+      },
+      "tensors"_a);
+  def_op<Scan>(m, "scan", &Scan::out, BACKENDS(scan), argument("tensors", &Scan::tensors),
+               argument("out", &Scan::out), argument("workspace", &Scan::workspace));
+
   m.def("adamw_workspace", &adamw_workspace, "params"_a);
   py::class_<AdamWStates>(m, "AdamWStates")
       .def(py::init<>())
       .def("sync", &AdamWStates::sync, "states"_a);
   py::class_<AdamWStep>(m, "AdamWStep")
-      .def(py::init<const TensorList&, const TensorList&, const AdamWStates&,
-                    const std::vector<int>&, const std::vector<std::vector<double>>&, Tensor,
-                    Tensor, Tensor, Tensor, Tensor, double, const std::string&, std::uint64_t,
-                    double, double, std::int64_t>(),
-           "params"_a, "grads"_a, "states"_a, "group_of"_a, "groups"_a, "steps"_a, "stats"_a,
-           "total"_a, "control"_a, "workspace"_a, "max_norm"_a, "master"_a, "seed"_a, "growth"_a,
-           "backoff"_a, "interval"_a, py::keep_alive<1, 2>(), py::keep_alive<1, 3>(),
-           py::keep_alive<1, 4>(), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
-           py::keep_alive<1, 9>(), py::keep_alive<1, 10>(), py::keep_alive<1, 11>())
+      .def(py::init<const Tensors&, const Tensors&, const AdamWStates&, const std::vector<int>&,
+                    const std::vector<std::vector<double>>&, const fastprune::AdamWBuffers&,
+                    const fastprune::AdamWRule&>(),
+           "params"_a, "grads"_a, "states"_a, "group_of"_a, "groups"_a, "buffers"_a, "rule"_a,
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
+           py::keep_alive<1, 7>())
       .def("misfits", &AdamWStep::misfits)
       .def("norms", &AdamWStep::norms)
       .def("update", &AdamWStep::update);
-  m.def("cross_entropy", &cross_entropy, "logits"_a, "targets"_a, "loss"_a, "log_normaliser"_a,
-        "scale"_a);
+
+  using CrossEntropy = fastprune::CrossEntropyParams;
+  def_op<CrossEntropy>(
+      m, "cross_entropy", &CrossEntropy::logits, BACKENDS(cross_entropy),
+      argument("logits", &CrossEntropy::logits), argument("targets", &CrossEntropy::targets),
+      argument("scale", &CrossEntropy::scale), argument("loss", &CrossEntropy::loss),
+      argument("log_normaliser", &CrossEntropy::log_normaliser));
+
+  using Attention = fastprune::AttentionParams;
   m.def("attention_serves", &fastprune::cpu::attention_serves);
   m.def("attention_workspace", &fastprune::cpu::attention_workspace, "q"_a, "k"_a);
-  m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "out"_a, "log_sums"_a, "workspace"_a,
-        "scale"_a);
+  def_op<Attention>(m, "attention", &Attention::q, &fastprune::cpu::attention, nullptr,
+                    argument("q", &Attention::q), argument("k", &Attention::k),
+                    argument("v", &Attention::v), argument("scale", &Attention::scale),
+                    argument("out", &Attention::out), argument("log_sums", &Attention::log_sums),
+                    argument("workspace", &Attention::workspace));
   m.def("attention_backward_workspace", &fastprune::cpu::attention_backward_workspace, "q"_a,
         "at_once"_a);
-  m.def("attention_backward", &attention_backward, "grad_out"_a, "q"_a, "k"_a, "v"_a, "out"_a,
-        "log_sums"_a, "grad_q"_a, "grad_k"_a, "grad_v"_a, "workspace"_a, "scale"_a);
+  def_op<Attention>(
+      m, "attention_backward", &Attention::q, &fastprune::cpu::attention_backward, nullptr,
+      argument("grad_out", &Attention::grad_out), argument("q", &Attention::q),
+      argument("k", &Attention::k), argument("v", &Attention::v), argument("out", &Attention::out),
+      argument("log_sums", &Attention::log_sums), argument("scale", &Attention::scale),
+      argument("grad_q", &Attention::grad_q), argument("grad_k", &Attention::grad_k),
+      argument("grad_v", &Attention::grad_v), argument("workspace", &Attention::workspace));
 }

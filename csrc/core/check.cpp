@@ -114,8 +114,8 @@ void check(const ScanParams& p) {
 
 void check(const AdamWParams& p) {
   constexpr const char* op = "adamw";
-  const Device device = p.total.device;
-  const std::int64_t slots = p.steps.numel();
+  const Device device = p.buffers.total.device;
+  const std::int64_t slots = p.buffers.steps.numel();
   std::int64_t number = 0;
   for (const AdamWItem& item : p.items) {
     const auto require_like_w = [&](const char* arg, const Tensor& t) {
@@ -139,8 +139,8 @@ void check(const AdamWParams& p) {
     require_like_w("the gradient", item.g);
     require_f32("exp_avg", item.m);
     require_f32("exp_avg_sq", item.v);
-    require(item.master.present() == (p.master == Master::fp32 && item.w.dtype != DType::f32), op,
-            ": parameter ", number, item.master.present() ? " needs no" : " needs a",
+    require(item.master.present() == (p.rule.master == Master::fp32 && item.w.dtype != DType::f32),
+            op, ": parameter ", number, item.master.present() ? " needs no" : " needs a",
             " master copy");
     if (item.master.present()) require_f32("the master copy", item.master);
     require(item.group >= 0 && item.group < int(p.groups.size()), op, ": parameter ", number,
@@ -149,11 +149,11 @@ void check(const AdamWParams& p) {
             item.slot, " of ", slots);
     ++number;
   }
-  require_buffer(op, "steps", p.steps, DType::i64, 0, device);
-  require_buffer(op, "stats", p.stats, DType::f64, 2 * slots, device);
-  require_buffer(op, "total", p.total, DType::f64, 2, device);
-  require_buffer(op, "control", p.control, DType::f64, kControlFields, device);
-  require_buffer(op, "workspace", p.workspace, DType::u8, 0, device);
+  require_buffer(op, "steps", p.buffers.steps, DType::i64, 0, device);
+  require_buffer(op, "stats", p.buffers.stats, DType::f64, 2 * slots, device);
+  require_buffer(op, "total", p.buffers.total, DType::f64, 2, device);
+  require_buffer(op, "control", p.buffers.control, DType::f64, kControlFields, device);
+  require_buffer(op, "workspace", p.buffers.workspace, DType::u8, 0, device);
 }
 
 void check(const CrossEntropyParams& p) {
@@ -163,7 +163,7 @@ void check(const CrossEntropyParams& p) {
   require(p.logits.ndim == 2, op, ": logits must have 2 dimensions, not ", ShapeOf{p.logits});
   require_matrix(op, "logits", p.logits);
   const std::int64_t rows = p.logits.rows();
-  require(!p.in_place || rows <= 1 || p.logits.row_stride() >= p.logits.cols(), op,
+  require(!p.scale || rows <= 1 || p.logits.row_stride() >= p.logits.cols(), op,
           ": rows of logits overlap, so they cannot be overwritten");
   require_buffer(op, "targets", p.targets, DType::i64, rows, device);
   require_buffer(op, "loss", p.loss, DType::f32, rows, device);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -92,20 +93,28 @@ struct AdamWItem {
   std::int64_t slot = 0;  // row of steps and stats that belongs to this parameter
 };
 
-struct AdamWParams {
-  std::vector<AdamWItem> items;  // all on one device; slots distinct
-  std::vector<AdamWGroup> groups;
-  Tensor steps;         // (slots,) i64, steps taken; rises by 1 for each item of a sound step
-  Tensor stats;         // (slots, 2) f64: sum of squares, non-finite count; 0 for absent slots
-  Tensor total;         // (2,) f64: the same over all items; between the passes the caller may
-                        //   add in other devices' totals
-  Tensor control;       // (kControlFields,) f64; sound steps count since the scale changed
-  Tensor workspace;     // bytes (u8)
+struct AdamWBuffers {  // what is kept from step to step beside the items
+  Tensor steps;        // (slots,) i64, steps taken; rises by 1 for each item of a sound step
+  Tensor stats;        // (slots, 2) f64: sum of squares, non-finite count; 0 for absent slots
+  Tensor total;        // (2,) f64: the same over all items; between the passes the caller may
+                       //   add in other devices' totals
+  Tensor control;      // (kControlFields,) f64; sound steps count since the scale changed
+  Tensor workspace;    // bytes (u8)
+};
+
+struct AdamWRule {      // settings that all groups share
   double max_norm = 0;  // 0: no clipping
   Master master = Master::none;
   std::uint64_t seed = 0;          // stochastic rounding
   double growth = 1, backoff = 1;  // loss scale factors after `interval` sound steps, after a skip
   std::int64_t interval = 0;       // 0: the loss scale is constant
+};
+
+struct AdamWParams {
+  std::vector<AdamWItem> items;  // all on one device; slots distinct
+  std::vector<AdamWGroup> groups;
+  AdamWBuffers buffers;
+  AdamWRule rule;
 };
 
 void check(const AdamWParams& p);
@@ -115,12 +124,11 @@ void check(const AdamWParams& p);
 constexpr std::int64_t kIgnored = -100;  // target of a row that is not scored, as in torch
 
 struct CrossEntropyParams {
-  Tensor logits;          // (rows, vocabulary); float; inner stride 1, any row stride
-  Tensor targets;         // (rows,) i64 in [0, vocabulary), or kIgnored: loss and gradient are 0
-  Tensor loss;            // (rows,) f32, result
-  Tensor log_normaliser;  // (rows,) f32, result: log of the sum of exp(logits)
-  bool in_place = false;  // logits become scale * (softmax(logits) - onehot(target))
-  float scale = 1;
+  Tensor logits;               // (rows, vocabulary); float; inner stride 1, any row stride
+  Tensor targets;              // (rows,) i64 in [0, vocabulary), or kIgnored: loss and gradient 0
+  Tensor loss;                 // (rows,) f32, result
+  Tensor log_normaliser;       // (rows,) f32, result: log of the sum of exp(logits)
+  std::optional<float> scale;  // logits become scale * (softmax(logits) - onehot(target))
 };
 
 void check(const CrossEntropyParams& p);

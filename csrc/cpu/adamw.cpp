@@ -24,10 +24,10 @@ std::int64_t adamw_workspace(const std::vector<AdamWItem>& items) {
 void adamw_norms(const AdamWParams& p) {
   check(p);
   const Chunks chunks = chunks_of(p.items);
-  require(p.workspace.numel() >= chunks.count() * std::int64_t(sizeof(NormPart)),
+  require(p.buffers.workspace.numel() >= chunks.count() * std::int64_t(sizeof(NormPart)),
           "adamw: workspace is too small");
-  NormPart* parts = p.workspace.as<NormPart>();
-  const float unscale = gradient_factor(0, 0, p.control.as<double>()[kLossScale]);
+  NormPart* parts = p.buffers.workspace.as<NormPart>();
+  const float unscale = gradient_factor(0, 0, p.buffers.control.as<double>()[kLossScale]);
   const Level& loops = level();
   for_each_task(chunks.count(), bytes_of(chunks), [&](std::int64_t i) {
     const Chunks::Place place = chunks[i];
@@ -36,9 +36,9 @@ void adamw_norms(const AdamWParams& p) {
                                 place.n, unscale);
   });
 
-  double* stats = p.stats.as<double>();
-  double* total = p.total.as<double>();
-  for (std::int64_t i = 0; i < 2 * p.steps.numel(); ++i) stats[i] = 0;
+  double* stats = p.buffers.stats.as<double>();
+  double* total = p.buffers.total.as<double>();
+  for (std::int64_t i = 0; i < 2 * p.buffers.steps.numel(); ++i) stats[i] = 0;
   total[0] = total[1] = 0;
   for (std::size_t t = 0; t < p.items.size(); ++t) {
     double* row = stats + 2 * p.items[t].slot;
@@ -53,12 +53,13 @@ void adamw_norms(const AdamWParams& p) {
 
 void adamw_update(const AdamWParams& p) {
   check(p);
-  const double* total = p.total.as<double>();
+  const double* total = p.buffers.total.as<double>();
   const bool sound = sound_step(total[0], total[1]);
   if (sound) {
     const Chunks chunks = chunks_of(p.items);
-    const float factor = gradient_factor(total[0], p.max_norm, p.control.as<double>()[kLossScale]);
-    std::int64_t* steps = p.steps.as<std::int64_t>();
+    const float factor =
+        gradient_factor(total[0], p.rule.max_norm, p.buffers.control.as<double>()[kLossScale]);
+    std::int64_t* steps = p.buffers.steps.as<std::int64_t>();
     std::vector<AdamWFactors> factors;
     factors.reserve(p.items.size());
     for (const AdamWItem& item : p.items) {
@@ -83,15 +84,16 @@ void adamw_update(const AdamWParams& p) {
       chunk.w_dtype = item.w.dtype;
       chunk.g_dtype = item.g.dtype;
       chunk.n = place.n;
-      chunk.mode = p.master;
+      chunk.mode = p.rule.master;
       chunk.factors = factors[place.tensor];
       chunk.first = std::uint32_t(place.begin);
-      chunk.key = random_key(p.seed, steps[item.slot], item.slot,
+      chunk.key = random_key(p.rule.seed, steps[item.slot], item.slot,
                              std::uint32_t(std::uint64_t(place.begin) >> 32));
       loops.adamw_chunk(chunk);
     });
   }
-  adapt_loss_scale(p.control.as<double>(), sound, p.growth, p.backoff, p.interval);
+  adapt_loss_scale(p.buffers.control.as<double>(), sound, p.rule.growth, p.rule.backoff,
+                   p.rule.interval);
 }
 
 }  // namespace fastprune::cpu

@@ -27,14 +27,14 @@ void cross_entropy(const CrossEntropyParams& p) {
     p.log_normaliser.as<float>()[r] = float(double(of.shift) + log_sum);
     if (targets[r] == kIgnored) {
       p.loss.as<float>()[r] = 0;
-      if (p.in_place) std::memset(x, 0, std::size_t(vocabulary * item));
+      if (p.scale) std::memset(x, 0, std::size_t(vocabulary * item));
       return;
     }
     const double logit = loops.value(p.logits.dtype, x, targets[r]);
     // Not from the rounded normaliser: it may be far larger than the loss.
     p.loss.as<float>()[r] = float((double(of.shift) - logit) + log_sum);
-    if (p.in_place)
-      loops.softmax_minus_onehot(p.logits.dtype, x, vocabulary, of, p.scale, targets[r]);
+    if (p.scale)
+      loops.softmax_minus_onehot(p.logits.dtype, x, vocabulary, of, *p.scale, targets[r]);
   });
 }
 

@@ -279,7 +279,7 @@ std::int64_t parts_bytes(const std::vector<AdamWItem>& items) {
 }
 
 Workspace workspace_of(const AdamWParams& p) {
-  char* memory = p.workspace.as<char>();
+  char* memory = p.buffers.workspace.as<char>();
   return {reinterpret_cast<Part*>(memory),
           reinterpret_cast<Decision*>(memory + parts_bytes(p.items))};
 }
@@ -302,13 +302,13 @@ std::int64_t adamw_workspace(const std::vector<AdamWItem>& items) {
 
 void adamw_norms(const AdamWParams& p, void* stream_) {
   check(p);
-  require(p.workspace.numel() >= adamw_workspace(p.items), "adamw: workspace is too small");
+  require(p.buffers.workspace.numel() >= adamw_workspace(p.items), "adamw: workspace is too small");
   const auto stream = static_cast<cudaStream_t>(stream_);
-  const DeviceGuard guard(p.total.device);
+  const DeviceGuard guard(p.buffers.total.device);
   const Workspace workspace = workspace_of(p);
-  auto* stats = p.stats.as<Part>();
-  const double* control = p.control.as<double>();
-  const std::int64_t slots = p.steps.numel();
+  auto* stats = p.buffers.stats.as<Part>();
+  const double* control = p.buffers.control.as<double>();
+  const std::int64_t slots = p.buffers.steps.numel();
   if (slots > 0)
     succeed(cudaMemsetAsync(stats, 0, static_cast<std::size_t>(slots) * sizeof(Part), stream),
             "adamw");
@@ -336,23 +336,24 @@ void adamw_norms(const AdamWParams& p, void* stream_) {
   });
   for (const NormRecord& r : all) tables.add(r, 1);
   tables.finish();
-  launch("adamw", adamw_norm_total, 1, kThreads, stream, stats, slots, p.total.as<Part>());
+  launch("adamw", adamw_norm_total, 1, kThreads, stream, stats, slots, p.buffers.total.as<Part>());
 }
 
 void adamw_update(const AdamWParams& p, void* stream_) {
   check(p);
-  require(p.workspace.numel() >= adamw_workspace(p.items), "adamw: workspace is too small");
+  require(p.buffers.workspace.numel() >= adamw_workspace(p.items), "adamw: workspace is too small");
   const auto stream = static_cast<cudaStream_t>(stream_);
-  const DeviceGuard guard(p.total.device);
+  const DeviceGuard guard(p.buffers.total.device);
   Decision* const decisions = workspace_of(p).decisions;
-  const Scaling scaling{p.max_norm, p.growth, p.backoff, p.interval};
+  const Scaling scaling{p.rule.max_norm, p.rule.growth, p.rule.backoff, p.rule.interval};
 
   const auto items = static_cast<std::int64_t>(p.items.size());
   std::int64_t decided = 0;
   const auto decide = [&](const Table<DecisionRecord>& table, std::int64_t) {
     const bool last = decided + table.count == items;
-    launch("adamw", adamw_decide, 1, kThreads, stream, table, p.total.as<const Part>(), scaling,
-           last, p.steps.as<std::int64_t>(), p.control.as<double>(), decisions + decided);
+    launch("adamw", adamw_decide, 1, kThreads, stream, table, p.buffers.total.as<const Part>(),
+           scaling, last, p.buffers.steps.as<std::int64_t>(), p.buffers.control.as<double>(),
+           decisions + decided);
     decided += table.count;
   };
   TableBuilder<DecisionRecord> to_decide(decide);
@@ -373,10 +374,11 @@ void adamw_update(const AdamWParams& p, void* stream_) {
       dispatch_float(dtypes.second, [&](auto g_type) {
         using W = typename decltype(w_type)::type;
         using G = typename decltype(g_type)::type;
-        TableBuilder<UpdateRecord> tables([&](const Table<UpdateRecord>& table,
-                                              std::int64_t blocks) {
-          launch("adamw", update_kernel<W, G>(p.master), blocks, kThreads, stream, table, p.seed);
-        });
+        TableBuilder<UpdateRecord> tables(
+            [&](const Table<UpdateRecord>& table, std::int64_t blocks) {
+              launch("adamw", update_kernel<W, G>(p.rule.master), blocks, kThreads, stream, table,
+                     p.rule.seed);
+            });
         for (const UpdateRecord& r : records) tables.add(r, ceil_div(r.numel, kUpdateChunk));
         tables.finish();
       });

@@ -166,14 +166,10 @@ void cross_entropy(const CrossEntropyParams& p, void* stream) {
   require(p.logits.cols() <= std::numeric_limits<int>::max() - kThreads * 16,
           "cross_entropy: a vocabulary of ", p.logits.cols(), " is too large");
   const DeviceGuard guard(p.logits.device);
-  const Arguments arguments{p.logits.data,
-                            p.targets.as<std::int64_t>(),
-                            p.loss.as<float>(),
-                            p.log_normaliser.as<float>(),
-                            p.logits.row_stride(),
-                            static_cast<int>(p.logits.cols()),
-                            p.in_place,
-                            p.scale};
+  const Arguments arguments{p.logits.data,         p.targets.as<std::int64_t>(),
+                            p.loss.as<float>(),    p.log_normaliser.as<float>(),
+                            p.logits.row_stride(), static_cast<int>(p.logits.cols()),
+                            p.scale.has_value(),   p.scale.value_or(1)};
   dispatch_float(p.logits.dtype, [&](auto type) {
     launch("cross_entropy", cross_entropy_rows<typename decltype(type)::type>, p.logits.rows(),
            kThreads, static_cast<cudaStream_t>(stream), arguments);

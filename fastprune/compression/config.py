@@ -7,9 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
-
-from fastprune.config import Group
+from fastprune.config import Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT, PYDOCS
 from fastprune.data.records import source_names
 from fastprune.errors import InputError

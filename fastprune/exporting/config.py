@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional
-
-from fastprune.config import CommonConfig, Group
+from fastprune.config import CommonConfig, Group, Positional
 from fastprune.errors import InputError
 from fastprune.exporting.formats import FORMATS, Format, find
 

@@ -17,9 +17,8 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Positional
 
-from fastprune.config import CommonConfig, Group
+from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import Document, load_documents, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
-from tyro.conf import Positional
 
-from fastprune.config import CommonConfig, Group
+from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import end_of_turn, has_template
 from fastprune.errors import InputError, NumericalError

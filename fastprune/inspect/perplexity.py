@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Positional
 
 from fastprune import distributed
-from fastprune.config import CommonConfig, Group
+from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import Document, eval_windows, load_documents, token_stream
 from fastprune.errors import InputError

@@ -1,5 +1,7 @@
 from torch import Tensor
 
+from fastprune.kernels.declarations import AdamWBuffers, AdamWRule
+
 with_cuda: bool
 
 def connect(tensor_type: type, exchange_api: object) -> None: ...
@@ -10,35 +12,35 @@ def set_cpu_level(name: str) -> None: ...
 def cuda_unavailable_reason() -> str: ...
 def taylor_workspace(w: Tensor) -> int: ...
 def taylor(
-    kind: str,
     w: Tensor,
     g: Tensor | None,
     h: Tensor | None,
     x: Tensor | None,
+    kind: str,
     rows: Tensor,
     cols: Tensor,
     workspace: Tensor,
 ) -> None: ...
 def gather_workspace(
-    src: list[Tensor], index: list[Tensor], dims: list[int], dst: list[Tensor]
+    tensors: list[Tensor], indices: list[Tensor], dims: list[int], out: list[Tensor]
 ) -> int: ...
 def gather(
-    src: list[Tensor],
-    index: list[Tensor],
+    tensors: list[Tensor],
+    indices: list[Tensor],
     dims: list[int],
-    dst: list[Tensor],
-    workspace: Tensor | None,
     fresh: bool,
+    out: list[Tensor],
+    workspace: Tensor,
 ) -> None: ...
 def scan_workspace(tensors: list[Tensor]) -> int: ...
 def scan(tensors: list[Tensor], out: Tensor, workspace: Tensor) -> None: ...
 def cross_entropy(
-    logits: Tensor, targets: Tensor, loss: Tensor, log_normaliser: Tensor, scale: float | None
+    logits: Tensor, targets: Tensor, scale: float | None, loss: Tensor, log_normaliser: Tensor
 ) -> None: ...
 def attention_serves() -> bool: ...
 def attention_workspace(q: Tensor, k: Tensor) -> int: ...
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, workspace: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, log_sums: Tensor, workspace: Tensor
 ) -> None: ...
 def attention_backward_workspace(q: Tensor, at_once: int) -> int: ...
 def attention_backward(
@@ -48,11 +50,11 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     log_sums: Tensor,
+    scale: float,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
     workspace: Tensor,
-    scale: float,
 ) -> None: ...
 def adamw_workspace(params: list[Tensor]) -> int: ...
 
@@ -68,17 +70,8 @@ class AdamWStep:
         states: AdamWStates,
         group_of: list[int],
         groups: list[list[float]],
-        steps: Tensor,
-        stats: Tensor,
-        total: Tensor,
-        control: Tensor,
-        workspace: Tensor,
-        max_norm: float,
-        master: str,
-        seed: int,
-        growth: float,
-        backoff: float,
-        interval: int,
+        buffers: AdamWBuffers,
+        rule: AdamWRule,
     ) -> None: ...
     def misfits(self) -> list[int]: ...
     def norms(self) -> None: ...

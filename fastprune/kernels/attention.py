@@ -1,20 +1,23 @@
-"""Causal attention of whole sequences on a CPU, forward and backward, as eager functions.
+"""Causal attention of whole sequences on a CPU, forward and backward.
 
 For bf16 on processors that multiply it (AVX512-BF16), where torch's own is far from their limit;
-reference.py for everything else. GPUs have attention in torch. `torch.ops.fastprune.attention` is
-the differentiable form.
+reference.py for everything else. GPUs have attention in torch. `attention_op`, which is
+`torch.ops.fastprune.attention`, can be differentiated once, checkpointed and traced; it calls the
+eager functions.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprune.kernels import reference
 from fastprune.kernels.backend import compiled
-from fastprune.kernels.checks import FLOATS, check_tensor, dense, inner_contiguous, workspace_of
+from fastprune.kernels.checks import FLOATS, check_tensor, dense, inner_contiguous
+from fastprune.kernels.declarations import ATTENTION, ATTENTION_BACKWARD
 
 HEAD_DIMS = range(16, 257, 16)
 
@@ -31,7 +34,7 @@ def attention_serves(device: torch.device, head_dim: int | None = None) -> bool:
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v, where position i attends to positions 0 to i.
 
     Args:
@@ -55,8 +58,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor,
     q, k, v = (inner_contiguous(t, tuple(t.shape)) for t in (q, k, v))
     out = torch.empty(batch, n, heads, d, dtype=q.dtype).transpose(1, 2)
     log_sums = torch.empty(batch, heads, n, dtype=torch.float32)
-    workspace = workspace_of(module.attention_workspace(q, k), q.device)
-    module.attention(q, k, v, out, log_sums, workspace, scale)
+    ATTENTION.run(module, q.device, q=q, k=k, v=v, scale=scale, out=out, log_sums=log_sums)
     return out, log_sums
 
 
@@ -67,7 +69,6 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     log_sums: Tensor,
-    *,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each like its tensor, given that of `out`.
@@ -83,11 +84,12 @@ def attention_backward(
     if module is None:
         return reference.attention_backward(grad_out, q, k, v, out, log_sums, scale=scale)
     grad_out, q, k, v, out = (inner_contiguous(t, tuple(t.shape)) for t in (grad_out, q, k, v, out))
-    grads = tuple(torch.empty_like(t) for t in (q, k, v))
-    size = module.attention_backward_workspace(q, torch.get_num_threads())
-    workspace = workspace_of(size, q.device)
-    module.attention_backward(grad_out, q, k, v, out, dense(log_sums), *grads, workspace, scale)
-    return grads
+    grad_q, grad_k, grad_v = (torch.empty_like(t) for t in (q, k, v))
+    ATTENTION_BACKWARD.run(
+        module, q.device, grad_out=grad_out, q=q, k=k, v=v, out=out, log_sums=dense(log_sums),
+        scale=scale, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, at_once=torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v
 
 
 def _serving(q: Tensor) -> ModuleType | None:
@@ -110,3 +112,36 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     check_tensor("attention", "v", v, (q.dtype,), q.device, tuple(k.shape))
     if not scale > 0:
         raise ValueError(f"attention: scale must be positive, not {scale}")
+
+
+# ---------------------------------------------------------------------------- the op
+
+attention_op = torch.library.custom_op("fastprune::attention", attention, mutates_args=())
+_backward_op = torch.library.custom_op(
+    "fastprune::attention_backward", attention_backward, mutates_args=()
+)
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, heads, n, d = q.shape
+    out = q.new_empty(batch, n, heads, d).transpose(1, 2)
+    return out, q.new_empty(batch, heads, n, dtype=torch.float32)
+
+
+@_backward_op.register_fake
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_op(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+attention_op.register_autograd(_backward, setup_context=_save)

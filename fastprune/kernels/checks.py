@@ -84,7 +84,3 @@ def check_apart(op: str, written: dict[str, Tensor], read: dict[str, Tensor]) ->
 
 def _extent(t: Tensor) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
-
-
-def workspace_of(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=device)

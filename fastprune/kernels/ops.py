@@ -1,8 +1,8 @@
-"""The kernels as eager functions; library.py has them as torch.ops.fastprune.* for tracers.
+"""The kernels as eager functions; attention.py has the one that can be differentiated.
 
 They check their arguments (ValueError names the culprit), allocate results and
-workspaces, and call the compiled module, or reference.py where that does not serve the device.
-None is differentiable.
+workspaces, and call the compiled module as declarations.py says, or reference.py where that does
+not serve the device. None is differentiable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from fastprune.kernels.checks import (
     check_written,
     dense,
     inner_contiguous,
-    workspace_of,
+)
+from fastprune.kernels.declarations import (
+    CROSS_ENTROPY,
+    GATHER,
+    SCAN,
+    TAYLOR,
+    AdamWBuffers,
+    AdamWRule,
 )
 from fastprune.kernels.reference import KINDS, SCAN_FIELDS
 
@@ -84,10 +91,10 @@ def taylor(
     as_row = columns == 1 and kind != "activation"
     shape = (1, out) if as_row else (out, columns)
     w, g, h = (None if t is None else inner_contiguous(t, shape) for t in (w, g, h))
+    x = None if x is None else dense(x)
     rows = torch.empty(shape[0], dtype=torch.float32, device=w.device)
     cols = torch.empty(shape[1], dtype=torch.float32, device=w.device)
-    workspace = workspace_of(module.taylor_workspace(w), w.device)
-    module.taylor(kind, w, g, h, None if x is None else dense(x), rows, cols, workspace)
+    TAYLOR.run(module, w.device, w=w, g=g, h=h, x=x, kind=kind, rows=rows, cols=cols)
     return (cols, rows) if as_row else (rows, cols)
 
 
@@ -159,13 +166,11 @@ def gather(
     fresh = out is None
     if out is None:
         out = [_gathered(t, index, dim) for t, index, dim in zip(tensors, indices, dims)]
-    src = [inner_contiguous(t, tuple(t.shape)) for t in tensors]
-    index = [dense(i) for i in indices]
-    dst, dims = list(out), list(dims)
-    size = module.gather_workspace(src, index, dims, dst)
-    module.gather(src, index, dims, dst, workspace_of(size, device) if size else None, fresh)
-    torch.autograd.graph.increment_version(dst)
-    return dst
+    tensors = [inner_contiguous(t, tuple(t.shape)) for t in tensors]
+    indices, dims, out = [dense(i) for i in indices], list(dims), list(out)
+    GATHER.run(module, device, tensors=tensors, indices=indices, dims=dims, fresh=fresh, out=out)
+    torch.autograd.graph.increment_version(out)
+    return out
 
 
 def _check_gather(number: int, t: Tensor, index: Tensor, dim: int, device: torch.device) -> None:
@@ -228,10 +233,10 @@ def scan_table(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     module = compiled(device)
     if module is None:
-        return torch.stack([reference.scan(t) for t in tensors])
+        return reference.scan(tensors)
     tensors = [dense(t) for t in tensors]
     out = torch.empty(len(tensors), SCAN_FIELDS, dtype=torch.float64, device=device)
-    module.scan(tensors, out, workspace_of(module.scan_workspace(tensors), device))
+    SCAN.run(module, device, tensors=tensors, out=out)
     return out
 
 
@@ -256,153 +261,34 @@ def adamw_step(
     states: reference.AdamWStates,
     group_of: list[int],
     groups: list[list[float]],
-    *,
-    steps: Tensor,
-    stats: Tensor,
-    total: Tensor,
-    control: Tensor,
-    workspace: Tensor,
-    max_norm: float,
-    master: str,
-    seed: int = 0,
-    growth: float = 1.0,
-    backoff: float = 1.0,
-    interval: int = 0,
+    buffers: AdamWBuffers,
+    rule: AdamWRule,
 ) -> reference.AdamWStep:
     """One optimizer step over tensors of one device, as an object with two passes.
 
-    Call norms(), then (after adding other processes' or devices' totals into `total`) update().
-    All tensors are changed in place; no pass waits for the device. The object is meant for one
-    step: a parameter that is moved meanwhile would not be noticed.
+    Call norms(), then (after adding other processes' or devices' totals into `buffers.total`)
+    update(). All tensors are changed in place; no pass waits for the device. The object is meant
+    for one step: a parameter that is moved meanwhile would not be noticed.
 
     Args:
         params: n weights; float32, bfloat16 or float16; each fills one block of memory.
         grads: n gradients laid out like the weights; None leaves a parameter out of this step.
         states: of adamw_states(), in sync.
         group_of: n indices into `groups`, which holds [lr, beta1, beta2, eps, weight_decay].
-        steps: (n,) int64, steps taken.
-        stats: (n, 2) float64, result: sum of squares (of finite values), non-finite count.
-        total: (2,) float64, result: the same over all parameters.
-        control: (3,) float64: loss scale, sound steps since it changed, skipped steps.
-        workspace: bytes, adamw_workspace(params) of them.
-        max_norm: clip the gradients' total norm; 0 does not clip.
-        master: "fp32", "stochastic" (rounding, drawn from seed, step, slot and index) or "none".
-        growth, backoff, interval: change of the loss scale after `interval` sound steps in a row,
-            and after a skipped one; interval 0 keeps it.
+        buffers: counters and results, and the workspace of these parameters.
+        rule: what is the same for all groups.
     """
-    module = compiled(total.device)
+    module = compiled(buffers.total.device)
     step = reference.AdamWStep if module is None else module.AdamWStep
-    return step(
-        params, grads, states, group_of, groups, steps, stats, total, control, workspace,
-        max_norm, master, seed, growth, backoff, interval,
-    )  # fmt: skip
+    return step(params, grads, states, group_of, groups, buffers, rule)
 
 
 def adamw_workspace(params: list[Tensor]) -> Tensor:
     """A workspace for adamw_step over these parameters or any part of them."""
     device = params[0].device
     module = compiled(device)
-    return workspace_of(0 if module is None else module.adamw_workspace(params), device)
-
-
-def adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: Tensor,
-    stats: Tensor,
-    total: Tensor,
-    control: Tensor,
-    *,
-    lr: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    max_norm: float = 0.0,
-    master: str = "none",
-    seed: int = 0,
-) -> None:
-    """A whole step with one set of hyperparameters, in place.
-
-    exp_avgs, exp_avg_sqs and masters are those of adamw_states, the other tensors those of
-    adamw_step. `masters` is empty where none are needed. The class AdamW keeps all this.
-
-    Raises:
-        ValueError: an argument has the wrong dtype, shape, device or no memory.
-    """
-    _check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, steps, stats, total, control)
-    if master not in MASTERS:
-        raise ValueError(f"adamw: master is {master!r}, expected one of {', '.join(MASTERS)}")
-    if not params:
-        return
-    grads = [g.resolve_neg() for g in grads]
-    states = adamw_states(params[0].device)
-    states.sync(
-        [
-            {"exp_avg": m, "exp_avg_sq": v, "master": w}
-            for m, v, w in zip(exp_avgs, exp_avg_sqs, masters or [None] * len(params))
-        ]
-    )
-    step = adamw_step(
-        params, grads, states, [0] * len(params), [[lr, beta1, beta2, eps, weight_decay]],
-        steps=steps, stats=stats, total=total, control=control, workspace=adamw_workspace(params),
-        max_norm=max_norm, master=master, seed=seed,
-    )  # fmt: skip
-    step.norms()
-    step.update()
-    torch.autograd.graph.increment_version(
-        [*params, *exp_avgs, *exp_avg_sqs, *masters, steps, stats, total, control]
-    )
-
-
-def _check_adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: Tensor,
-    stats: Tensor,
-    total: Tensor,
-    control: Tensor,
-) -> None:
-    n, f32 = len(params), (torch.float32,)
-    lists = {
-        "grads": (grads, FLOATS),
-        "exp_avgs": (exp_avgs, f32),
-        "exp_avg_sqs": (exp_avg_sqs, f32),
-        "masters": (masters or [], f32),
-    }
-    for name, (tensors, _) in lists.items():
-        if len(tensors) != n and not (name == "masters" and not tensors):
-            raise ValueError(f"adamw: {n} params, but {len(tensors)} {name}")
-    for number, p in enumerate(params):
-        _check_float("adamw", f"params[{number}]", p)
-        for name, (tensors, dtypes) in lists.items():
-            if tensors:
-                check_tensor(
-                    "adamw", f"{name}[{number}]", tensors[number], dtypes, p.device, tuple(p.shape)
-                )
-    device = params[0].device if n else total.device
-    f64 = (torch.float64,)
-    check_tensor("adamw", "steps", steps, (torch.int64,), device, (n,))
-    check_tensor("adamw", "stats", stats, f64, device, (n, 2))
-    check_tensor("adamw", "total", total, f64, device, (2,))
-    check_tensor("adamw", "control", control, f64, device, (3,))
-    named = {
-        f"{name}[{number}]": t
-        for name, tensors in (("params", params), *((name, ts) for name, (ts, _) in lists.items()))
-        for number, t in enumerate(tensors)
-    }
-    read = {name: t for name, t in named.items() if name.startswith("grads")}
-    written = {name: t for name, t in named.items() if name not in read}
-    written |= {"steps": steps, "stats": stats, "total": total, "control": control}
-    for name, t in written.items():
-        check_written("adamw", name, t)
-    check_apart("adamw", written, read)
+    size = 0 if module is None else module.adamw_workspace(params)
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 # ---------------------------------------------------------------------------- cross_entropy
@@ -439,7 +325,10 @@ def cross_entropy(
         logits = inner_contiguous(logits, tuple(logits.shape))
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     log_normaliser = torch.empty_like(loss)
-    module.cross_entropy(logits, dense(targets), loss, log_normaliser, scale)
+    CROSS_ENTROPY.run(
+        module, logits.device, logits=logits, targets=dense(targets), scale=scale, loss=loss,
+        log_normaliser=log_normaliser,
+    )  # fmt: skip
     if scale is not None:
         torch.autograd.graph.increment_version(logits)
     return loss, log_normaliser

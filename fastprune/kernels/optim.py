@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprune.kernels.checks import check_apart, check_written
+from fastprune.kernels.declarations import AdamWBuffers, AdamWRule
 from fastprune.kernels.ops import MASTERS, adamw_states, adamw_step, adamw_workspace
 from fastprune.sharding import add_up, as_shard, local, shard_of
 
@@ -27,10 +28,7 @@ class _Part:
         self.params: list[Tensor] = []
         self.group_of: list[int] = []
         self.names: list[str] = []
-        self.total = torch.zeros(2, dtype=torch.float64, device=device)
-        self.control = torch.tensor([loss_scale, 0, 0], dtype=torch.float64, device=device)
-        self.steps = torch.zeros(0, dtype=torch.int64, device=device)
-        self.stats = torch.zeros(0, 2, dtype=torch.float64, device=device)
+        self.loss_scale = loss_scale
         self.with_grad: list[bool] = []
         self.states: list[dict[str, Tensor | None]] = []
         self.sharded = False
@@ -48,12 +46,17 @@ class _Part:
         n = len(self.params)
         named = zip(self.names, self.params, strict=True)
         check_apart("AdamW", {name: local(p) for name, p in named}, {})
-        self.steps = torch.zeros(n, dtype=torch.int64, device=self.device)
-        self.stats = torch.zeros(n, 2, dtype=torch.float64, device=self.device)
+        f64 = {"dtype": torch.float64, "device": self.device}
+        self.buffers = AdamWBuffers(
+            steps=torch.zeros(n, dtype=torch.int64, device=self.device),
+            stats=torch.zeros(n, 2, **f64),
+            total=torch.zeros(2, **f64),
+            control=torch.tensor([self.loss_scale, 0, 0], **f64),
+            workspace=adamw_workspace([local(p).detach() for p in self.params]),
+        )
         self.states = [_NO_STATE] * n
         self.with_grad = [False] * n
         self.sharded = local(self.params[0]) is not self.params[0]
-        self.workspace = adamw_workspace([local(p).detach() for p in self.params])
 
 
 class AdamW(torch.optim.Optimizer):
@@ -164,63 +167,48 @@ class AdamW(torch.optim.Optimizer):
         groups: list[list[float]],
     ) -> Any:
         part.views.sync(part.states)
-        return adamw_step(
-            params,
-            grads,
-            part.views,
-            part.group_of,
-            groups,
-            steps=part.steps,
-            stats=part.stats,
-            total=part.total,
-            control=part.control,
-            workspace=part.workspace,
-            max_norm=self.max_grad_norm,
-            master=self.master,
-            seed=self.seed,
-            growth=_GROWTH,
-            backoff=_BACKOFF,
-            interval=_INTERVAL if self._dynamic else 0,
-        )
+        interval = _INTERVAL if self._dynamic else 0
+        rule = AdamWRule(self.max_grad_norm, self.master, self.seed, _GROWTH, _BACKOFF, interval)
+        return adamw_step(params, grads, part.views, part.group_of, groups, part.buffers, rule)
 
     def _combine_totals(self, parts: list[_Part]) -> None:
         if self.reduce_total is None:
             for part in parts:
-                add_up(part.total, part.params[0])
+                add_up(part.buffers.total, part.params[0])
         if len(parts) > 1:
-            total = parts[0].total.clone()
+            total = parts[0].buffers.total.clone()
             for part in parts[1:]:
-                total += part.total.to(total.device)
+                total += part.buffers.total.to(total.device)
         elif self.reduce_total is not None:
-            total = parts[0].total
+            total = parts[0].buffers.total
         else:
             return
         if self.reduce_total is not None:
             self.reduce_total(total)
         for part in parts:
-            part.total.copy_(total)
+            part.buffers.total.copy_(total)
 
     # ------------------------------------------------------------------------ what happened
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, to be backpropagated."""
-        return loss * self._arranged()[0].control[0].to(loss.device, loss.dtype)
+        return loss * self._arranged()[0].buffers.control[0].to(loss.device, loss.dtype)
 
     @property
     def loss_scale(self) -> Tensor:
         """The loss scale, a float64 scalar on the first parameter's device."""
-        return self._arranged()[0].control[0]
+        return self._arranged()[0].buffers.control[0]
 
     @property
     def skipped_steps(self) -> Tensor:
         """Steps skipped for non-finite gradients, a float64 scalar on the first parameter's
         device. int() of it waits for the device."""
-        return self._arranged()[0].control[2]
+        return self._arranged()[0].buffers.control[2]
 
     @property
     def grad_norm(self) -> Tensor:
         """Norm of all gradients of the last step, unscaled and before clipping (finite values)."""
-        return self._arranged()[0].total[0].sqrt()
+        return self._arranged()[0].buffers.total[0].sqrt()
 
     def culprits(self) -> dict[str, int]:
         """Names of the tensors whose last gradients were not finite, with how many values.
@@ -231,7 +219,7 @@ class AdamW(torch.optim.Optimizer):
         largest = torch.finfo(torch.float32).max
         found = {}
         for part in self._arranged():
-            stats = part.stats.clone()
+            stats = part.buffers.stats.clone()
             add_up(stats, part.params[0])
             for name, (squares, count) in zip(part.names, stats.tolist()):
                 if count > 0 or squares > largest:
@@ -265,7 +253,7 @@ class AdamW(torch.optim.Optimizer):
         return packed | {"fastprune": self._extra()}
 
     def _extra(self) -> dict[str, Any]:
-        return {"control": self._arranged()[0].control.clone(), "seed": self.seed}
+        return {"control": self._arranged()[0].buffers.control.clone(), "seed": self.seed}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,7 +271,7 @@ class AdamW(torch.optim.Optimizer):
         saved = {p: state_dict["state"][i] for i, p in zip(ids, params) if i in state_dict["state"]}
         for part in self._arranged():
             if "control" in extra:
-                part.control.copy_(extra["control"])
+                part.buffers.control.copy_(extra["control"])
             self._add_states(part, [p in saved for p in part.params])
             part.with_grad = [False] * len(part.params)  # decided by the next step
             for p in part.params:
@@ -322,7 +310,7 @@ class AdamW(torch.optim.Optimizer):
             if needed and part.states[slot] is _NO_STATE:
                 own = local(p).detach()
                 state = {
-                    "step": part.steps[slot],
+                    "step": part.buffers.steps[slot],
                     "exp_avg": torch.zeros_like(own, dtype=torch.float32),
                     "exp_avg_sq": torch.zeros_like(own, dtype=torch.float32),
                 }

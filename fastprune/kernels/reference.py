@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprune.kernels.declarations import AdamWBuffers, AdamWRule
+
 IGNORED = -100
 """Target of a row that is not scored, as in torch."""
 KINDS = ("first", "second", "mix", "vector", "l1", "l2", "activation")
@@ -68,8 +70,12 @@ def gather(
     ]
 
 
-def scan(x: Tensor) -> Tensor:
-    """Health of a tensor as (SCAN_FIELDS,) float64, in the order of ops.ScanResult."""
+def scan(tensors: Sequence[Tensor]) -> Tensor:
+    """Health of each tensor: (tensors, SCAN_FIELDS) float64, in the order of ops.ScanResult."""
+    return torch.stack([_health(t) for t in tensors])
+
+
+def _health(x: Tensor) -> Tensor:
     x = x.detach().to(torch.float64).flatten()
     finite = x[x.isfinite()]
     counts = [x.isnan().sum(), x.isinf().sum(), (x == 0).sum()]
@@ -109,26 +115,15 @@ class AdamWStep:
         states: AdamWStates,
         group_of: list[int],
         groups: list[list[float]],
-        steps: Tensor,
-        stats: Tensor,
-        total: Tensor,
-        control: Tensor,
-        workspace: Tensor,
-        max_norm: float,
-        master: str,
-        seed: int,
-        growth: float,
-        backoff: float,
-        interval: int,
+        buffers: AdamWBuffers,
+        rule: AdamWRule,
     ) -> None:
         self.items = [
             (slot, p, g, s["exp_avg"], s["exp_avg_sq"], s.get("master"), groups[group])
             for slot, (p, g, s, group) in enumerate(zip(params, grads, states.states, group_of))
             if g is not None
         ]
-        self.steps, self.stats, self.total, self.control = steps, stats, total, control
-        self.max_norm, self.master, self.seed = max_norm, master, seed
-        self.growth, self.backoff, self.interval = growth, backoff, interval
+        self.buffers, self.rule = buffers, rule
 
     def misfits(self) -> list[int]:
         """Parameters whose gradient is laid out differently; here that does not matter."""
@@ -136,22 +131,22 @@ class AdamWStep:
 
     @torch.no_grad()
     def norms(self) -> None:
-        self.stats.zero_()
+        self.buffers.stats.zero_()
         unscale = self._factor(clip=False)
         for slot, _, g, *_ in self.items:
             g = g.float() * unscale
             finite = g.isfinite()
-            self.stats[slot, 0] = g.where(finite, 0).double().square().sum()
-            self.stats[slot, 1] = (~finite).sum()
-        self.total.copy_(self.stats.sum(0))
+            self.buffers.stats[slot, 0] = g.where(finite, 0).double().square().sum()
+            self.buffers.stats[slot, 1] = (~finite).sum()
+        self.buffers.total.copy_(self.buffers.stats.sum(0))
 
     @torch.no_grad()
     def update(self) -> None:
         largest = torch.finfo(torch.float32).max
-        sound = (self.total[1] == 0) & (self.total[0] <= largest)
+        sound = (self.buffers.total[1] == 0) & (self.buffers.total[0] <= largest)
         factor = self._factor(clip=True)
         for slot, p, g, m, v, w32, (lr, beta1, beta2, eps, decay) in self.items:
-            step = self.steps[slot] + 1
+            step = self.buffers.steps[slot] + 1
             correction1 = (lr / (1 - beta1 ** step.double())).float()
             correction2 = (1 / (1 - beta2 ** step.double()).sqrt()).float()
             g = g.float() * factor
@@ -160,8 +155,8 @@ class AdamWStep:
             v_new = beta2 * v + (1 - beta2) * (g * g)
             denominator = v_new.sqrt() * correction2 + eps
             w_new = w * (1 - lr * decay) - correction1 * (m_new / denominator)
-            if self.master == "stochastic" and p.dtype != torch.float32:
-                p_new = stochastic_round(w_new, p.dtype, self.seed, step, slot)
+            if self.rule.master == "stochastic" and p.dtype != torch.float32:
+                p_new = stochastic_round(w_new, p.dtype, self.rule.seed, step, slot)
             else:
                 p_new = w_new.to(p.dtype)
             changes = [(p, p_new), (m, m_new), (v, v_new)]
@@ -169,25 +164,25 @@ class AdamWStep:
                 changes.append((w32, w_new))
             for old, new in changes:
                 old.copy_(torch.where(sound, new, old))
-            self.steps[slot] += sound
+            self.buffers.steps[slot] += sound
         self._adapt_loss_scale(sound)
 
     def _factor(self, clip: bool) -> Tensor:
-        factor = self.total.new_ones(())
-        if clip and self.max_norm > 0:
-            factor = (self.max_norm / (self.total[0].sqrt() + 1e-6)).clamp(max=1.0)
-        return (factor / self.control[0]).float()
+        factor = self.buffers.total.new_ones(())
+        if clip and self.rule.max_norm > 0:
+            factor = (self.rule.max_norm / (self.buffers.total[0].sqrt() + 1e-6)).clamp(max=1.0)
+        return (factor / self.buffers.control[0]).float()
 
     def _adapt_loss_scale(self, sound: Tensor) -> None:
-        scale, good, skipped = self.control.clone().unbind()
-        self.control[2] = skipped + ~sound
-        if self.interval == 0:
+        scale, good, skipped = self.buffers.control.clone().unbind()
+        self.buffers.control[2] = skipped + ~sound
+        if self.rule.interval == 0:
             return
         good = torch.where(sound, good + 1, 0.0)
-        grows = sound & (good >= self.interval)
-        factor = torch.where(sound, torch.where(grows, self.growth, 1.0), self.backoff)
-        self.control[0] = scale * factor
-        self.control[1] = torch.where(grows, 0.0, good)
+        grows = sound & (good >= self.rule.interval)
+        factor = torch.where(sound, torch.where(grows, self.rule.growth, 1.0), self.rule.backoff)
+        self.buffers.control[0] = scale * factor
+        self.buffers.control[1] = torch.where(grows, 0.0, good)
 
 
 def _mix_bits(x: Tensor | int) -> Tensor | int:

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastprune.kernels.attention import attention_serves
+from fastprune.kernels.attention import attention_op, attention_serves
 
 NAME = "fastprune"
 
@@ -64,7 +64,7 @@ def attention(
         and attention_serves(query.device, query.shape[3])
     ):
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        out, _ = torch.ops.fastprune.attention(*(t.to(dtype) for t in (query, key, value)), scale)
+        out, _ = attention_op(*(t.to(dtype) for t in (query, key, value)), scale)
         return out.transpose(1, 2), None
     return sdpa_attention_forward(
         module,

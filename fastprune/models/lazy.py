@@ -4,6 +4,9 @@ Importing torch and transformers takes seconds, and `fastprune --help` needs nei
 types are registered when AutoConfig is first asked for a config, which every way of loading a
 checkpoint begins with. Registering as soon as transformers is imported would be too early: its
 own modules are half-loaded then.
+
+transformers (5.24) offers no entry point by which an installed package announces model types; one
+would make this file unnecessary, and so would importing transformers in `fastprune/__init__.py`.
 """
 
 from __future__ import annotations

@@ -364,26 +364,3 @@ def per_layer_config(config: Any, sizes: Sequence[Sizes]) -> Any:
         logging.set_verbosity(level)
     result._attn_implementation = config._attn_implementation
     return result
-
-
-def conform(model: nn.Module, sizes: Sequence[Sizes]) -> None:
-    """Make everything around the weights of `model`, cut to `sizes`, agree with them, in place.
-
-    Removes the sublayers of size zero, and turns the model into the class that builds layers of
-    such sizes, with its config: it then trains, generates and saves like a model loaded from disk.
-    """
-    old, new = model.config, per_layer_config(model.config, sizes)
-    family = _family(new)
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
-    for layer, size in zip(model.model.layers, sizes, strict=True):
-        if size.query_heads:
-            settle_heads(layer.self_attn, new, size.query_heads, size.kv_heads)
-        else:
-            remove_sublayer(layer, ATTENTION, family)
-        if not size.channels:
-            remove_sublayer(layer, MLP, family)
-        elif hasattr(layer.mlp, "intermediate_size"):
-            layer.mlp.intermediate_size = size.channels
-    model.__class__ = family_classes(family).causal_lm

@@ -210,15 +210,22 @@ def build_by_config(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.
 
     Raises InputError when they do not go together.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
 
     check_family(config, str(path))
     check_unquantised(config, str(path))
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    classes = (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        if config.is_encoder_decoder
+        else MODEL_FOR_CAUSAL_LM_MAPPING
+    )
     try:
         with quiet_libraries():
-            model, found = auto._model_mapping[type(config)].from_pretrained(
+            model, found = classes[type(config)].from_pretrained(
                 None,
                 config=config,
                 state_dict=dict(state),

@@ -21,9 +21,10 @@ from math import ceil
 
 from torch import nn
 
-from fastprune.inspect.perplexity import BATCH_TOKENS, CHUNK_LOGITS
 from fastprune.models.families import Sublayer, decoder_layers, sublayers
-from fastprune.pruning.compensation import STRENGTHS, TEXT_PER_RANDOM
+from fastprune.models.forward import BATCH_TOKENS, CHUNK_LOGITS
+from fastprune.pruning.calibration import TEXT_PER_RANDOM
+from fastprune.pruning.compensation import STRENGTHS
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.curves import CHANNEL_LEVELS, KL_SHARE
 from fastprune.pruning.divergence import TOP

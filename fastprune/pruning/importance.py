@@ -43,6 +43,21 @@ Hooks = dict[nn.Parameter, Callable[[Tensor], None]]
 """What to do with the gradient of a parameter as soon as it exists."""
 
 
+REGISTERED: dict[str, Callable[[nn.Module], Units]] = {}
+"""Criteria from outside the package, by name."""
+
+
+def register_score(name: str, units: Callable[[nn.Module], Units]) -> None:
+    """Let ``importance=name`` score each decoder layer by ``units``, higher is kept.
+
+    It is given a layer with its weights and returns tensors (units,) by kind of sublayer. Raises
+    ValueError when the name is taken.
+    """
+    if name in (*METHODS, *REGISTERED):
+        raise ValueError(f"the score '{name}' is registered already")
+    REGISTERED[name] = units
+
+
 @dataclass
 class Scores:
     """Importance per unit, higher is kept: of each layer fp64 CPU tensors (units,) by kind.
@@ -79,10 +94,18 @@ def score(calibration: Calibration, method: str, *, seed: int = 0) -> Scores:
         with torch.no_grad():
             prefix = Prefix(calibration, random=False)
             found = [obs(prefix, index) for index, _ in layers.walk("OBS")]
+    elif method in REGISTERED:
+        of_layer = REGISTERED[method]
+        found = [
+            {kind: s.detach().double().cpu() for kind, s in of_layer(layer).items()}
+            for _, layer in layers.walk("scoring")
+        ]
     elif method == "random":
         found = random(layers, seed)
     else:
-        raise ValueError(f"unknown importance '{method}'; known: {', '.join(METHODS)}")
+        raise ValueError(
+            f"unknown importance '{method}'; known: {', '.join((*METHODS, *REGISTERED))}"
+        )
     scores = Scores(found)
     if not scores.finite():
         raise unsound(layers.model, f"the {method} scores")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.kernels import ops
+from fastprune.models.conform import conform
 from fastprune.models.families import Slice, decoder_layers, geometries, sublayers
-from fastprune.models.modeling import conform
 from fastprune.progress import track
 from fastprune.pruning.plan import LayerPlan, Plan
 

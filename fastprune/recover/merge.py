@@ -16,9 +16,8 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Positional
 
-from fastprune.config import CommonConfig, Group, resolve_device
+from fastprune.config import CommonConfig, Group, Positional, resolve_device
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Positional
-
-from fastprune.config import CommonConfig
+from fastprune.config import CommonConfig, Positional
 from fastprune.errors import InputError
 from fastprune.files import check_file
 from fastprune.report import format

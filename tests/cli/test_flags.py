@@ -1,15 +1,13 @@
 """A configuration dataclass becomes flags and YAML keys; every usage error is one line."""
 
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from tyro.conf import Positional
 
-from fastprune.config import CommonConfig
+from fastprune.config import CommonConfig, Positional
 from fastprune.errors import InputError
 from fastprune.flags import parse
 
@@ -40,6 +38,14 @@ class Needy(CommonConfig):
 
     prompt: str
     """text to continue"""
+
+
+@dataclass(kw_only=True)
+class Wordy(CommonConfig):
+    """Has characters that not every terminal knows."""
+
+    widths: tuple[float, ...] = ()
+    """shares of the width – one a layer"""
 
 
 def test_a_missing_flag_is_named():
@@ -79,25 +85,23 @@ def test_the_last_flag_wins():
         ([], "missing MODEL (the model to do it to)"),
         (["m", "--ratio", "much"], "--ratio: 'much' is not a number"),
         (["m", "--max-steps", "1.5"], "--max-steps: '1.5' is not a whole number"),
-        (["m", "--ratio"], "Missing value for argument '--ratio'"),
-        (["m", "--ratoi", "0.2"], "--ratoi, 0.2; did you mean --ratio?"),
-        (["m", "n"], "Unrecognized options: n"),
-        (["m", "--method", "third"], "invalid choice 'third' for argument '--method'"),
+        (["m", "--ratio"], "--ratio needs a value"),
+        (["m", "--ratio", "--overwrite"], "--ratio needs a value"),
+        (["m", "--ratoi", "0.2"], "unknown option --ratoi; did you mean --ratio?"),
+        (["m", "--overwrite=true"], "--overwrite takes no value"),
+        (["m", "n"], "unexpected argument 'n'"),
+        (["m", "--method", "third"], "--method: 'third' is not one of first-order, second-order"),
         (["m", "--parts", "mlp,nose"], "--parts: 'nose' is not one of attention, mlp"),
-        (["m", "--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
+        (["m", "--dtype", "int8"], "--dtype: 'int8' is not one of auto, float32"),
         (["m", "--config"], "--config needs the name of a YAML file"),
         (["m", "--config", "missing.yaml"], "cannot be read: No such file"),
     ],
 )
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_a_usage_error_is_one_line(args, words, encoding, monkeypatch):
-    """Whatever stdout can show decides how the parser frames its message."""
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+def test_a_usage_error_is_one_line(args, words):
     with pytest.raises(InputError) as caught:
         read(*args)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not re.search("[│─]|---", str(caught.value))
 
 
 def test_a_file_gives_defaults_that_flags_override(tmp_path):
@@ -117,8 +121,8 @@ def test_a_file_gives_defaults_that_flags_override(tmp_path):
     [
         ("ratoi: 0.2", "unknown option 'ratoi'"),
         ("ratio: much", "--ratio: 'much' is not a number"),
-        ("method: third", "invalid choice 'third'"),
-        ("overwrite: 3", "invalid choice '3'"),
+        ("method: third", "--method: 'third' is not one of"),
+        ("overwrite: 3", "--overwrite: '3' is not one of True, False"),
         ("ratio: {a: 1}", "ratio: must be one value or a list"),
         ("just words", "must hold `option: value` lines"),
         ("a: [1", "not YAML"),
@@ -143,3 +147,30 @@ def test_help_comes_from_the_docstrings(capsys):
     for words in ("Do a thing to a model", "when to stop (default: 10)", "MODEL", "--config FILE"):
         assert words in text
     assert text.index("--max-steps") < text.index("--json"), "own options come before common ones"
+
+
+def test_help_says_what_may_be_written(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("ratio: 0.25")
+    with pytest.raises(SystemExit):
+        read("--help", "--config", str(file))
+    rows = [" ".join(row.strip("│| ").split()) for row in capsys.readouterr().out.splitlines()]
+    for row in (
+        "usage: fastprune thing [-h] [OPTIONS] MODEL",
+        "MODEL the model to do it to (required)",
+        "--out PATH where the result goes",
+        "--ratio FLOAT how much of it (default: 0.25)",
+        "--method {first-order,second-order}",
+        "--parts attention,mlp which parts (default: attention,mlp)",
+        "--overwrite, --no-overwrite",
+    ):
+        assert row in rows
+
+
+def test_help_is_shown_where_stdout_knows_few_characters(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    with pytest.raises(SystemExit):
+        parse(Wordy, ["--help"], "fastprune wordy")
+    shown.flush()
+    assert "--widths FLOAT" in shown.buffer.getvalue().decode()

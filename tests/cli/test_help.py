@@ -6,10 +6,9 @@ import shlex
 from typing import get_type_hints
 
 import pytest
-import tyro
 
 from fastprune import cli
-from fastprune.config import Group
+from fastprune.config import POSITIONAL, Group
 from fastprune.flags import group_of, parse
 
 COMMANDS = list(cli.COMMANDS)
@@ -50,7 +49,7 @@ def test_every_option_is_in_one_group(name, help_of):
     hints = get_type_hints(cli._load(cli.COMMANDS[name].config), include_extras=True)
     wanted: dict[str, list[str]] = {}
     for option, hint in hints.items():
-        if tyro.conf.Positional not in getattr(hint, "__metadata__", ()):
+        if POSITIONAL not in getattr(hint, "__metadata__", ()):
             group = group_of(hint)
             title = "options" if group is None else f"{group.value} options"
             wanted.setdefault(title, []).append(f"--{option.replace('_', '-')}")

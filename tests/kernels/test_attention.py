@@ -222,7 +222,7 @@ def test_lower_levels_do_without(module):
         workspace = torch.empty(1 << 20, dtype=torch.uint8)
         sums = torch.empty(1, 2, 20)
         with pytest.raises(ValueError, match="no AVX512-BF16, or a level below v4"):
-            module.attention(q, k, v, out, sums, workspace, 0.2)
+            module.attention(q, k, v, 0.2, out, sums, workspace)
     finally:
         module.set_cpu_level(level)
 
@@ -254,9 +254,9 @@ def test_the_module_checks_by_itself(module, serves):
     q, k, v, _ = inputs((1, 4, 2, 8, 16))
     out, sums, workspace = torch.empty_like(q), torch.empty(32), torch.empty(0, dtype=torch.uint8)
     with pytest.raises(ValueError, match="workspace must be contiguous with at least"):
-        module.attention(q, k, v, out, sums, workspace, 0.2)
+        module.attention(q, k, v, 0.2, out, sums, workspace)
     workspace = torch.empty(module.attention_workspace(q, k), dtype=torch.uint8)
     with pytest.raises(ValueError, match="out has shape"):
-        module.attention(q, k, v, k, sums, workspace, 0.2)
+        module.attention(q, k, v, 0.2, k, sums, workspace)
     with pytest.raises(ValueError, match="log_sums must be contiguous with at least 32"):
-        module.attention(q, k, v, out, sums[:5], workspace, 0.2)
+        module.attention(q, k, v, 0.2, out, sums[:5], workspace)

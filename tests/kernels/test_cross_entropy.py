@@ -248,9 +248,3 @@ ROWS = torch.zeros(3, dtype=torch.int64)
 def test_errors_name_the_culprit(logits, targets, scale, message):
     with pytest.raises(ValueError, match=message):
         ops.cross_entropy(logits, targets, scale=scale)
-
-
-@pytest.mark.parametrize("scale", [None, 0.5])
-def test_opcheck(device, scale):
-    logits, targets = inputs((4, 33), torch.float32, device)
-    torch.library.opcheck(torch.ops.fastprune.cross_entropy.default, (logits, targets, scale))

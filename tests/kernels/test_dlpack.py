@@ -14,7 +14,7 @@ def scan(module, tensors):
 def test_views_are_borrowed_not_copied(module):
     base = torch.zeros(10, 4)
     dst = base[2:4]
-    module.gather([torch.ones(3, 4)], [torch.tensor([0, 2])], [0], [dst], None, False)
+    module.gather([torch.ones(3, 4)], [torch.tensor([0, 2])], [0], False, [dst], None)
     assert base.sum() == 8
     assert base[2:4].sum() == 8
 
@@ -70,7 +70,7 @@ def test_workspaces_are_checked(module):
         module.scan([x], out, small)
     w = torch.ones(200, 30)
     with pytest.raises(ValueError, match="taylor: workspace is too small"):
-        module.taylor("l1", w, None, None, None, torch.empty(200), torch.empty(30), small)
+        module.taylor(w, None, None, None, "l1", torch.empty(200), torch.empty(30), small)
 
 
 def test_reading_does_not_bump_versions_or_keep_references(module):

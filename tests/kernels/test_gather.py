@@ -160,9 +160,3 @@ def test_fallback_agrees(monkeypatch):
     out = [torch.empty_like(expected[0])]
     assert torch.equal(ops.gather([w], [index], [0])[0], expected[0])
     assert torch.equal(ops.gather([w], [index], [0], out=out)[0], expected[0])
-
-
-def test_opcheck(device):
-    tensors = [filled((9, 12), torch.float32, device), filled((9, 12), torch.bfloat16, device)]
-    indices = [torch.tensor([1, 4]), torch.tensor([0, 1, 11])]
-    torch.library.opcheck(torch.ops.fastprune.gather.default, (tensors, indices, [0, 1]))

@@ -10,9 +10,9 @@ from tiny import TEXT, saved, tiny_checkpoint, tiny_model, tiny_tokenizer
 from fastprune import cli
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.conform import conform
 from fastprune.models.families import Geometry
 from fastprune.models.load import load_config, load_model, load_tokenizer
-from fastprune.models.modeling import conform
 
 MODELLING = """
 from transformers import LlamaConfig, LlamaForCausalLM

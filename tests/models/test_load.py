@@ -13,9 +13,9 @@ from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer, token_ids
 
 from fastprune.errors import InputError
 from fastprune.models import foreign, load
+from fastprune.models.conform import conform
 from fastprune.models.families import Geometry, geometries
 from fastprune.models.load import load_config, load_model, load_tokenizer
-from fastprune.models.modeling import conform
 from fastprune.models.streamed import StreamedModel
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModel
 from transformers.utils import logging as library
 
 from fastprune.models import modeling
+from fastprune.models.conform import conform
 from fastprune.models.families import Geometry
 
 
@@ -47,7 +48,7 @@ def test_conformed_model_equals_one_built_at_that_size(family):
     built = per_layer_model(family, {1: NO_ATTENTION})
     sizes = [Geometry(8, 4, 96, 16) for _ in range(4)]
     sizes[1] = Geometry(0, 0, 96, 16)
-    modeling.conform(stock, sizes)
+    conform(stock, sizes)
     assert type(stock) is type(built)
     assert stock.config.to_dict()["per_layer_config"] == built.config.to_dict()["per_layer_config"]
     built.load_state_dict(stock.state_dict())
@@ -66,9 +67,7 @@ def test_nothing_is_said_of_global_sizes_that_are_read():
     library.warning_once.cache_clear()
     library.add_handler(handler)
     try:
-        modeling.conform(
-            tiny_model("llama"), [Geometry(8, 4, 96, 16)] * 3 + [Geometry(2, 1, 8, 16)]
-        )
+        conform(tiny_model("llama"), [Geometry(8, 4, 96, 16)] * 3 + [Geometry(2, 1, 8, 16)])
     finally:
         library.remove_handler(handler)
     assert not seen
@@ -76,7 +75,7 @@ def test_nothing_is_said_of_global_sizes_that_are_read():
 
 def test_conformed_model_follows_a_change_of_attention():
     model = tiny_model("llama")
-    modeling.conform(model, [Geometry(8, 4, 96, 16)] * 3 + [Geometry(0, 0, 96, 16)])
+    conform(model, [Geometry(8, 4, 96, 16)] * 3 + [Geometry(0, 0, 96, 16)])
     ids = token_ids()
     with torch.no_grad():
         before = model(ids).logits

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from fastprune.errors import InputError
 from fastprune.models import forward
 from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.conform import conform
 from fastprune.models.families import geometries
 from fastprune.models.forward import decoder_and_head
 from fastprune.models.load import load_model
-from fastprune.models.modeling import conform, remove_sublayer
+from fastprune.models.modeling import remove_sublayer
 from fastprune.recover import distill
 from fastprune.recover.align import align_layers
 from fastprune.recover.distill import Distiller, load_teacher

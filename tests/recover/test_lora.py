@@ -13,9 +13,9 @@ from tiny import FAMILIES, compute_activations_twice, tiny_model, tiny_tokenizer
 from fastprune.errors import InputError
 from fastprune.models.adapter import BASE_FILE, Fingerprint
 from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.conform import conform
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
-from fastprune.models.modeling import conform
 from fastprune.precision import convert_weights
 from fastprune.recover.lora import TARGETS, attach, load_adapter, save_adapter
 from fastprune.recover.loss import next_token_loss
