@@ -1,4 +1,4 @@
-"""The table of docs/quality.md: what is left of a model, for every way to prune it.
+"""What is left of a model, for every way to prune it, as a table (docs/prune.md has a part of it).
 
     python bench/quality.py smollm2-135m --calib c4.jsonl --test wikitext2-test.txt \\
         --second handbook.txt --out runs/quality
