@@ -90,8 +90,9 @@ class _Option:
         """What to write for it."""
         if self.positional:
             return self.shown if self.required else f"[{self.shown}]"
-        switch = f", --no-{self.shown[2:]}"
-        return self.shown + (switch if self.hint is bool else f" {_metavar(self.hint)}")
+        if self.hint is bool:
+            return f"{self.shown}, {self.shown[:2]}no-{self.shown[2:]}"
+        return f"{self.shown} {_metavar(self.hint)}"
 
     @property
     def about(self) -> str:

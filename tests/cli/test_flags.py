@@ -48,6 +48,19 @@ class Wordy(CommonConfig):
     """shares of the width – one a layer"""
 
 
+@dataclass(kw_only=True)
+class Several(CommonConfig):
+    """Takes any number of folders."""
+
+    runs: Positional[tuple[Path, ...]] = ()
+    """folders"""
+
+
+def test_a_positional_list_takes_every_loose_word():
+    config = parse(Several, ["a,b", "--seed", "3", "c"], "fastprune several")
+    assert (config.runs, config.seed) == ((Path("a,b"), Path("c")), 3)
+
+
 def test_a_missing_flag_is_named():
     with pytest.raises(InputError, match=r"missing --prompt \(text to continue\)"):
         parse(Needy, [], "fastprune needy")
