@@ -37,7 +37,7 @@ from fastprune.models.quiet import quiet_libraries
 CODE_FILE = "modeling_fastprune.py"
 LAYER_KEY = re.compile(rf"{re.escape(LLAMA.layers)}\.(\d+)\.(.*)")
 HEAD, EMBEDDING = f"{LLAMA.head}.weight", f"{LLAMA.embeddings}.weight"
-"""Names of the weights that checkpoints of every family in `modeling.FAMILIES` share."""
+"""Names of the weights that checkpoints of every family in `modeling.STOCK` share."""
 
 log = logging.getLogger("fastprune")
 

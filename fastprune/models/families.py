@@ -401,18 +401,6 @@ def _rows(
     return found
 
 
-def attention_slices(layer: nn.Module) -> list[Slice]:
-    """The slices of the attention of ``layer``, the output last; none where it is removed."""
-    return [
-        s for sublayer in sublayers(layer) if sublayer.kind == "attention" for s in sublayer.slices
-    ]
-
-
-def mlp_slices(layer: nn.Module) -> list[Slice]:
-    """The slices of the MLP of ``layer``, the output last; none where it is removed."""
-    return [s for sublayer in sublayers(layer) if sublayer.kind == "mlp" for s in sublayer.slices]
-
-
 def block_parameters(model: nn.Module) -> int:
     """Number of parameters inside the decoder layers."""
     return sum(p.numel() for p in decoder_layers(model).parameters())
