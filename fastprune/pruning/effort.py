@@ -1,8 +1,9 @@
 """What `--effort` chooses where nothing is said: the best that is known for the time it takes.
 
-Measured on SmolLM2-135M (docs/benchmarks.md). Channels cost less than KV groups as long as the
-middle layers have enough of them. Equal shares of the middle layers are found at once; a search over all
-layers leaves more; more calibration text makes the refit better on other text than its own.
+Measured on SmolLM2-135M (docs/benchmarks.md).
+Channels cost less than KV groups as long as the middle layers have enough of them. Equal shares of
+the middle layers are found at once; a search over all layers leaves more; more calibration text
+makes the refit better on other text than its own.
 """
 
 from __future__ import annotations
