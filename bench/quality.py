@@ -1,4 +1,4 @@
-"""What is left of a model, for every way to prune it, as a table (docs/prune.md has a part of it).
+"""The table of docs/benchmarks.md: what is left of a model, for every way to prune it.
 
     python bench/quality.py smollm2-135m --calib c4.jsonl --test wikitext2-test.txt \\
         --second handbook.txt --out runs/quality

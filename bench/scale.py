@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md: what each stage of `prune` costs for Llama-3 8B and 70B.
+"""The tables of docs/guides/devices.md: what each stage of `prune` costs for Llama-3 8B and 70B.
 
     python bench/scale.py
 

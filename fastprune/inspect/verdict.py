@@ -2,8 +2,9 @@
 
 Perplexity is judged by its ratio to the dense model's in the same windows. What may be expected
 depends on how much was removed; the bands below are those of dense 8-billion-parameter models at
-128 tokens, whose own perplexity is about 10, divided by that 10 (docs/diagnose.md). Where no dense
-figure is known nothing is judged: the absolute bands of large models say little of a small one.
+128 tokens, whose own perplexity is about 10, divided by that 10 (docs/guides/diagnose.md). Where no
+dense figure is known nothing is judged: the absolute bands of large models say little of a
+small one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a budget is allocated to the layers: units to remove per sublayer.
 
 Counts only, no weights and no scores' tensors, so everything here runs in
-milliseconds. Formulas: the allocation section of docs/numerics.md.
+milliseconds. Formulas: the allocation section of docs/dev/numerics.md.
 """
 
 from __future__ import annotations

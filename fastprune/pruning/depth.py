@@ -1,6 +1,6 @@
 """Which sublayers go as a whole: counting over measured losses, no weights.
 
-Formulas: the allocation section of docs/numerics.md.
+Formulas: the allocation section of docs/dev/numerics.md.
 """
 
 from __future__ import annotations

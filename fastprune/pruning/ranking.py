@@ -1,6 +1,6 @@
 """Units of all layers ranked by score per parameter: ``--allocation global``.
 
-Counts only, no weights. Formulas: the allocation section of docs/numerics.md.
+Counts only, no weights. Formulas: the allocation section of docs/dev/numerics.md.
 """
 
 from __future__ import annotations

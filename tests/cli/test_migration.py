@@ -1,4 +1,4 @@
-"""The commands of docs/migration.md, run on tiny models: what the page promises is done.
+"""The commands of docs/guides/migration.md, run on tiny models: what the page promises is done.
 
 Under the names of the page's models and data lie tiny ones, and sizes are replaced by smaller ones
 (SMALLER); everything else is the page's own.
@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 
 from fastprune import AdamW, cli, progress
 
-PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "migration.md"
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S))
 SMALLER = {
     "prune": {"calib-samples": 4, "calib-seq-len": 32, "sensitivity-samples": 2, "layers": "1:8"},

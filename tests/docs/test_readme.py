@@ -1,0 +1,32 @@
+"""The two READMEs say the same, are short, and every local link in the documents has a target."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_both_languages_have_the_same_headings_code_and_figures():
+    english, chinese = (file.read_text(encoding="utf-8") for file in READMES)
+    for pattern in (r"^#+(?= )", r"^```\w*\n.*?^```$", r"\]\((?!README)(.*?)\)", r"\d+\.\d+"):
+        found = [re.findall(pattern, text, re.M | re.S) for text in (english, chinese)]
+        assert found[0], pattern
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("file", READMES, ids=lambda file: file.name)
+def test_a_readme_is_short(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)[^)]*\)", text)
+    generated = "commands.md"  # by tools/command_reference.py, when the site is built
+    missing = [t for t in targets if Path(t).name != generated and not (page.parent / t).exists()]
+    assert missing == []
