@@ -20,13 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprune.models.families import decoder_layers, sublayers
+from fastprune.models.families import declaration, decoder_layers, sublayers
 from fastprune.models.forward import decoder_and_head
 from fastprune.precision import fast_forward
 from fastprune.progress import track
-
-DECODER, EMBEDDINGS, HEAD = "model", "model.embed_tokens", "lm_head"
-NORM, ROTARY = "model.norm", "model.rotary_emb"
 
 
 class Layers:
@@ -42,6 +39,7 @@ class Layers:
 
     def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         self.model = model
+        self.family = declaration(model)
         self.modules = decoder_layers(model)
         self.device = device or next(model.parameters()).device
         """where the layers compute"""
@@ -82,7 +80,7 @@ class Layers:
     @contextmanager
     def headed(self) -> Iterator[nn.Linear]:
         """Inside the block the language-model head has its weights on the device."""
-        with self._loaded(HEAD):
+        with self._loaded(self.family.head):
             yield self.head
 
     def walk(
@@ -114,7 +112,7 @@ class Layers:
         Prepares `run` for batches of these shapes.
         """
         place = place or self.waiting
-        with self._loaded(EMBEDDINGS):
+        with self._loaded(self.family.embeddings):
             return [self._embedded(ids.to(self.device)).to(place) for ids in batches]
 
     def run(self, index: int, hidden: Tensor, *, fast: bool = False) -> Tensor:
@@ -156,7 +154,7 @@ class Layers:
         layer = self.modules[index]
         for sublayer in (s for s in sublayers(layer) if kind in (None, s.kind)):
             for name, parameter in sublayer.linear(layer).named_parameters():
-                yield f"{DECODER}.layers.{index}.{sublayer.output.module}.{name}", parameter
+                yield f"{self.family.layers}.{index}.{sublayer.output.module}.{name}", parameter
 
     def keep(self, index: int) -> None:
         """Let `outputs` of layer ``index``, which is loaded, stay as they are now."""
@@ -201,7 +199,7 @@ class Layers:
 
     @property
     def final_norm(self) -> nn.Module:
-        return self.model.get_submodule(NORM)
+        return self.model.get_submodule(self.family.norm)
 
     def _products(self, fast: bool) -> AbstractContextManager[object]:
         return fast_forward(self.device, self.dtype) if fast else nullcontext()
@@ -209,8 +207,10 @@ class Layers:
     def _embedded(self, ids: Tensor) -> Tensor:
         """The first layer's input, from the model's own forward around layers that only record."""
         recorders = [_Recorder() for _ in self.modules]
-        with replaced(self.model.get_submodule(DECODER), layers=nn.ModuleList(recorders)):
-            self.model.get_submodule(DECODER)(input_ids=ids, use_cache=False)
+        parent, _, name = self.family.layers.rpartition(".")
+        decoder = self.model.get_submodule(parent)
+        with replaced(decoder, **{name: nn.ModuleList(recorders)}):
+            decoder(input_ids=ids, use_cache=False)
         self._arguments[tuple(ids.shape)] = [recorder.arguments for recorder in recorders]
         return recorders[0].hidden
 
@@ -280,7 +280,7 @@ class FetchedLayers(Layers):
         raise NotImplementedError
 
     def _layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        return self._loaded(f"{DECODER}.layers.{index}")
+        return self._loaded(f"{self.family.layers}.{index}")
 
     @contextmanager
     def _loaded(self, name: str) -> Iterator[nn.Module]:
@@ -299,8 +299,9 @@ class OffloadedLayers(FetchedLayers):
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(model, device)
         self._weights = dict(model.named_parameters(remove_duplicate=False))
+        self._decoder = model.get_submodule(self.family.norm.rpartition(".")[0])
         self._norm, self._rotary = (
-            deepcopy(model.get_submodule(name)).to(device) for name in (NORM, ROTARY)
+            deepcopy(module).to(device) for module in (super().final_norm, self._decoder.rotary_emb)
         )
 
     def fetch(self, name: str) -> Tensor:
@@ -317,8 +318,7 @@ class OffloadedLayers(FetchedLayers):
         self._kept.clear()
 
     def _embedded(self, ids: Tensor) -> Tensor:
-        decoder = self.model.get_submodule(DECODER)
-        with replaced(decoder, norm=nn.Identity(), rotary_emb=self._rotary):
+        with replaced(self._decoder, norm=self._norm, rotary_emb=self._rotary):
             return super()._embedded(ids)
 
     def _sources(self) -> Iterator[tuple[str, Tensor | str]]:

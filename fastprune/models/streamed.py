@@ -18,7 +18,7 @@ from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
 from fastprune.models.families import family_of_config
-from fastprune.models.layers import NORM, FetchedLayers
+from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
@@ -59,8 +59,8 @@ class StreamedModel(FetchedLayers):
         _read_generation_config(self.model, folder)
         rotary = self.model.model.rotary_emb
         self.model.model.rotary_emb = type(rotary)(config=self.model.config).to(self.device)
-        norm = {"weight": self.read(f"{NORM}.weight")}
-        self.model.get_submodule(NORM).load_state_dict(norm, assign=True)
+        norm = {"weight": self.read(f"{self.family.norm}.weight")}
+        self.final_norm.load_state_dict(norm, assign=True)
 
     def fetch(self, name: str) -> Tensor:
         if name == HEAD and self.model.config.tie_word_embeddings:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calibrated import calibrated
 from counting import keeping
 from tiny import FAMILIES, VOCABULARY, tiny_model, token_ids
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ FUSED = Family(
         ),
     ),
     layers="decoder.blocks",
+    embeddings="decoder.embed_tokens",
+    norm="decoder.norm",
 )
 """All projections fused, norms behind the sublayers, and norms over all heads."""
 SHAPE = Geometry(GROUPS * QUERIES, GROUPS, CHANNELS, HEAD)
@@ -119,12 +122,13 @@ class FusedDecoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCABULARY, HIDDEN)
         self.blocks = nn.ModuleList(FusedLayer() for _ in range(3))
+        self.norm = nn.RMSNorm(HIDDEN)
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
         hidden = self.embed_tokens(input_ids)
         for block in self.blocks:
             hidden = block(hidden)
-        return SimpleNamespace(last_hidden_state=hidden)
+        return SimpleNamespace(last_hidden_state=self.norm(hidden))
 
 
 class FusedModel(nn.Module):
@@ -173,7 +177,7 @@ def masked(model: FusedModel, plan: Plan) -> FusedModel:
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("method", ["magnitude-l2", "taylor-first", "activation", "activation-maw"])
 def test_a_family_from_outside_is_scored_planned_and_cut(model, method, allocation) -> None:
-    scores = score(model, token_ids(4, 9), method)
+    scores = score(calibrated(model, token_ids(4, 9)), method)
     sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
     target = round(0.4 * sum(size.prunable for size in sizes))
     limits = Limits()
@@ -214,7 +218,7 @@ def test_what_a_unit_of_fused_projections_owns(model) -> None:
 
 def test_scores_of_fused_projections_are_those_of_their_parts(model) -> None:
     layer = decoder_layers(model)[1]
-    found = score(model, token_ids(2, 9), "magnitude-l1").layers[1]
+    found = score(calibrated(model, token_ids(2, 9)), "magnitude-l1").layers[1]
     attention, mlp = layer.double().self_attn, layer.mlp
     qkv = torch.cat([attention.qkv_proj.weight, attention.qkv_proj.bias[:, None]], 1).abs().sum(1)
     q, k, v = qkv.split([GROUPS * QUERIES * HEAD, GROUPS * HEAD, GROUPS * HEAD])
