@@ -313,17 +313,17 @@ def family_of_config(config: Any) -> str:
     return family
 
 
+def declaration(model: nn.Module) -> Family:
+    """The family of a causal language model; Llama's for one that is not supported."""
+    return FAMILIES.get(model.config.model_type.removeprefix(PRUNED_PREFIX), LLAMA)
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model, in order.
 
     Those of a family that is not supported are looked for where Llama has them.
     """
-    return model.get_submodule(declared(model).layers)
-
-
-def declared(model: nn.Module) -> Family:
-    """The declaration of ``model``; Llama's for a family that is not supported."""
-    return FAMILIES.get(model.config.model_type.removeprefix(PRUNED_PREFIX), LLAMA)
+    return model.get_submodule(declaration(model).layers)
 
 
 def geometry(layer: nn.Module) -> Geometry:

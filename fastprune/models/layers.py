@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprune.models.families import declared, decoder_layers, sublayers
+from fastprune.models.families import declaration, decoder_layers, sublayers
 from fastprune.models.forward import decoder_and_head
 from fastprune.precision import fast_forward
 from fastprune.progress import track
@@ -42,7 +42,7 @@ class Layers:
 
     def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         self.model = model
-        self.family = declared(model)
+        self.family = declaration(model)
         self.modules = decoder_layers(model)
         self.device = device or next(model.parameters()).device
         """where the layers compute"""
