@@ -18,7 +18,7 @@ from fastprune.models.checkpoint import (
     settle_tie,
     write_weights,
 )
-from fastprune.models.families import Geometry, geometries
+from fastprune.models.families import Geometry, declaration, geometries
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import skeleton
@@ -85,11 +85,26 @@ def uniform_size(model: nn.Module) -> Geometry:
     for groups in range(most, max(most, model.config.hidden_size // ratio) + 1):
         size = Geometry(groups * ratio, groups, channels, head_dim)
         if has_stock_form(model, size):
+            _check_padding(model, sizes, size)
             return size
     raise InputError(
         f"hf-uniform: no stock architecture has the biases of this model and query heads in "
         f"multiples of {ratio} on a hidden size of {model.config.hidden_size}; use --format hf"
     )
+
+
+def _check_padding(model: nn.Module, sizes: Sequence[Geometry], size: Geometry) -> None:
+    """InputError when `model` needs padding to `size` and zeros would change what it computes."""
+    if all(own == size for own in sizes if own.kv_heads or own.channels):
+        return
+    for declared in declaration(model).sublayers:
+        modules = [module for module, _ in declared.inputs]
+        if declared.scales or len(set(modules)) < len(modules):
+            what = "norms over all heads" if declared.scales else "fused projections"
+            raise InputError(
+                f"hf-uniform: the layers differ in size, and {what} cannot be filled up with "
+                "zeros; prune with --layout uniform, or use --format hf"
+            )
 
 
 def _notes(size: Geometry, sizes: Sequence[Geometry], padding: int) -> list[str]:

@@ -28,6 +28,8 @@ def obstacle(config: Any) -> str | None:
         return "its readers have no biases of q, k and v, which Qwen2 has"
     if family == "qwen3":
         return "its readers have no norms of q and k, which Qwen3 has"
+    if family not in ("llama", "mistral"):
+        return f"its readers build a Llama, and a {family} computes something else"
     if settings.get("sliding_window"):
         return "its readers have no sliding window"
     if settings.get("attention_bias") or settings.get("mlp_bias"):

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import EVERY_FAMILY, TEXT, tiny_checkpoint, tiny_model, token_ids
+from tiny import (
+    EVERY_FAMILY,
+    TEXT,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+    token_ids,
+)
+from tiny import FAMILIES as FAMILIES_OF_ENGINES
 from transformers import AutoModelForCausalLM
 
-from fastprune import cli
+from fastprune import ExportConfig, cli, export
+from fastprune.errors import InputError
 from fastprune.models import modeling
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import FAMILIES, decoder_layers, geometries, sublayers
@@ -94,6 +103,29 @@ def test_a_cut_model_is_read_again_by_transformers(family, alike, tmp_path):
     cached = again.generate(IDS, max_new_tokens=6, do_sample=False)
     plain = again.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False)
     assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_zeros_fill_up_layers_or_the_form_is_refused(family, tmp_path):
+    model = tiny_model(family)
+    expected = uneven(model)
+    apply_plan(model, expected)
+    settings = ExportConfig(model="", format=("hf-uniform",), out=tmp_path / "out", quiet=True)
+    if family in ("olmo2", "phi3"):
+        with pytest.raises(InputError, match="cannot be filled up with zeros"):
+            export(model, tiny_tokenizer(), settings)
+        return
+    export(model, tiny_tokenizer(), settings)  # reads it again and compares the logits
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [f for f in EVERY_FAMILY if f not in FAMILIES_OF_ENGINES])
+@pytest.mark.parametrize("form", ["gguf", "nemotron-nas"])
+def test_forms_of_other_engines_are_refused_by_family(family, form, tmp_path):
+    settings = ExportConfig(model="", format=(form,), out=tmp_path / "out", quiet=True)
+    with pytest.raises(InputError, match=family):
+        export(tiny_model(family), tiny_tokenizer(), settings)
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
