@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprune.models.families import declaration, decoder_layers, sublayers
+from fastprune.models.families import declaration, decoder_layers, family_of, sublayers
 from fastprune.models.forward import decoder_and_head
 from fastprune.precision import fast_forward
 from fastprune.progress import track
@@ -216,6 +216,15 @@ class Layers:
             decoder(input_ids=ids, use_cache=False)
         self._arguments[tuple(ids.shape)] = [recorder.arguments for recorder in recorders]
         return recorders[0].hidden
+
+
+def resident(model: nn.Module) -> Layers:
+    """The walk over ``model``, all of whose weights are on one device.
+
+    Raises InputError for a family that is not supported.
+    """
+    family_of(model)
+    return Layers(model)
 
 
 class _Recorder(nn.Module):

@@ -1,9 +1,8 @@
 """What `--effort` chooses where nothing is said: the best that is known for the time it takes.
 
-Measured on SmolLM2-135M (docs/benchmarks.md).
-Channels cost less than KV groups as long as the middle layers have enough of them. Equal shares of
-the middle layers are found at once; a search over all layers leaves more; more calibration text
-makes the refit better on other text than its own.
+Measured on SmolLM2-135M (research/LOG.md). Channels cost less than KV groups as long as the middle
+layers have enough of them. Equal shares of the middle layers are found at once; a search over all
+layers leaves more; more calibration text makes the refit better on other text than its own.
 """
 
 from __future__ import annotations
@@ -16,18 +15,12 @@ from typing import Any, Literal
 from torch import nn
 
 from fastprune.models.decilm import WIDTH_MULTIPLE
-from fastprune.models.families import (
-    block_parameters,
-    decoder_layers,
-    geometries,
-    geometry,
-    mlp_slices,
-    unit_cost,
-)
+from fastprune.models.families import FINEST, block_parameters, decoder_layers, geometries
+from fastprune.pruning.budget import layer_size
 from fastprune.pruning.config import ALL, PruneConfig
 
 ENDS = 1 / 10
-"""Share of the layers at either end that equal shares leave whole."""
+"""Share of the layers at either end that equal shares leave untouched."""
 CHANNELS_ALONE = 0.4
 """Share of the block parameters up to which channels alone are removed."""
 ROOM = 0.8
@@ -113,9 +106,7 @@ def _middle(config: PruneConfig, model: nn.Module, share: float) -> str:
 def _needed(model: nn.Module, share: float, layers: Iterable[int]) -> float:
     """The share of the channels of ``layers`` that is ``share`` of all block parameters."""
     blocks = decoder_layers(model)
-    channels = sum(
-        unit_cost(blocks[i], mlp_slices(blocks[i])) * geometry(blocks[i]).channels for i in layers
-    )
+    channels = sum(layer_size(blocks[i], (FINEST,)).prunable for i in layers)
     return share * block_parameters(model) / channels if channels else math.inf
 
 

@@ -14,7 +14,7 @@ from fastprune import distributed
 from fastprune.config import resolve_device
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import check_savable, save_checkpoint
-from fastprune.models.layers import Layers
+from fastprune.models.layers import Layers, resident
 from fastprune.models.load import load_model
 from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import StreamedModel
@@ -77,7 +77,7 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
     clock = Clock()
     if lacks_weights(config):
         model, decided = sizes_only(config)
-        run = PruneRun(Layers(model), None, config, clock)
+        run = PruneRun(resident(model), None, config, clock)
         return carry_out(run, planning=decided)
     with distributed.joined(config.device), _log(config) as run_log:
         with clock("load"):
@@ -141,7 +141,7 @@ def prune(
     grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
     """
     config.check()
-    return carry_out(PruneRun(Layers(model), tokenizer, config, clock or Clock()))
+    return carry_out(PruneRun(resident(model), tokenizer, config, clock or Clock()))
 
 
 def carry_out(
@@ -181,7 +181,7 @@ def _load(config: PruneConfig) -> tuple[Layers, Any]:
         allow_pickle=config.allow_pickle,
         tokenizer=own,
     )
-    return Layers(model), tokenizer
+    return resident(model), tokenizer
 
 
 def _save(directory: Path, result: PruneResult, *, weights: bool) -> None:

@@ -159,11 +159,11 @@ def test_stopped_in_the_second_round_the_first_is_not_repeated(compress, tmp_pat
     assert compress(*flags, out=tmp_path / "whole")[0] == 0
     real, runs = pipeline.PruneRun, []
 
-    def second_fails(*args):
+    def second_fails(*args, **options):
         runs.append(args)
         if len(runs) == 2:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(pipeline, "PruneRun", second_fails)
     assert compress(*flags)[0] == 130
