@@ -125,6 +125,12 @@ class Family:
         """The path of the module that runs the layers."""
         return self.layers.rpartition(".")[0]
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of the linear modules of a layer, without their paths, in the order of use."""
+        paths = (path for s in self.sublayers for path, _ in (*s.inputs, s.output))
+        return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
     def geometry(self, shape: Callable[[str], tuple[int, int]], head_dim: int) -> Geometry:
         """Sizes of a layer by the shapes of its modules, as for `Declaration.entries`."""
         found: dict[str, int] = {}

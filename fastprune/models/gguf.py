@@ -22,7 +22,6 @@ from fastprune.models.families import (
     KEY,
     OUTPUT,
     QUERY,
-    SUPPORTED,
     UP,
     VALUE,
 )
@@ -46,6 +45,8 @@ LAYER_TENSORS = {
 TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 PAIRED = {"llama": ("attn_q", "attn_k"), DECI: ("attn_q", "attn_k"), "qwen2": (), "qwen3": ()}
 """Whose rotary embedding turns neighbouring values of a head together, not halves of it."""
+MAPPED = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose settings are read here; those of others are as transformers' reader has them."""
 FREQUENCIES = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 FACTORS = (FREQUENCIES, LONG, SHORT)
@@ -125,7 +126,7 @@ def part_neighbours(weight: Tensor, head_dim: int) -> Tensor:
 def check_uniform(header: Header) -> None:
     """InputError where layers of the file differ in size, which the reader cannot express."""
     for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
-        if isinstance(header.settings.get(name), list) and header.architecture in SUPPORTED:
+        if isinstance(header.settings.get(name), list) and header.architecture in MAPPED:
             raise InputError(
                 f"{header.path}: its layers differ in size ({header.architecture}.{name} is a "
                 "list), and such files are not read; give the Hugging Face folder it was made from"
@@ -145,7 +146,7 @@ def complete_config(config: Any, header: Header) -> Any:
         fields = {k: v for k, v in config.to_dict().items() if k != "model_type"}
         config = AutoConfig.for_model("llama", **fields)
         config.architectures = None
-    if config.model_type in SUPPORTED:
+    if config.model_type in MAPPED:
         _complete_family(config, header)
     else:
         _check_others(config, header)
@@ -277,7 +278,7 @@ def check_tensors(header: Header, config: Any, state: Mapping[str, Tensor]) -> N
     """
     count = config.num_hidden_layers
     known = set(_gguf_names(header.architecture, count, state))
-    if config.model_type in SUPPORTED:
+    if config.model_type in MAPPED:
         known |= {FREQUENCIES} & header.factors.keys()
         known |= {LONG, SHORT} if config.rope_parameters["rope_type"] == "longrope" else set()
     experts = any("experts" in name for name in state)  # several of the file's make one weight

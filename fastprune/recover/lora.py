@@ -22,7 +22,7 @@ from fastprune.models.adapter import (
     load_adapter,
     write_fingerprint,
 )
-from fastprune.models.families import PRUNED_PREFIX, SUPPORTED
+from fastprune.models.families import PRUNED_PREFIX, SUPPORTED, declaration
 from fastprune.models.quiet import quiet_libraries
 
 __all__ = ["TARGETS", "LoraSettings", "attach", "load_adapter", "save_adapter"]
@@ -123,16 +123,18 @@ def _targets(model: nn.Module, names: tuple[str, ...]) -> list[str] | str:
         for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     }
-    family = model.config.model_type.removeprefix(PRUNED_PREFIX)
-    if not names or (family not in SUPPORTED and names == TARGETS):
-        names = TARGETS if family in SUPPORTED else tuple(sorted(linear))
+    usual = tuple(sorted(linear))
+    if model.config.model_type.removeprefix(PRUNED_PREFIX) in SUPPORTED:
+        usual = declaration(model).projections
+    if not names or names == TARGETS:
+        names = usual
     full = [
         f"{name}_proj" if name not in linear and f"{name}_proj" in TARGETS else name
         for name in names
     ]
     found = [name for name in full if name in linear]
     # A model that lost all its attentions lacks q, k, v, o, and the default does not mind.
-    if not found or (found != full and tuple(full) != TARGETS):
+    if not found or (found != full and tuple(full) != usual):
         missing = ", ".join(name for name in full if name not in linear)
         raise InputError(
             f"--lora-target-modules: this model has no linear module named {missing} that can be "

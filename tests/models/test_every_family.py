@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import (
@@ -25,8 +27,10 @@ from fastprune.models.load import load_model
 from fastprune.pruning.masking import mask
 from fastprune.pruning.plan import LayerPlan, Plan
 from fastprune.pruning.surgery import apply_plan
+from fastprune.recover.lora import attach
 
 IDS = token_ids(2, 24)
+SMALL_ADAPTER = SimpleNamespace(lora_r=2, lora_alpha=4, lora_dropout=0.0, lora_target_modules=())
 SCALED = ("olmo2",)
 """Families whose query and key norms run over all heads: they change with the heads that go."""
 
@@ -64,6 +68,18 @@ def test_every_parameter_of_a_layer_is_owned_shared_or_a_norm(family):
     assert all("norm" in name or name.endswith("bias") for name in free), free
     inside = sum(s.unit_cost(layer) * s.units for s in sublayers(layer))
     assert inside == sum(layer.get_parameter(name).numel() for name in owned)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_adapters_are_beside_every_projection(family):
+    adapted = attach(tiny_model(family), SMALL_ADAPTER)
+    layer = adapted.get_base_model().model.layers[0]
+    expected = {s.module for sublayer in sublayers(tiny_model(family).model.layers[0])
+                for s in sublayer.slices}  # fmt: skip
+    found = {
+        name.partition(".lora_A")[0] for name, _ in layer.named_modules() if "lora_A.d" in name
+    }
+    assert found == expected
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
