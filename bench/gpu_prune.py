@@ -17,7 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastprune.models.families import block_parameters
+from fastprune.models.layers import Layers
 from fastprune.pruning.budget import Budget
+from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.effort import decided
 from fastprune.pruning.planning import Request, make_plan
@@ -62,8 +64,9 @@ def main() -> int:
     plain = {"structures": ("attention", "mlp"), "allocation": "uniform", "compensate": "none"}
     config = PruneConfig(ratio=RATIO, importance="taylor-first", align=1, layers="all", **plain)
     config = decided(config, model, RATIO)
+    calibration = Calibration(Layers(model), windows)
     budget = Budget("ratio", RATIO, round(RATIO * before))
-    plan = make_plan(Request(model, windows, budget, config), clock).plan
+    plan = make_plan(Request(calibration, budget, config), clock).plan
     with clock("surgery"):
         apply_plan(model, plan)
         torch.cuda.synchronize()
