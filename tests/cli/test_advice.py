@@ -65,6 +65,7 @@ ONE_CALLER = {
     ("exporting/pipeline.py", "--adapter"): {"export"},
     ("exporting/nemotron.py", "--align"): {"prune"},
     ("exporting/nemotron.py", "--layout"): {"prune"},
+    ("exporting/uniform.py", "--layout"): {"prune"},
 }
 """Flags in shared files that are named for some commands only."""
 
