@@ -12,6 +12,7 @@ windows go through it while it is there, and their hidden states wait on the hos
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
@@ -248,7 +249,7 @@ def replaced(module: nn.Module, **children: nn.Module) -> Iterator[None]:
             setattr(module, name, child)
 
 
-class FetchedLayers(Layers):
+class FetchedLayers(Layers, ABC):
     """Layers of a ``model`` whose weights are elsewhere: a layer has them for its turn only.
 
     What `keep` keeps of a layer lies on the host and is laid over what is fetched.
@@ -260,9 +261,9 @@ class FetchedLayers(Layers):
         super().__init__(model, device)
         self._kept: dict[str, Tensor] = {}
 
+    @abstractmethod
     def fetch(self, name: str) -> Tensor:
         """A copy of the weight ``name`` on the device."""
-        raise NotImplementedError
 
     def read(self, name: str) -> Tensor:
         """The weight ``name`` on the device, as fetched or as it was kept; a copy."""
@@ -287,9 +288,9 @@ class FetchedLayers(Layers):
         yield from self._sources()
         yield from sorted(self._kept.items())
 
+    @abstractmethod
     def _sources(self) -> Iterator[tuple[str, Tensor | str]]:
         """What tells the weights that are fetched from others."""
-        raise NotImplementedError
 
     def _layer(self, index: int) -> AbstractContextManager[nn.Module]:
         return self._loaded(f"{self.family.layers}.{index}")

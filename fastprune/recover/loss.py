@@ -10,6 +10,7 @@ pass only scales what the forward pass has found.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,11 +78,8 @@ def head_loss(
         )
     if items is None:
         items = max(1, scored_tokens(labels))
-    gradient = torch.is_grad_enabled()
-    total = _HeadLoss.apply(
-        hidden, head.weight, head.bias, head, labels, criterion, chunk_logits, gradient
-    )
-    return total / items
+    scoring = _Scoring(head, labels, criterion, chunk_logits, torch.is_grad_enabled())
+    return _HeadLoss.apply(hidden, head.weight, head.bias, scoring) / items
 
 
 def scored_tokens(labels: Tensor) -> int:
@@ -97,6 +95,17 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+@dataclass(frozen=True)
+class _Scoring:
+    """What `head_loss` was asked for, beside the tensors that may get gradients."""
+
+    head: nn.Linear
+    labels: Tensor
+    criterion: Criterion
+    chunk_logits: int | None
+    gradient: bool
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,16 +113,12 @@ class _HeadLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        head: nn.Linear,
-        labels: Tensor,
-        criterion: Criterion,
-        chunk_logits: int | None,
-        gradient: bool,
+        scoring: _Scoring,
     ) -> Tensor:
         dtype = product_dtype(weight)
         # Sums over chunks stay in fp32 whatever the weights are.
         grads = [
-            t.new_zeros(t.shape, dtype=torch.float32) if gradient and needed else None
+            t.new_zeros(t.shape, dtype=torch.float32) if scoring.gradient and needed else None
             for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad)
         ]
         gradient = any(g is not None for g in grads)
@@ -121,10 +126,11 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             cast_weight = weight.to(dtype)
             cast_bias = None if bias is None else bias.to(dtype)
-            for states, targets, positions in scored_chunks(hidden, head, labels, chunk_logits):
+            chunks = scored_chunks(hidden, scoring.head, scoring.labels, scoring.chunk_logits)
+            for states, targets, positions in chunks:
                 states = states.to(dtype)
                 logits = F.linear(states, cast_weight, cast_bias)
-                total += criterion(logits, targets, positions, gradient)
+                total += scoring.criterion(logits, targets, positions, gradient)
                 _accumulate(grads, logits, states, cast_weight, positions)
         ctx.grads = grads
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
@@ -140,7 +146,7 @@ class _HeadLoss(torch.autograd.Function):
             None if g is None else g.mul_(grad_output).to(dtype)
             for g, dtype in zip(grads, ctx.dtypes)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None)
 
 
 def _accumulate(
