@@ -68,49 +68,58 @@ class TrainingData:
         }
 
 
-def training_data(
-    spec: str | Path,
-    tokenizer: Any,
-    *,
-    seq_len: int,
-    samples: int | None = None,
-    val_size: float = 0,
-    kind: str | Columns = "auto",
-    pack: bool = True,
-    seed: int = 0,
-    cache: Path | None = None,
-    seq2seq: bool = False,
-) -> TrainingData:
-    """The data that `spec` names, tokenised, checked and split.
+@dataclass(frozen=True)
+class Reading:
+    """How data is read: what its items are, how many, and which are held out.
 
-    `samples` caps the training items, drawn by `seed`. `val_size` holds out a number of items, or
-    below 1 a share. `kind` is text, instructions or chat for all sources, or the columns that hold
-    what is to be learnt; auto looks at the fields of each. `pack` joins the documents of a text
-    before it is cut into windows; otherwise every document has windows of its own. `cache` is the
-    folder of the tokenised copies, by default in the user's cache directory. With `seq2seq` the
-    items are for an encoder–decoder model: `seq_len` holds for the input and for the labels each.
-    Findings are logged as warnings.
-
-    Raises InputError for settings out of range and for sources that cannot be read or hold nothing
-    to train on.
+    Raises InputError for values out of range.
     """
-    if seq_len < 2:
-        raise InputError(f"the sequence length must be at least 2, got {seq_len}")
-    if samples is not None and samples < 1:
-        raise InputError(f"samples must be at least 1, got {samples}")
-    if val_size < 0 or (val_size > 1 and val_size != int(val_size)):
-        raise InputError(f"val_size must be a number of examples or a share, got {val_size}")
-    if not isinstance(kind, Columns) and kind not in ("auto", *KINDS):
-        raise InputError(f"kind must be auto or one of {', '.join(KINDS)}, got {kind!r}")
-    corpus = tokenised(spec, tokenizer, kind=kind, seq2seq=seq2seq, cache=cache)
-    views = [_view(part.store, part.kind, seq_len, pack, seq2seq) for part in corpus.parts]
+
+    seq_len: int
+    """tokens of an item at most; with `seq2seq` of its input and of its labels each"""
+    samples: int | None = None
+    """training items at most, drawn by `seed`"""
+    val_size: float = 0
+    """items to hold out, or below 1 a share of them"""
+    kind: str | Columns = "auto"
+    """text, instructions or chat for all sources, or the columns that hold what is to be learnt;
+    auto looks at the fields of each source"""
+    pack: bool = True
+    """join the documents of a text before it is cut; otherwise each has windows of its own"""
+    seed: int = 0
+    cache: Path | None = None
+    """folder of the tokenised copies (default: in the user's cache directory)"""
+    seq2seq: bool = False
+    """the items are for an encoder-decoder model"""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise InputError(f"the sequence length must be at least 2, got {self.seq_len}")
+        if self.samples is not None and self.samples < 1:
+            raise InputError(f"samples must be at least 1, got {self.samples}")
+        held = self.val_size
+        if held < 0 or (held > 1 and held != int(held)):
+            raise InputError(f"val_size must be a number of examples or a share, got {held}")
+        if not isinstance(self.kind, Columns) and self.kind not in ("auto", *KINDS):
+            known = ", ".join(KINDS)
+            raise InputError(f"kind must be auto or one of {known}, got {self.kind!r}")
+
+
+def training_data(spec: str | Path, tokenizer: Any, reading: Reading) -> TrainingData:
+    """The data that `spec` names, tokenised, checked and split; findings are logged as warnings.
+
+    Raises InputError for sources that cannot be read or hold nothing to train on.
+    """
+    seq_len, seq2seq = reading.seq_len, reading.seq2seq
+    corpus = tokenised(spec, tokenizer, kind=reading.kind, seq2seq=seq2seq, cache=reading.cache)
+    views = [_view(part.store, part.kind, seq_len, reading.pack, seq2seq) for part in corpus.parts]
     findings = Findings(corpus.findings)
     for view in views:
         if isinstance(view, Examples) and (cut := view.over_long()):
             findings.add("over-long", view.store.where(cut[0]), len(cut))
     for finding in findings:
         log.warning("%s: %s", spec, finding)
-    train, validation = _split(views, samples, val_size, seed)
+    train, validation = _split(views, reading.samples, reading.val_size, reading.seed)
     kinds = {part.kind for part in corpus.parts}
     return TrainingData(
         train,

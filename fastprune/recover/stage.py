@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.data.columns import Columns
-from fastprune.data.training import Collator, TrainingData, training_data
+from fastprune.data.training import Collator, Reading, TrainingData, training_data
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.bleu import check_installed
 from fastprune.inspect.conclude import risen
@@ -109,9 +109,7 @@ class Course:
     def _read(
         self, spec: str, stage: Stage, samples: int | None = None, val_size: float = 0
     ) -> TrainingData:
-        return training_data(
-            spec,
-            self.tokenizer,
+        reading = Reading(
             seq_len=stage.seq_len,
             samples=samples,
             val_size=val_size,
@@ -119,6 +117,7 @@ class Course:
             seed=self.config.seed,
             seq2seq=self.seq2seq,
         )
+        return training_data(spec, self.tokenizer, reading)
 
     def placed(self, model: nn.Module) -> nn.Module:
         """`model` on the device: itself, or under --shard a copy spread over the processes.

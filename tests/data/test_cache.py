@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from read_data import training_data
 from tiny import TEXT, tiny_tokenizer
 
 from fastprune.data import builtin, tokenise
 from fastprune.data.cache import Store, StoreWriter
 from fastprune.data.records import Record
-from fastprune.data.training import training_data
 from fastprune.errors import InputError
 from fastprune.models import foreign
 

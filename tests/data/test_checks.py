@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from read_data import training_data
 from tiny import tiny_tokenizer
 
 from fastprune.data.checks import (
@@ -15,7 +16,6 @@ from fastprune.data.checks import (
     is_mojibake,
 )
 from fastprune.data.instruct import prompt_text
-from fastprune.data.training import training_data
 
 SOUND = [
     "plain",

@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from read_data import training_data
 from tiny import tiny_tokenizer
 
 from fastprune.data.checks import Unusable
 from fastprune.data.columns import Columns
 from fastprune.data.examples import detect_kind, example_of, kind_of
 from fastprune.data.records import Record
-from fastprune.data.training import training_data
 from fastprune.errors import InputError
 
 ASKED, ANSWERED = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "No one."}

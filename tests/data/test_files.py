@@ -6,12 +6,12 @@ import json
 import pyarrow
 import pytest
 from pyarrow import ipc
+from read_data import training_data
 from tiny import tiny_tokenizer
 
 from fastprune.data.describe import describe
 from fastprune.data.files import form_of, split_of
 from fastprune.data.records import read_file, source_files
-from fastprune.data.training import training_data
 from fastprune.errors import InputError
 
 PAIRS = [{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(4)]

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from read_data import training_data
 from tiny import TEXT, VOCABULARY, tiny_tokenizer
 
 from fastprune.data import shards
 from fastprune.data.text import load_documents, load_sources, token_stream
-from fastprune.data.training import training_data
 from fastprune.errors import InputError
 
 

@@ -8,13 +8,14 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from read_data import training_data
 from tiny import TEXT, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import end_of_turn, prompt_text
-from fastprune.data.training import Collator, training_data
+from fastprune.data.training import Collator
 from fastprune.errors import InputError
 from fastprune.kernels.reference import IGNORED
 

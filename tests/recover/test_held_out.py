@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
+from read_data import training_data
 from tiny import TEXT
 
-from fastprune.data.training import training_data
 from fastprune.inspect.perplexity import evaluate
 from fastprune.models.load import load_model
 from fastprune.recover.loggers import perplexity_key
