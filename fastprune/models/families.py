@@ -75,6 +75,8 @@ class Declaration:
     linear modules ``inputs`` and columns of ``output``. Inputs that name one module lie in it one
     behind the other, as in a fused projection. ``scales`` are norms over all heads, of which a unit
     owns its heads' entries; those that all heads share stay whole and are not declared.
+    ``output_norm`` is the one of ``norms`` that the output goes through before it is added to the
+    hidden states, if any.
     """
 
     kind: str
@@ -83,6 +85,7 @@ class Declaration:
     inputs: tuple[Part, ...]
     output: Part
     scales: tuple[Part, ...] = ()
+    output_norm: str | None = None
 
     def entries(self, shape: Callable[[str], tuple[int, int]]) -> dict[str, int]:
         """Entries that all units together own, by width.
@@ -162,8 +165,16 @@ LLAMA = Family("LlamaDecoderLayer", (ATTENTION, MLP))
 GEMMA3 = Family(
     "Gemma3DecoderLayer",
     (
-        replace(ATTENTION, norms=("input_layernorm", "post_attention_layernorm")),
-        replace(MLP, norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+        replace(
+            ATTENTION,
+            norms=("input_layernorm", "post_attention_layernorm"),
+            output_norm="post_attention_layernorm",
+        ),
+        replace(
+            MLP,
+            norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            output_norm="post_feedforward_layernorm",
+        ),
     ),
 )
 OLMO2 = Family(
@@ -173,8 +184,13 @@ OLMO2 = Family(
             ATTENTION,
             norms=("post_attention_layernorm",),
             scales=(("self_attn.q_norm", "queries"), ("self_attn.k_norm", "head")),
+            output_norm="post_attention_layernorm",
         ),
-        replace(MLP, norms=("post_feedforward_layernorm",)),
+        replace(
+            MLP,
+            norms=("post_feedforward_layernorm",),
+            output_norm="post_feedforward_layernorm",
+        ),
     ),
 )
 PHI3 = Family(
@@ -259,7 +275,8 @@ class Sublayer:
 
     ``inputs`` are the slices whose rows make the units, ``output`` the columns through which they
     reach the hidden states, ``scales`` those of norms over all heads. ``norms`` are the modules
-    that nothing reads without the sublayer.
+    that nothing reads without the sublayer, ``output_norm`` the one among them that the output goes
+    through before it is added to the hidden states, if any.
     """
 
     kind: str
@@ -269,6 +286,7 @@ class Sublayer:
     output: Slice
     units: int
     scales: tuple[Slice, ...] = ()
+    output_norm: str | None = None
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -286,6 +304,10 @@ class Sublayer:
     def linear(self, layer: nn.Module) -> nn.Linear:
         """The linear module of ``layer`` whose columns ``output`` describes."""
         return layer.get_submodule(self.output.module)
+
+    def added(self, layer: nn.Module) -> nn.Module:
+        """The module of ``layer`` whose output is added to the hidden states."""
+        return layer.get_submodule(self.output_norm or self.output.module)
 
     def unit_cost(self, layer: nn.Module) -> int:
         """Parameters of ``layer`` that one unit owns."""
@@ -379,6 +401,7 @@ def sublayers(layer: nn.Module) -> list[Sublayer]:
                     Slice(path, "weight", 1, widths[width], 0, units),
                     units,
                     tuple(_rows(layer, declared.scales, widths, units)),
+                    declared.output_norm,
                 )
             )
     return found
