@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ left of a budget once the coarse ones are apportioned, and they are what an alig
 
 Width = Literal["queries", "head", "channel"]
 """Entries that one unit owns: of the query heads of a KV group, of one head, or a single one."""
+LogitStep = Literal["multiply", "divide", "cap"]
+"""What a model does to its head's output by a setting: times it, over it, or soft-capped by it."""
 Part = tuple[str, Width]
 """The path of a module in its decoder layer, and what one unit owns of it."""
 
@@ -110,7 +112,8 @@ class Family:
     """A model family: its sublayers, and where the parts of a causal language model lie.
 
     ``layer_class`` is the name of the class of its decoder layers. The paths are those of modules:
-    the list of decoder layers, the embeddings, the final norm, and the head.
+    the list of decoder layers, the embeddings, the final norm, and the head. ``logits`` are the
+    config's fields by which logits differ from the head's output; one that is None does nothing.
     """
 
     layer_class: str
@@ -119,6 +122,7 @@ class Family:
     embeddings: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
+    logits: Mapping[str, LogitStep] = field(default_factory=dict)
 
     @property
     def decoder(self) -> str:
@@ -165,6 +169,7 @@ GEMMA3 = Family(
         replace(ATTENTION, norms=("input_layernorm", "post_attention_layernorm")),
         replace(MLP, norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
     ),
+    logits={"final_logit_softcapping": "cap"},
 )
 OLMO2 = Family(
     "Olmo2DecoderLayer",
