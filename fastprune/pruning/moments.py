@@ -2,8 +2,8 @@
 
 In the pruned prefix the hidden states leave those of the dense model. Beside the second moments of
 a linear layer's inputs x, XᵀX, those with its reconstruction target t are kept, TᵀX: t is what the
-sublayer would have to add to the hidden states it gets so that they come out as the dense model's
-do.
+sublayer would have to give so that the hidden states, to which the layer adds it, come out as the
+dense model's do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
-from fastprune.models.families import sublayers
+from fastprune.models.families import residual_scale, sublayers
 from fastprune.models.layers import Layers
 
 ADDED = 0.1
@@ -114,19 +114,22 @@ def collect(
         linear: tuple(Moments(linear, targets=linear in after) for _ in range(2))
         for linear in linears
     }
+    scale = residual_scale(layers.modules[index])
     before = torch.empty(0)  # the hidden states that the next sublayer adds to
     dense: dict[nn.Linear, Tensor] = {}  # what they should be after it
     side = 0
 
     def see(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        target = dense[linear].to(layers.device).float() - before if linear in dense else None
+        target = None
+        if linear in dense:
+            target = (dense[linear].to(layers.device).float() - before) / scale
         found[linear][side].add(inputs[0], target)
         if linear is linears[-1]:
             raise _Stop
 
     def pass_by(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal before
-        before = before + output
+        before = before + scale * output
 
     handles = [linear.register_forward_pre_hook(see) for linear in linears]
     if after:
@@ -160,6 +163,7 @@ def advance(
     input, such as to put a norm behind them, for then no weights can be fitted to a target.
     """
     added: dict[nn.Module, Tensor] = {}
+    scale = residual_scale(layers.modules[index])
     watched = outputs(layers.modules[index]) if targets else []
     handles = [
         linear.register_forward_hook(lambda module, _, output: added.__setitem__(module, output))
@@ -172,7 +176,7 @@ def advance(
             place, hidden = hidden.device, hidden.to(layers.device)
             output = layers.run(index, hidden, fast=True).to(hidden.dtype)
             if watched and number == 0:
-                plain = _only_adds(hidden, output, list(added.values()))
+                plain = _only_adds(hidden, output, [scale * a for a in added.values()])
             states[number].copy_(output)
             for linear in targets:
                 later = watched[watched.index(linear) + 1 :]
@@ -180,7 +184,7 @@ def advance(
                 if later:
                     behind = output.float()
                     for other in later:
-                        behind = behind - added[other]
+                        behind = behind - scale * added[other]
                     behind = behind.to(place, hidden.dtype)
                 after[linear].append(behind)
             added.clear()
