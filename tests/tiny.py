@@ -75,6 +75,12 @@ OWN: dict[str, dict[str, Any]] = {
 """Settings of one family: those by which it differs, at values that show; where it takes no size of
 heads, a hidden size that they fill."""
 EVERY_FAMILY = (*FAMILIES, *OTHERS)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama-biased": {"attention_bias": True, "mlp_bias": True},
+    "stablelm-parallel": {"use_parallel_residual": True, "use_qkv_bias": False},
+}
+"""Models whose layers have other parts than most of their family."""
+EVERY_KIND = (*EVERY_FAMILY, *VARIANTS)
 VOCABULARY = 300
 
 TEXT = """The river that runs past the old mill turns its wheel in spring and freezes in winter.
@@ -84,8 +90,10 @@ A model that is made smaller must still say the same things, only faster and wit
 
 
 def tiny_config(family: str, *, tied: bool = True, layers: int = 4, **config: Any):
-    """A config of `family`: 8 query heads over 4 KV heads of size 16 on a hidden size of 64 (of 128
-    for StableLM, whose heads fill it)."""
+    """A config of `family`, or of a variant: 8 query heads over 4 KV heads of size 16.
+
+    On a hidden size of 64, or of 128 for StableLM, whose heads fill it.
+    """
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -101,9 +109,11 @@ def tiny_config(family: str, *, tied: bool = True, layers: int = 4, **config: An
         # ten times the usual spread: logits far from uniform make a wrong weight show
         "initializer_range": 0.2,
     }
+    variant, family = VARIANTS.get(family, {}), family.partition("-")[0]
     if family in OTHERS:
         settings["pad_token_id"] = 0
-    return (CONFIGS | OTHERS)[family](**(settings | OWN.get(family, {}) | config))
+    settings |= OWN.get(family, {}) | variant | config
+    return (CONFIGS | OTHERS)[family](**settings)
 
 
 def tiny_model(

@@ -112,9 +112,7 @@ def decoder_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
     return inner.base_model, Head(inner.get_output_embeddings(), scale, cap)
 
 
-def chunked_loss(
-    hidden: Tensor, head: Head | nn.Module, labels: Tensor
-) -> tuple[Tensor, int]:
+def chunked_loss(hidden: Tensor, head: Head | nn.Module, labels: Tensor) -> tuple[Tensor, int]:
     """Summed negative log-likelihood, float64 scalar, and the number of tokens it sums over.
 
     `hidden` (n, s, h) are final hidden states, `labels` (n, s) the token ids themselves: position t
