@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ left of a budget once the coarse ones are apportioned, and they are what an alig
 
 Width = Literal["queries", "head", "channel"]
 """Entries that one unit owns: of the query heads of a KV group, of one head, or a single one."""
+LogitStep = Literal["multiply", "divide", "cap"]
+"""What a model does to its head's output by a setting: times it, over it, or soft-capped by it."""
 Part = tuple[str, Width]
 """The path of a module in its decoder layer, and what one unit owns of it."""
 
@@ -71,8 +73,9 @@ class Geometry:
 class Declaration:
     """Where one kind of sublayer lies in a decoder layer of a family.
 
-    ``module`` computes it, between the ``norms`` before and behind it. A unit owns rows of the
-    linear modules ``inputs`` and columns of ``output``. Inputs that name one module lie in it one
+    ``module`` computes it, between the ``norms`` before and behind it; where none of them is in a
+    layer, it reads what the sublayer before it reads. A unit owns rows of the linear modules
+    ``inputs`` and columns of ``output``. Inputs that name one module lie in it one
     behind the other, as in a fused projection. ``scales`` are norms over all heads, of which a unit
     owns its heads' entries; those that all heads share stay whole and are not declared.
     ``output_norm`` is the one of ``norms`` that the output goes through before it is added to the
@@ -113,7 +116,10 @@ class Family:
     """A model family: its sublayers, and where the parts of a causal language model lie.
 
     ``layer_class`` is the name of the class of its decoder layers. The paths are those of modules:
-    the list of decoder layers, the embeddings, the final norm, and the head.
+    the list of decoder layers, the embeddings, the final norm, and the head. ``logits`` are the
+    config's fields by which logits differ from the head's output; one that is None does nothing.
+    ``residual`` is the attribute of a layer by which it multiplies what its sublayers add.
+    ``refused`` are fields of the config with which models cannot be pruned, and why.
     """
 
     layer_class: str
@@ -122,6 +128,9 @@ class Family:
     embeddings: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
+    logits: Mapping[str, LogitStep] = field(default_factory=dict)
+    residual: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def decoder(self) -> str:
@@ -176,6 +185,7 @@ GEMMA3 = Family(
             output_norm="post_feedforward_layernorm",
         ),
     ),
+    logits={"final_logit_softcapping": "cap"},
 )
 OLMO2 = Family(
     "Olmo2DecoderLayer",
@@ -210,9 +220,24 @@ STARCODER2 = Family(
         replace(MLP, inputs=(("mlp.c_fc", "channel"),), output=("mlp.c_proj", "channel")),
     ),
 )
+COHERE = Family(
+    "CohereDecoderLayer",
+    (ATTENTION, replace(MLP, norms=ATTENTION.norms)),
+    logits={"logit_scale": "multiply"},
+    refused={"use_qk_norm": "their norms of queries and keys have weights of their own per head"},
+)
 FAMILIES = {
+    "cohere": COHERE,
+    "cohere2": replace(COHERE, layer_class="Cohere2DecoderLayer", refused={}),
     "gemma": replace(LLAMA, layer_class="GemmaDecoderLayer"),
+    "gemma2": replace(GEMMA3, layer_class="Gemma2DecoderLayer"),
     "gemma3_text": GEMMA3,
+    "granite": replace(
+        LLAMA,
+        layer_class="GraniteDecoderLayer",
+        logits={"logits_scaling": "divide"},
+        residual="residual_multiplier",
+    ),
     "llama": LLAMA,
     "mistral": replace(LLAMA, layer_class="MistralDecoderLayer"),
     "olmo2": OLMO2,
@@ -220,6 +245,11 @@ FAMILIES = {
     "qwen2": replace(LLAMA, layer_class="Qwen2DecoderLayer"),
     "qwen3": replace(LLAMA, layer_class="Qwen3DecoderLayer"),
     "smollm3": replace(LLAMA, layer_class="SmolLM3DecoderLayer"),
+    "stablelm": replace(
+        LLAMA,
+        layer_class="StableLmDecoderLayer",
+        refused={"qk_layernorm": "their norms of queries and keys are a module for each head"},
+    ),
     "starcoder2": STARCODER2,
 }
 """The families that can be pruned, by their ``config.model_type``."""
@@ -338,7 +368,19 @@ def family_of_config(config: Any) -> str:
             f"model type '{model_type}' is not supported; "
             f"fastprune prunes {', '.join(SUPPORTED)} models"
         )
+    for name, why in FAMILIES[family].refused.items():
+        if getattr(config, name, None):
+            raise InputError(f"{family} models with {name} cannot be pruned: {why}")
     return family
+
+
+def is_supported(config: Any) -> bool:
+    """Whether the model that ``config`` describes can be pruned."""
+    try:
+        family_of_config(config)
+    except InputError:
+        return False
+    return True
 
 
 def declaration(model: nn.Module) -> Family:
@@ -388,6 +430,8 @@ def sublayers(layer: nn.Module) -> list[Sublayer]:
     sizes = geometry(layer)
     head = sizes.head_dim
     widths = {"queries": sizes.queries_per_kv * head, "head": head, "channel": 1}
+    norms = _norms(layer, sizes)
+    shared = shared_norms(layer)
     found = []
     for declared in _declared(layer).sublayers:
         if units := sizes.units[declared.kind]:
@@ -396,7 +440,7 @@ def sublayers(layer: nn.Module) -> list[Sublayer]:
                 Sublayer(
                     declared.kind,
                     declared.module,
-                    declared.norms,
+                    tuple(name for name in norms[declared.kind] if name not in shared),
                     tuple(_rows(layer, declared.inputs, widths, units)),
                     Slice(path, "weight", 1, widths[width], 0, units),
                     units,
@@ -404,6 +448,30 @@ def sublayers(layer: nn.Module) -> list[Sublayer]:
                     declared.output_norm,
                 )
             )
+    return found
+
+
+def shared_norms(layer: nn.Module) -> tuple[str, ...]:
+    """The norms of ``layer`` that several of its sublayers read: they go with the last of these."""
+    read = Counter(name for names in _norms(layer, geometry(layer)).values() for name in names)
+    return tuple(name for name, readers in read.items() if readers > 1)
+
+
+def residual_scale(layer: nn.Module) -> float:
+    """What ``layer`` multiplies the outputs of its sublayers by before it adds them."""
+    name = _declared(layer).residual
+    return 1.0 if name is None else getattr(layer, name)
+
+
+def _norms(layer: nn.Module, sizes: Geometry) -> dict[str, tuple[str, ...]]:
+    """The norms around each sublayer that ``layer``, which has ``sizes``, has, by its kind."""
+    found: dict[str, tuple[str, ...]] = {}
+    before: tuple[str, ...] = ()
+    for declared in _declared(layer).sublayers:
+        own = (name for name in declared.norms if getattr(layer, name, None) is not None)
+        before = tuple(own) or before
+        if sizes.units[declared.kind]:
+            found[declared.kind] = before
     return found
 
 

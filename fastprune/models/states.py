@@ -29,7 +29,7 @@ from fastprune.models.checks import (
     refusal,
     without_wrappers,
 )
-from fastprune.models.families import PRUNED_PREFIX, SUPPORTED
+from fastprune.models.families import is_supported
 from fastprune.models.gpt2 import bare, build_gpt2, is_gpt2
 from fastprune.models.inert import Record, fields_of, plain, read_inert
 from fastprune.models.quiet import quiet_libraries
@@ -243,9 +243,8 @@ def build_by_config(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.
 
 def misfits(config: Any, found: Mapping[str, Any]) -> bool:
     """Whether the layers of a model that can be pruned have other sizes than `config` says."""
-    family = config.model_type.removeprefix(PRUNED_PREFIX)
     return (
-        family in SUPPORTED
+        is_supported(config)
         and not found["missing_keys"]
         and any(LAYER_KEY.match(name) for name, *_ in found["mismatched_keys"])
     )

@@ -21,6 +21,7 @@ from fastprune.models.families import (
     Geometry,
     block_parameters,
     decoder_layers,
+    shared_norms,
     sublayers,
 )
 from fastprune.models.modeling import per_layer_config
@@ -169,7 +170,8 @@ def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
             cost=s.unit_cost(layer) if thin else 0,
             whole=s.parameters(layer) if whole else 0,
         )
-    return LayerSize(found)
+    norms = map(layer.get_submodule, shared_norms(layer) if whole else ())
+    return LayerSize(found, sum(p.numel() for norm in norms for p in norm.parameters()))
 
 
 def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> str | None:

@@ -2,8 +2,8 @@
 
 In the pruned prefix the hidden states leave those of the dense model. Beside the second moments of
 a linear layer's inputs x, XᵀX, those with its reconstruction target t are kept, TᵀX: t is what the
-sublayer would have to add to the hidden states it gets so that they come out as the dense model's
-do.
+sublayer would have to give so that the hidden states, to which the layer adds it, come out as the
+dense model's do.
 
 Where a norm g·y / rms(y) lies behind the linear layer (Gemma, OLMo 2), each token counts as the
 norm sees it: with y the linear layer's own output, x stands for x / rms(y) and t for t / g. Without
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastprune import distributed
-from fastprune.models.families import sublayers
+from fastprune.models.families import residual_scale, sublayers
 from fastprune.models.layers import Layers
 
 ADDED = 0.1
@@ -112,9 +112,8 @@ class Behind:
 
     @cached_property
     def gain(self) -> Tensor | None:
-        """What the norm multiplies each entry by (out,), fp32; None where outputs count as they
-        are, as those of a module with a bias do, since they could not be scaled token by token."""
-        if self.added is self.linear or self.linear.bias is not None:
+        """What the norm multiplies each entry by (out,), fp32; None without one."""
+        if self.added is self.linear:
             return None
         ones = self.linear.weight.new_ones(self.linear.out_features)
         return self.added.forward(ones).float()  # not by a call, which the walks listen to
@@ -160,19 +159,22 @@ def collect(
         for linear in linears
     }
     every = {behind.linear: behind for behind in outputs(layers.modules[index])}
+    scale = residual_scale(layers.modules[index])
     before = torch.empty(0)  # the hidden states that the next sublayer adds to
     dense: dict[nn.Linear, Tensor] = {}  # what they should be after it
     side = 0
 
     def see(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        target = dense[linear].to(layers.device).float() - before if linear in dense else None
+        target = None
+        if linear in dense:
+            target = (dense[linear].to(layers.device).float() - before) / scale
         found[linear][side].add(*every[linear].seen(inputs[0], target))
         if linear is linears[-1]:
             raise _Stop
 
     def pass_by(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal before
-        before = before + output
+        before = before + scale * output
 
     handles = [linear.register_forward_pre_hook(see) for linear in linears]
     if after:
@@ -206,6 +208,7 @@ def advance(
     its input, for then no weights can be fitted to a target.
     """
     added: dict[nn.Module, Tensor] = {}
+    scale = residual_scale(layers.modules[index])
     watched = outputs(layers.modules[index]) if targets else []
     places = {behind.linear: place for place, behind in enumerate(watched)}
     handles = [
@@ -221,7 +224,7 @@ def advance(
             place, hidden = hidden.device, hidden.to(layers.device)
             output = layers.run(index, hidden, fast=True).to(hidden.dtype)
             if watched and number == 0:
-                plain = _only_adds(hidden, output, list(added.values()))
+                plain = _only_adds(hidden, output, [scale * a for a in added.values()])
             states[number].copy_(output)
             for linear in targets:
                 later = watched[places[linear] + 1 :]
@@ -229,7 +232,7 @@ def advance(
                 if later:
                     then = output.float()
                     for other in later:
-                        then = then - added[other.added]
+                        then = then - scale * added[other.added]
                     then = then.to(place, hidden.dtype)
                 after[linear].append(then)
             added.clear()
@@ -242,8 +245,13 @@ def advance(
 
 
 def outputs(layer: nn.Module) -> list[Behind]:
-    """The output modules of the sublayers that ``layer`` has, in their order."""
-    return [Behind(s.linear(layer), s.added(layer)) for s in sublayers(layer)]
+    """The output modules of the sublayers that ``layer`` has, in their order.
+
+    A norm behind one with a bias is left out of account: such an output could not be scaled token
+    by token.
+    """
+    linears = [(sublayer, sublayer.linear(layer)) for sublayer in sublayers(layer)]
+    return [Behind(o, s.added(layer) if o.bias is None else o) for s, o in linears]
 
 
 def _only_adds(before: Tensor, after: Tensor, added: Sequence[Tensor]) -> bool:

@@ -200,6 +200,40 @@ def test_the_dense_states_lack_nothing(family: str) -> None:
         assert lacking.norm() < 1e-3 * moments.cross.norm()
 
 
+@pytest.mark.parametrize(("family", "scale"), [("llama", 1.0), ("granite", 0.6), ("cohere2", 1.0)])
+def test_targets_lead_to_the_hidden_states_of_the_dense_model(family: str, scale: float) -> None:
+    """One sublayer behind the other, both side by side, and outputs that are scaled."""
+    model = tiny_model(family)
+    layers = Layers(model)
+    layer = model.model.layers[0]
+    both = [layer.self_attn.o_proj, layer.mlp.down_proj]
+    (dense,) = layers.embed([WINDOWS[:4]])
+    changed = dense + torch.randn_like(dense) / 4
+    after = advance(layers, 0, [dense.clone()], both)
+    found = collect(layers, 0, both, [changed], [False], after)
+    seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = [
+        m.register_forward_hook(lambda m, inputs, output: seen.update({m: (inputs[0], output)}))
+        for m in both
+    ]
+    with torch.no_grad():
+        end = layers.run(0, dense)
+        middle = dense + scale * seen[both[0]][1]
+        layers.run(0, changed)
+    for handle in handles:
+        handle.remove()
+    start = changed
+    for linear, goal in zip(both, (middle, end)):
+        x, output = (t.flatten(0, 1) for t in seen[linear])
+        target = ((goal - start) / scale).flatten(0, 1)
+        cross = found[linear][0].cross
+        # 128 products of order 1 to 100 in fp32
+        torch.testing.assert_close(
+            cross, target.T @ x, rtol=1e-4, atol=1e-5 * cross.abs().max().item()
+        )
+        start = start + scale * output.view_as(start)
+
+
 @pytest.mark.parametrize("columns", [1, 3, 4, 10, 64])
 def test_moments_are_whole_and_symmetric(columns: int) -> None:
     moments = Moments(torch.nn.Linear(columns, 2), targets=True)
