@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.models import modeling
+from fastprune.models.adopted import adopted_config, is_known
 from fastprune.models.checks import complaint
 from fastprune.models.families import (
     FAMILIES,
@@ -29,7 +30,9 @@ from fastprune.models.families import (
     PRUNED_PREFIX,
     SUPPORTED,
     Geometry,
+    decoder_layers,
     geometries,
+    is_adopted,
 )
 from fastprune.models.portable import add_older_keys, write_generation_config
 from fastprune.models.quiet import quiet_libraries
@@ -58,10 +61,10 @@ def save_checkpoint(
     directory = Path(directory)
     settle_tie(model)
     with quiet_libraries():
-        if model.config.model_type.removeprefix(PRUNED_PREFIX) not in SUPPORTED:
+        if not is_known(model.config):
             _save_as_it_is(model, directory)
         else:
-            form = stock_form(model) or per_layer_form(model)
+            form = written_form(model)
             form.config.dtype = model.dtype
             form.config.save_pretrained(directory)
             (write or write_weights)(form, directory)
@@ -145,6 +148,24 @@ class Form:
     per_layer: bool
 
 
+def written_form(model: nn.Module) -> Form:
+    """The form in which `model`, of a known type, is written: a stock one where there is one.
+
+    Raises InputError for a model of an adopted type whose layers have no place in its stock class.
+    """
+    if is_adopted(model.config):
+        return _adopted_form(model)
+    return stock_form(model) or per_layer_form(model)
+
+
+def _adopted_form(model: nn.Module) -> Form:
+    sizes = geometries(model)
+    config = adopted_config(model.config, sizes)
+    config.architectures = [type(model).__name__]
+    layers = {index: index for index in range(len(sizes))}
+    return Form(config, _state(model, layers), layers, False)
+
+
 def stock_form(model: nn.Module) -> Form | None:
     """`model` as a stock architecture, or None where no stock config describes it."""
     sizes = geometries(model)
@@ -222,7 +243,13 @@ def rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Modu
 
 def has_stock_form(model: nn.Module, size: Geometry) -> bool:
     """Whether a standard model can have layers of `size` and otherwise what `model` has."""
-    return _stock_family(model, size) is not None
+    if not is_adopted(model.config):
+        return _stock_family(model, size) is not None
+    try:
+        adopted_config(model.config, [size] * len(decoder_layers(model)))
+    except InputError:
+        return False
+    return True
 
 
 def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:

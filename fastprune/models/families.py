@@ -208,6 +208,11 @@ FAMILIES = {
 }
 """The families that can be pruned, by their ``config.model_type``."""
 SUPPORTED = FAMILIES.keys()
+ADOPTED: dict[str, Family] = {}
+"""Model types that are not declared and whose layers are built as those of a family, by their
+``config.model_type``; see `fastprune.models.adopted`."""
+ADOPTED_AS = "fastprune_family"
+"""The name, in the config of a model of an adopted type, of the family that it was adopted as."""
 
 
 def register_family(model_type: str, family: Family) -> None:
@@ -311,7 +316,7 @@ def family_of_config(config: Any) -> str:
     """The family name of the model that ``config`` describes; InputError when not supported."""
     model_type = getattr(config, "model_type", "")
     family = model_type.removeprefix(PRUNED_PREFIX)
-    if family not in SUPPORTED:
+    if family not in SUPPORTED and not is_adopted(config):
         raise InputError(
             f"model type '{model_type}' is not supported; "
             f"fastprune prunes {', '.join(SUPPORTED)} models"
@@ -319,9 +324,15 @@ def family_of_config(config: Any) -> str:
     return family
 
 
+def is_adopted(config: Any) -> bool:
+    """Whether the model that ``config`` describes is of an adopted type."""
+    family = config.model_type.removeprefix(PRUNED_PREFIX)
+    return family in ADOPTED and hasattr(config, ADOPTED_AS)
+
+
 def declaration(model: nn.Module) -> Family:
     """The family of a causal language model; Llama's for one that is not supported."""
-    return FAMILIES.get(model.config.model_type.removeprefix(PRUNED_PREFIX), LLAMA)
+    return (FAMILIES | ADOPTED).get(model.config.model_type.removeprefix(PRUNED_PREFIX), LLAMA)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -332,10 +343,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return model.get_submodule(declaration(model).layers)
 
 
-def geometry(layer: nn.Module) -> Geometry:
+def geometry(layer: nn.Module, family: Family | None = None) -> Geometry:
     """Read the sizes of ``layer`` off its weights, so that they are never stale.
 
-    A layer of a family that is not supported is read by the names of Llama.
+    It is read as a layer of ``family``, by default its own, which is Llama where its class belongs
+    to none.
     """
 
     def shape(path: str) -> tuple[int, int]:
@@ -345,7 +357,7 @@ def geometry(layer: nn.Module) -> Geometry:
             return 0, 0
         return linear.out_features, linear.in_features
 
-    family = _declared(layer)
+    family = family or _declared(layer)
     attention = layer.get_submodule(family.sublayers[0].module)
     found = family.geometry(shape, getattr(attention, "head_dim", 0))
     return found if found.kv_heads else replace(found, query_heads=0)
@@ -357,17 +369,19 @@ def geometries(model: nn.Module) -> list[Geometry]:
     return [geometry(layer) for layer in decoder_layers(model)]
 
 
-def sublayers(layer: nn.Module) -> list[Sublayer]:
-    """The sublayers that ``layer`` has, in the order in which it runs them.
+def sublayers(layer: nn.Module, family: Family | None = None) -> list[Sublayer]:
+    """The sublayers that ``layer`` has, in the order in which it runs them; ``family`` as for
+    `geometry`.
 
     Query head h is served by KV head ``h // queries_per_kv``, so the query rows of one KV group
     are contiguous.
     """
-    sizes = geometry(layer)
+    family = family or _declared(layer)
+    sizes = geometry(layer, family)
     head = sizes.head_dim
     widths = {"queries": sizes.queries_per_kv * head, "head": head, "channel": 1}
     found = []
-    for declared in _declared(layer).sublayers:
+    for declared in family.sublayers:
         if units := sizes.units[declared.kind]:
             path, width = declared.output
             found.append(
@@ -387,7 +401,8 @@ def sublayers(layer: nn.Module) -> list[Sublayer]:
 def _declared(layer: nn.Module) -> Family:
     """The family of ``layer``, by its class or those that this is derived from, as FSDP does."""
     classes = {c.__name__ for c in type(layer).__mro__}
-    return next((f for f in FAMILIES.values() if f.layer_class in classes), LLAMA)
+    known = (*FAMILIES.values(), *ADOPTED.values())
+    return next((family for family in known if family.layer_class in classes), LLAMA)
 
 
 def _rows(

@@ -20,6 +20,7 @@ from torch import nn
 
 from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
+from fastprune.models.adopted import adopt
 from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import settle_tie
 from fastprune.models.checks import (
@@ -91,6 +92,7 @@ def load_model(
     else:
         model, words = _load_resolved(source, wanted, trust_remote_code, given)
     model = model.to(target).eval()
+    adopt(model)
     settle_tie(model)
     use_attention(model)
     if adapter is None and _adapter_beside(path):

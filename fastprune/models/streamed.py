@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
+from fastprune.models.adopted import adopt, check_known, is_known
 from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
-from fastprune.models.families import family_of_config
 from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
 from fastprune.models.modeling import register
@@ -34,8 +34,9 @@ class StreamedModel(FetchedLayers):
 
     ``model`` is on the meta device but for its final norm and rotary embedding, which are small.
     ``device`` is where pieces are loaded to, ``tokenizer`` names one to use instead of its
-    own. Raises InputError when the source is missing, incomplete or broken, of an unsupported
-    family, or not in safetensors.
+    own, and ``family`` is the one that the layers of a type that is not declared are like. Raises
+    InputError when the source is missing, incomplete or broken, of an unsupported family, or not in
+    safetensors.
     """
 
     def __init__(
@@ -45,17 +46,21 @@ class StreamedModel(FetchedLayers):
         dtype: str = "auto",
         device: str = "cpu",
         tokenizer: str | None = None,
+        family: str | None = None,
     ) -> None:
         folder = resolve_source(source)
         config = load_config(folder)
-        family_of_config(config)
+        if family is not None or not is_known(config):
+            check_known(skeleton(config, torch.float32), family)
         check_unquantised(config, str(folder))
         self.shards = ShardReader(folder)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):
             config.tie_word_embeddings = False
-        super().__init__(self._fitting(config), resolve_device(device))
+        model = self._fitting(config)
+        adopt(model, family)
+        super().__init__(model, resolve_device(device))
         _read_generation_config(self.model, folder)
         _fill_buffers(self.model, self.device)
         norm = {

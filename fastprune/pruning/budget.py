@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fastprune.errors import InputError
-from fastprune.models.checkpoint import per_layer_form, stock_form
+from fastprune.models.adopted import config_with
+from fastprune.models.checkpoint import written_form
 from fastprune.models.families import (
     COARSE,
     FINEST,
@@ -23,7 +24,6 @@ from fastprune.models.families import (
     decoder_layers,
     sublayers,
 )
-from fastprune.models.modeling import per_layer_config
 from fastprune.models.shards import stored_bytes
 from fastprune.models.streamed import skeleton
 from fastprune.pruning.config import ALL, PruneConfig
@@ -259,5 +259,5 @@ def saved_bytes(model: nn.Module, sizes: Sequence[Geometry] | None = None) -> in
     ``sizes``. Values are not looked at, so the model may lie on the meta device."""
     if sizes is not None:
         dtype = next(decoder_layers(model).parameters()).dtype
-        model = skeleton(per_layer_config(model.config, sizes), dtype)
-    return stored_bytes((stock_form(model) or per_layer_form(model)).state)
+        model = skeleton(config_with(model.config, sizes), dtype)
+    return stored_bytes(written_form(model).state)

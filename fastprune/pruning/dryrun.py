@@ -17,9 +17,9 @@ from torch import nn
 
 from fastprune.config import resolve_dtype
 from fastprune.errors import InputError
-from fastprune.models.checkpoint import per_layer_form, stock_form
+from fastprune.models.adopted import config_with
+from fastprune.models.checkpoint import written_form
 from fastprune.models.load import load_config
-from fastprune.models.modeling import per_layer_config
 from fastprune.models.streamed import skeleton
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.estimate import Estimate
@@ -77,13 +77,12 @@ def facts(model: nn.Module, plan: Plan, config: PruneConfig) -> dict[str, Any]:
 
     ``model`` is uncut and may be on the meta device. Keys as in the metrics of a dry run.
     """
-    result = skeleton(per_layer_config(model.config, plan.result()), model.dtype)
-    stock = stock_form(result)
-    form = stock or per_layer_form(result)
+    result = skeleton(config_with(model.config, plan.result()), model.dtype)
+    form = written_form(result)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "layout": {
-            "kind": "uniform" if stock else "per-layer",
+            "kind": "per-layer" if form.per_layer else "uniform",
             "model_type": form.config.model_type,
             "architecture": form.config.architectures[0],
         },
