@@ -31,7 +31,6 @@ from fastprune.models.families import (
 )
 from fastprune.models.modeling import per_layer_config
 
-
 TEXT_PARTS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Types of decoders inside multimodal models, and the families that they are adopted as."""
 
@@ -40,9 +39,9 @@ def adopt(model: nn.Module, family: str | None = None) -> None:
     """Let the layers of `model` be known as those of `family`.
 
     Without `family` it is the one that the model's config remembers or that `TEXT_PARTS` names;
-    otherwise nothing happens. Weights are not looked at, so the model may lie on the meta device. Raises InputError
-    when there is no such family, when the type is a declared one, and when the layers differ from
-    those of `family` in their modules or shapes.
+    otherwise nothing happens. Weights are not looked at, so the model may lie on the meta device.
+    Raises InputError when there is no such family, when the type is a declared one, and when the
+    layers differ from those of `family` in their modules or shapes.
     """
     kind = _kind(model.config)
     if kind in SUPPORTED:

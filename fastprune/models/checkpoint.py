@@ -34,9 +34,11 @@ from fastprune.models.families import (
     geometries,
     is_adopted,
 )
+from fastprune.models.multimodal import enclosing
 from fastprune.models.portable import add_older_keys, write_generation_config
 from fastprune.models.quiet import quiet_libraries
 
+UNIFORM = "--layout uniform"
 CODE_FILE = "modeling_fastprune.py"
 LAYER_KEY = re.compile(rf"{re.escape(LLAMA.layers)}\.(\d+)\.(.*)")
 HEAD, EMBEDDING = f"{LLAMA.head}.weight", f"{LLAMA.embeddings}.weight"
@@ -61,7 +63,10 @@ def save_checkpoint(
     directory = Path(directory)
     settle_tie(model)
     with quiet_libraries():
-        if not is_known(model.config):
+        if around := enclosing(model):
+            settle_enclosing(model)
+            _save_as_it_is(around.model, directory)
+        elif not is_known(model.config):
             _save_as_it_is(model, directory)
         else:
             form = written_form(model)
@@ -73,23 +78,57 @@ def save_checkpoint(
     save_surroundings(model, tokenizer, directory)
 
 
+def settle_enclosing(model: nn.Module) -> None:
+    """Make the multimodal model around `model`, if there is one, say what is left of its decoder.
+
+    Raises InputError for layers that have no place in its stock class.
+    """
+    around = enclosing(model)
+    if around is None:
+        return
+    config = around.model.config
+    if is_known(model.config):
+        form = written_form(model)
+        if form.per_layer or len(form.layers) != len(decoder_layers(model)):
+            raise InputError(one_size_only(model))
+        form.config.dtype = model.dtype
+        config.text_config = form.config
+    config.tie_word_embeddings = model.config.tie_word_embeddings
+    around.model.to(model.dtype)
+
+
+def one_size_only(model: nn.Module) -> str | None:
+    """Why the layers of `model` must have one size to be written, as a sentence that says what to
+    choose; None where they may differ."""
+    around = enclosing(model)
+    kind = model.config.model_type if around is None else around.model.config.model_type
+    if around is None and not is_adopted(model.config):
+        return None
+    return f"a '{kind}' is written for its stock class, whose layers have one size; use {UNIFORM}"
+
+
 def save_surroundings(model: nn.Module, tokenizer: Any, directory: Path) -> None:
     """Write what lies beside config and weights into `directory`: generation settings, tokenizer,
-    and the keys that readers of transformers 4 look for.
+    files of processors, and the keys that readers of transformers 4 look for.
     """
     with quiet_libraries():
         if getattr(model, "generation_config", None) is not None:
             write_generation_config(model.generation_config, directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+    if around := enclosing(model):
+        for name, content in around.files.items():
+            (directory / name).write_bytes(content)
     add_older_keys(directory)
 
 
 def check_savable(model: nn.Module, tokenizer: Any) -> None:
     """Raise InputError now if what surrounds the weights of `model` cannot be written later."""
+    around = enclosing(model)
+    config: Any = model.config if around is None else around.model.config
     with tempfile.TemporaryDirectory(prefix="fastprune-") as name, quiet_libraries():
         try:
-            model.config.save_pretrained(name)
+            config.save_pretrained(name)
             if getattr(model, "generation_config", None) is not None:
                 write_generation_config(model.generation_config, Path(name))
             if tokenizer is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
+from fastprune.errors import InputError
 from fastprune.models.adopted import adopt, check_known, is_known
 from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import EMBEDDING, HEAD
@@ -21,6 +22,7 @@ from fastprune.models.checks import check_complete, check_unquantised
 from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
 from fastprune.models.modeling import register
+from fastprune.models.multimodal import auto_class, is_multimodal, text_part
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
 from fastprune.models.states import misfits, resized_config
@@ -52,6 +54,11 @@ class StreamedModel(FetchedLayers):
         config = load_config(folder)
         if family is not None or not is_known(config):
             check_known(skeleton(config, torch.float32), family)
+        if is_multimodal(config):
+            raise InputError(
+                f"--stream reads language models alone, and a '{config.model_type}' has more than "
+                "a decoder; leave --stream out"
+            )
         check_unquantised(config, str(folder))
         self.shards = ShardReader(folder)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)
@@ -110,12 +117,18 @@ class StreamedModel(FetchedLayers):
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal language model that ``config`` describes, on the meta device, in eval mode."""
-    from transformers import AutoModelForCausalLM
+    """The causal language model that ``config`` describes, on the meta device, in eval mode.
 
+    Of a multimodal model it is the decoder. Raises InputError where transformers has no such model.
+    """
     register()
-    with torch.device("meta"), quiet_libraries():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    try:
+        with torch.device("meta"), quiet_libraries():
+            model = text_part(auto_class(config).from_config(config, dtype=dtype)).eval()
+    except ValueError as error:
+        raise InputError(
+            f"a '{config.model_type}' is no language model that transformers builds"
+        ) from error
     use_attention(model)
     return model
 
