@@ -92,6 +92,7 @@ def settle_enclosing(model: nn.Module) -> None:
         if form.per_layer or len(form.layers) != len(decoder_layers(model)):
             raise InputError(one_size_only(model))
         form.config.dtype = model.dtype
+        form.config._attn_implementation = model.config._attn_implementation
         config.text_config = form.config
     config.tie_word_embeddings = model.config.tie_word_embeddings
     around.model.to(model.dtype)

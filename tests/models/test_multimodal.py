@@ -84,9 +84,8 @@ def test_a_model_in_memory_is_pruned_with_what_is_around_it(text, tmp_path):
         torch.testing.assert_close(again(**inputs).logits, whole(**inputs).logits)
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
-def test_every_command_takes_it(kind, text, tmp_path):
-    dense = str(multimodal_checkpoint(tmp_path / "dense", kind))
+def test_every_command_takes_it(text, tmp_path):
+    dense = str(multimodal_checkpoint(tmp_path / "dense", "qwen2_vl"))
     small, adapter, merged, full = (str(tmp_path / n) for n in ("small", "lora", "merged", "full"))
     measured = ["--eval", text, "--eval-seq-len", "32", "--eval-windows", "2", "--quiet"]
     learnt = ["--data", text, "--seq-len", "32", "--batch-size", "2", "--max-steps", "2"]
@@ -108,7 +107,7 @@ def test_every_command_takes_it(kind, text, tmp_path):
     assert sizes[0] > sizes[1]
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize(("words", "message"), [
     (["--ratio", "0.2"], "use --layout uniform"),
     (["--ratio", "0.2", "--layout", "uniform", "--stream"], "leave --stream out"),
     (["--ratio", "0.2", "--layout", "uniform", "--family", "qwen2"], "leave --family out"),
@@ -117,6 +116,7 @@ def test_every_command_takes_it(kind, text, tmp_path):
 def test_what_it_cannot_have_is_refused_in_one_line(words, message, text, tmp_path, capsys):
     dense = multimodal_checkpoint(tmp_path / "dense", "llava")
     out = tmp_path / "out"
+    capsys.readouterr()
     windows = ["--calib", text, "--calib-samples", "8", "--calib-seq-len", "32", "--eval", text,
                "--eval-seq-len", "32", "--eval-windows", "2", "--keep-worse"]  # fmt: skip
     assert cli.main(["prune", str(dense), "--out", str(out), *words, *windows, "--quiet"]) == 2
