@@ -27,13 +27,13 @@ from fastprune.data.records import source_files, source_names
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
+from fastprune.models.adopted import check_known
 from fastprune.models.checkpoint import save_checkpoint
-from fastprune.models.families import family_of
 from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.output import RECORDS, replacing, staged
 from fastprune.progress import log as progress_log
-from fastprune.pruning.pipeline import PruneResult, write_result
+from fastprune.pruning.pipeline import PruneResult, check_source, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
 from fastprune.recover.merge import MergeConfig, run_merge
@@ -75,6 +75,7 @@ def run_compress(config: CompressConfig) -> CompressResult:
     load_recipe(config.finetune_config())
     for name in {*source_names(config.data), *source_names(config.eval)}:
         source_files(name)  # what is missing is told now
+    check_source(config.prune_config())
     steps = Steps.open(config)
     run = CompressRun(config, steps)
     with _log(steps) as run_log:
@@ -125,7 +126,7 @@ class CompressRun:
         def work() -> dict[str, Any]:
             start = time.monotonic()
             model, tokenizer = self._load(config.model)
-            family_of(model)
+            check_known(model, config.family)
             guessed = probe(model)
             schedule.check_minutes(
                 config.minutes, Pace(guessed, guessed), config.rounds, sure=False

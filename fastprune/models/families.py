@@ -254,6 +254,11 @@ FAMILIES = {
 }
 """The families that can be pruned, by their ``config.model_type``."""
 SUPPORTED = FAMILIES.keys()
+ADOPTED: dict[str, Family] = {}
+"""Model types that are not declared and whose layers are built as those of a family, by their
+``config.model_type``; see `fastprune.models.adopted`."""
+ADOPTED_AS = "fastprune_family"
+"""The name, in the config of a model of an adopted type, of the family that it was adopted as."""
 
 
 def register_family(model_type: str, family: Family) -> None:
@@ -363,12 +368,12 @@ def family_of_config(config: Any) -> str:
     """The family name of the model that ``config`` describes; InputError when not supported."""
     model_type = getattr(config, "model_type", "")
     family = model_type.removeprefix(PRUNED_PREFIX)
-    if family not in SUPPORTED:
+    if family not in SUPPORTED and not is_adopted(config):
         raise InputError(
             f"model type '{model_type}' is not supported; "
             f"fastprune prunes {', '.join(SUPPORTED)} models"
         )
-    for name, why in FAMILIES[family].refused.items():
+    for name, why in (FAMILIES | ADOPTED)[family].refused.items():
         if getattr(config, name, None):
             raise InputError(f"{family} models with {name} cannot be pruned: {why}")
     return family
@@ -383,9 +388,20 @@ def is_supported(config: Any) -> bool:
     return True
 
 
+def is_adopted(config: Any) -> bool:
+    """Whether the model that ``config`` describes is of an adopted type."""
+    family = config.model_type.removeprefix(PRUNED_PREFIX)
+    return family in ADOPTED and hasattr(config, ADOPTED_AS)
+
+
 def declaration(model: nn.Module) -> Family:
     """The family of a causal language model; Llama's for one that is not supported."""
-    return FAMILIES.get(model.config.model_type.removeprefix(PRUNED_PREFIX), LLAMA)
+    return declared_for(model.config) or LLAMA
+
+
+def declared_for(config: Any) -> Family | None:
+    """The family, declared or adopted, of the model that ``config`` describes; None for others."""
+    return (FAMILIES | ADOPTED).get(config.model_type.removeprefix(PRUNED_PREFIX))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -396,10 +412,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return model.get_submodule(declaration(model).layers)
 
 
-def geometry(layer: nn.Module) -> Geometry:
+def geometry(layer: nn.Module, family: Family | None = None) -> Geometry:
     """Read the sizes of ``layer`` off its weights, so that they are never stale.
 
-    A layer of a family that is not supported is read by the names of Llama.
+    It is read as a layer of ``family``, by default its own, which is Llama where its class belongs
+    to none.
     """
 
     def shape(path: str) -> tuple[int, int]:
@@ -409,7 +426,7 @@ def geometry(layer: nn.Module) -> Geometry:
             return 0, 0
         return linear.out_features, linear.in_features
 
-    family = _declared(layer)
+    family = family or _declared(layer)
     attention = layer.get_submodule(family.sublayers[0].module)
     found = family.geometry(shape, getattr(attention, "head_dim", 0))
     return found if found.kv_heads else replace(found, query_heads=0)
@@ -421,19 +438,21 @@ def geometries(model: nn.Module) -> list[Geometry]:
     return [geometry(layer) for layer in decoder_layers(model)]
 
 
-def sublayers(layer: nn.Module) -> list[Sublayer]:
-    """The sublayers that ``layer`` has, in the order in which it runs them.
+def sublayers(layer: nn.Module, family: Family | None = None) -> list[Sublayer]:
+    """The sublayers that ``layer`` has, in the order in which it runs them; ``family`` as for
+    `geometry`.
 
     Query head h is served by KV head ``h // queries_per_kv``, so the query rows of one KV group
     are contiguous.
     """
-    sizes = geometry(layer)
+    family = family or _declared(layer)
+    sizes = geometry(layer, family)
     head = sizes.head_dim
     widths = {"queries": sizes.queries_per_kv * head, "head": head, "channel": 1}
-    norms = _norms(layer, sizes)
-    shared = shared_norms(layer)
+    norms = _norms(layer, sizes, family)
+    shared = _shared(norms)
     found = []
-    for declared in _declared(layer).sublayers:
+    for declared in family.sublayers:
         if units := sizes.units[declared.kind]:
             path, width = declared.output
             found.append(
@@ -453,7 +472,12 @@ def sublayers(layer: nn.Module) -> list[Sublayer]:
 
 def shared_norms(layer: nn.Module) -> tuple[str, ...]:
     """The norms of ``layer`` that several of its sublayers read: they go with the last of these."""
-    read = Counter(name for names in _norms(layer, geometry(layer)).values() for name in names)
+    return _shared(_norms(layer, geometry(layer), _declared(layer)))
+
+
+def _shared(norms: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Those of the ``norms`` of each kind of sublayer that several kinds have."""
+    read = Counter(name for names in norms.values() for name in names)
     return tuple(name for name, readers in read.items() if readers > 1)
 
 
@@ -463,11 +487,12 @@ def residual_scale(layer: nn.Module) -> float:
     return 1.0 if name is None else getattr(layer, name)
 
 
-def _norms(layer: nn.Module, sizes: Geometry) -> dict[str, tuple[str, ...]]:
-    """The norms around each sublayer that ``layer``, which has ``sizes``, has, by its kind."""
+def _norms(layer: nn.Module, sizes: Geometry, family: Family) -> dict[str, tuple[str, ...]]:
+    """The norms around each sublayer that ``layer`` of ``family``, which has ``sizes``, has, by its
+    kind."""
     found: dict[str, tuple[str, ...]] = {}
     before: tuple[str, ...] = ()
-    for declared in _declared(layer).sublayers:
+    for declared in family.sublayers:
         own = (name for name in declared.norms if getattr(layer, name, None) is not None)
         before = tuple(own) or before
         if sizes.units[declared.kind]:
@@ -478,7 +503,8 @@ def _norms(layer: nn.Module, sizes: Geometry) -> dict[str, tuple[str, ...]]:
 def _declared(layer: nn.Module) -> Family:
     """The family of ``layer``, by its class or those that this is derived from, as FSDP does."""
     classes = {c.__name__ for c in type(layer).__mro__}
-    return next((f for f in FAMILIES.values() if f.layer_class in classes), LLAMA)
+    known = (*FAMILIES.values(), *ADOPTED.values())
+    return next((family for family in known if family.layer_class in classes), LLAMA)
 
 
 def _rows(

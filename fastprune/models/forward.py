@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastprune.errors import InputError
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
-from fastprune.models.families import FAMILIES, PRUNED_PREFIX
+from fastprune.models.families import declared_for
 
 CHUNK_LOGITS = 2**24
 """Logits computed at a time: 64 MB in fp32, large enough to keep a device busy."""
@@ -93,7 +93,7 @@ def decoder_and_head(model: nn.Module) -> tuple[nn.Module, Head]:
     whose logits need more than its output layer.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    family = FAMILIES.get(inner.config.model_type.removeprefix(PRUNED_PREFIX))
+    family = declared_for(inner.config)
     steps = family.logits if family else {}
     settings = {name: getattr(inner.config, name, None) for name in {*LOGIT_SETTINGS, *steps}}
     scale, cap = 1.0, None

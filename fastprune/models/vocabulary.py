@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastprune.errors import InputError
+from fastprune.models.multimodal import enclosing
 from fastprune.models.quiet import quiet_libraries
 
 log = logging.getLogger("fastprune")
@@ -35,11 +36,17 @@ def grow_embeddings(model: nn.Module, tokenizer: Any, seed: int) -> int:
     """Give `model`, in place, an embedding (and a head) for all tokens of `tokenizer`.
 
     New rows are drawn by `seed` around the mean of the old ones, as transformers does. Returns how
-    many there are; 0 where there was room for all.
+    many there are; 0 where there was room for all. Raises InputError for a part of a multimodal
+    model.
     """
     rows, wanted = embedding_rows(model), 1 + max(tokenizer.get_vocab().values())
     if wanted <= rows:
         return 0
+    if enclosing(model) is not None:
+        raise InputError(
+            "--resize-embeddings: the tokens of a multimodal model stand for images too, and its "
+            "embedding stays as it is; use the tokenizer that it was trained with"
+        )
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), quiet_libraries():
         torch.manual_seed(seed)
