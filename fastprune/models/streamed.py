@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
-from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
 from fastprune.models.families import family_of_config
 from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
-from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
+from fastprune.models.skeleton import skeleton
 from fastprune.models.states import misfits, resized_config
 
 PIECE = 64 * 2**20
@@ -102,17 +101,6 @@ class StreamedModel(FetchedLayers):
                 if found[name].shape != expected[name].shape
             },
         }
-
-
-def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal language model that ``config`` describes, on the meta device, in eval mode."""
-    from transformers import AutoModelForCausalLM
-
-    register()
-    with torch.device("meta"), quiet_libraries():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    use_attention(model)
-    return model
 
 
 def _fill_buffers(model: nn.Module, device: torch.device) -> None:

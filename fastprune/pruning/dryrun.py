@@ -20,7 +20,7 @@ from fastprune.errors import InputError
 from fastprune.models.checkpoint import per_layer_form, stock_form
 from fastprune.models.load import load_config
 from fastprune.models.modeling import per_layer_config
-from fastprune.models.streamed import skeleton
+from fastprune.models.skeleton import skeleton
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.estimate import Estimate
 from fastprune.pruning.plan import Plan
