@@ -26,6 +26,7 @@ from fastprune.models.checks import (
     check_complete,
     check_pointer,
     check_unquantised,
+    check_values,
     refusal,
     without_wrappers,
 )
@@ -100,6 +101,7 @@ def state_of(path: Path, content: Any) -> SavedState:
     }
     if not weights:
         raise InputError(f"{path}: holds no weights, neither itself nor under {', '.join(STATES)}")
+    check_values(weights, path)
     settings: dict[str, Any] = {}
     for key in SETTINGS:
         settings |= {str(k): plain(v) for k, v in fields_of(outer.get(key)).items()}

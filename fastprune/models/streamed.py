@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
 from fastprune.models.checkpoint import EMBEDDING, HEAD
-from fastprune.models.checks import check_complete, check_unquantised
+from fastprune.models.checks import check_complete, quantisation
+from fastprune.models.dequantised import DequantisedShards, open_shards, unquantised
 from fastprune.models.families import family_of_config
 from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
@@ -48,8 +49,10 @@ class StreamedModel(FetchedLayers):
         folder = resolve_source(source)
         config = load_config(folder)
         family_of_config(config)
-        check_unquantised(config, str(folder))
-        self.shards = ShardReader(folder)
+        settings = quantisation(config)
+        self.shards = open_shards(folder, settings)
+        if settings:
+            config = unquantised(config)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):
@@ -68,7 +71,7 @@ class StreamedModel(FetchedLayers):
         return self.shards.read(name, self.dtype, self.device)
 
     def _sources(self) -> Iterator[tuple[str, Tensor | str]]:
-        for file in sorted({entry.file for entry in self.shards.entries.values()}):
+        for file in self.shards.files:
             status = file.stat()
             yield str(file), f"{status.st_size} {status.st_mtime_ns}"
         yield "dtype", str(self.dtype)
@@ -79,6 +82,8 @@ class StreamedModel(FetchedLayers):
         InputError unless the files hold every weight at its size.
         """
         model = skeleton(config, self.dtype)
+        if isinstance(self.shards, DequantisedShards):
+            self.shards.leave_zero_biases(model.state_dict())
         found = self._compared(model)
         if misfits(config, found):
             config = resized_config(self.shards.folder, config, self.shards.entries)
