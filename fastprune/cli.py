@@ -113,6 +113,12 @@ COMMANDS = {
         "fastprune.inspect.info:run_info",
         "fastprune.report.tables:show_info",
     ),
+    "completion": Command(
+        "a script that makes a shell complete commands and options",
+        "fastprune.completion:CompletionConfig",
+        "fastprune.completion:run_completion",
+        "fastprune.completion:show_completion",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ import ast
 import copy
 import json
 import logging
+import re
 import string
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastprune.inspect.verdict import judge, judged
 from fastprune.messages import CATALOGUE, Message, reason, shown
 
 PACKAGE = Path(fastprune.__file__).parent
+FLAG = re.compile(r"--[a-z-]+|fastprune [a-z]+")
 LOCALE = ("FASTPRUNE_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
 
 
@@ -54,6 +56,7 @@ def test_every_template_has_a_chinese_entry_with_the_same_placeholders():
     assert not catalogue.keys() - found.keys()  # nothing that no message uses
     for english, translated in catalogue.items():
         assert placeholders(translated) == placeholders(english), english
+        assert FLAG.findall(translated) == FLAG.findall(english), english
 
 
 def test_the_guards_warnings_are_messages():

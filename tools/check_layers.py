@@ -16,7 +16,7 @@ LINES = 500
 
 # Top to bottom. A file may import from its own level and from those below it.
 LEVELS = (
-    ("cli", "__main__"),
+    ("cli", "__main__", "completion"),
     ("compression",),
     ("exporting",),
     ("pruning", "recover"),

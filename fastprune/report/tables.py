@@ -265,6 +265,11 @@ def show_info(result: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in result["versions"].items():
         table.add_row(name, Text(value))
+    for name, value in result["system"].items():
+        if name == "memory_bytes":
+            table.add_row("memory", format.size(value))
+        else:
+            table.add_row(name, Text(str(value)))
     table.add_row("threads", str(result["threads"]))
     for kernels in result["kernels"]:
         words = ["on" if kernels["usable"] else "off", kernels["detail"], kernels["reason"]]
