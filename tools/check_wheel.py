@@ -40,7 +40,7 @@ def breaches(wheel: Path, root: Path) -> Iterator[str]:
         yield f"{size / 2**20:.1f} MB; at most {MEGABYTES}"
     yield from _tags(wheel.name)
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        names = {name for name in archive.namelist() if not name.endswith("/")}
         yield from _contents(names, root)
         yield from _version(archive, root)
         modules = [name for name in names if name.endswith(".so")]

@@ -49,6 +49,7 @@ def wheel(tmp_path, library):
 
     def make(name=NAME, source=SOURCE, leave_out=(), **files):
         sound = {
+            "fastprune/": "",
             "fastprune/__init__.py": "",
             "fastprune/recipe.yaml": "",
             "fastprune-1.0.dist-info/METADATA": "Name: fastprune\nVersion: 1.0\n\n",
