@@ -18,7 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -26,6 +25,7 @@ from rich.text import Text
 from fastprune.config import POSITIONAL, Group
 from fastprune.errors import InputError
 from fastprune.output import check_apart
+from fastprune.readers import read_yaml
 
 C = TypeVar("C")
 
@@ -308,11 +308,9 @@ def _take_config(args: Sequence[str]) -> tuple[list[str], Path | None]:
 def _read_config(config_class: type, file: Path, prog: str) -> dict[str, Any]:
     """The options that the YAML `file` sets, by field name."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {file}: cannot be read: {_reason(error)}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {file}: not YAML: {_one_line(str(error))}") from error
+        values = read_yaml(file)
+    except InputError as error:
+        raise InputError(f"--config {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"--config {file}: must hold `option: value` lines")
 
@@ -347,7 +345,3 @@ def typed_values(
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not text"

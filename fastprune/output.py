@@ -16,7 +16,6 @@ import ctypes
 import errno
 import fcntl
 import glob
-import json
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
+from fastprune.readers import read_json
 
 RECORDS = "fastprune"
 """Folder inside a checkpoint where a run keeps its plan, metrics and report."""
@@ -195,8 +195,8 @@ def _holds_only_a_log(folder: Path) -> bool:
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in `file`; an empty one where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(file)
+    except InputError:
         return {}
     return content if isinstance(content, dict) else {}
 

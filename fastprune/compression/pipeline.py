@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -36,6 +35,7 @@ from fastprune.progress import log as progress_log
 from fastprune.pruning.pipeline import PruneResult, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
+from fastprune.readers import read_json
 from fastprune.recover.merge import MergeConfig, run_merge
 from fastprune.recover.pipeline import run_finetune
 from fastprune.recover.recipes import load_recipe
@@ -376,7 +376,7 @@ def _without_text(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RECORDS / "metrics.json").read_text(encoding="utf-8"))
+    return read_json(folder / RECORDS / "metrics.json")
 
 
 def _seconds(steps: Steps) -> dict[str, float]:

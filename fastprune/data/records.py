@@ -13,7 +13,6 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from fastprune.data.builtin import BUILTIN, builtin_documents
 from fastprune.data.files import checked_form, folder_files, is_packed, split_of
 from fastprune.data.shards import TokenShard
 from fastprune.errors import InputError
+from fastprune.readers import parse_json, parse_json_values
 
 SELF = "self"
 """In place of a source: text that the model writes itself, which `prune` alone calibrates on."""
@@ -208,24 +208,26 @@ def _jsonl(path: Path, name: str, broken: Broken) -> Iterator[Record]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                value = parse_json(line, halves=True)
+            except ValueError as error:
                 broken(Record(None, name, "line", number), f"is not JSON: {error}")
             else:
                 yield Record(value, name, "line", number)
 
 
 def _json(path: Path, name: str, broken: Broken) -> Iterator[Record]:
-    text = "".join(_decoded(path))
+    text = _whole(path)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if "Extra data" not in str(error):
-            raise InputError(f"{path}: not JSON: {error}") from error
-        if _is_json(text.lstrip().partition("\n")[0]):  # one value a line
-            yield from _jsonl(path, name, broken)
-            return
-        content = _one_after_the_other(path, text)
+        values = parse_json_values(text, halves=True)
+        problem = "it is empty"
+    except ValueError as error:
+        values, problem = [], str(error)
+    if len(values) != 1 and _is_json(text.lstrip().partition("\n")[0]):  # one value a line
+        yield from _jsonl(path, name, broken)
+        return
+    if not values:
+        raise InputError(f"{path}: not JSON: {problem}")
+    content = values[0] if len(values) == 1 else values
     del text
     number = 0
     for values, held_out in _contained(content):
@@ -236,31 +238,17 @@ def _json(path: Path, name: str, broken: Broken) -> Iterator[Record]:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line, halves=True)
+    except ValueError:
         return False
     return True
 
 
-def _one_after_the_other(path: Path, text: str) -> list[Any]:
-    """The JSON values that `text` holds, each on as many lines as it likes."""
-    decoder = json.JSONDecoder()
-    values = []
-    position = _after_blanks(text, 0)
+def _whole(path: Path) -> str:
     try:
-        while position < len(text):
-            value, end = decoder.raw_decode(text, position)
-            values.append(value)
-            position = _after_blanks(text, end)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    return values
-
-
-def _after_blanks(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
+        return "".join(_decoded(path))
+    except MemoryError as error:
+        raise InputError(f"{path}: too large for the memory; save it as .jsonl") from error
 
 
 def _contained(content: Any) -> list[tuple[list[Any], bool]]:

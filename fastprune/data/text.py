@@ -196,7 +196,20 @@ def small_names(record: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def document(record: Any, where: str) -> str:
-    """The text of one record: itself, its text field, or the parts of an instruction."""
+    """The text of one record: itself, its text field, or the parts of an instruction.
+
+    Raises InputError, naming the place `where`, for a record without a text, and for a text that
+    cannot be encoded.
+    """
+    text = _text_of(record, where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds half of a surrogate pair, which is no text") from error
+    return text
+
+
+def _text_of(record: Any, where: str) -> str:
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):

@@ -6,7 +6,6 @@ comparison with the dense model follow where they are wanted.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -57,6 +56,7 @@ from fastprune.inspect.verdict import (
 from fastprune.models.load import STATE_SUFFIXES, load_model, resolve_source
 from fastprune.models.shards import FILE, INDEX, ShardReader
 from fastprune.models.vocabulary import check_largest
+from fastprune.readers import read_json
 from fastprune.report.run import Clock, command_line, settings, versions
 
 FORWARD_TOKENS = 32
@@ -337,12 +337,9 @@ def _reader(folder: Path) -> ShardReader | None:
 
 def _settings(folder: Path) -> Mapping[str, Any]:
     file = folder / "config.json"
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{folder}: not a model folder (it has no config.json)") from error
-    except ValueError as error:
-        raise InputError(f"{file}: broken config: {error}") from error
+    if not file.exists():
+        raise InputError(f"{folder}: not a model folder (it has no config.json)")
+    described = read_json(file)
     if not isinstance(described, dict):
         raise InputError(f"{file}: broken config: it is not an object")
     return described

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from fastprune.config import Group
@@ -28,6 +27,7 @@ from fastprune.errors import InputError
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import is_seq2seq
 from fastprune.progress import stage
+from fastprune.readers import read_yaml
 
 FOLDER = Path(__file__).with_name("tasks")
 EXTRA = "fastprune[eval]"
@@ -172,7 +172,7 @@ def _local(name: str, file: Path) -> dict[str, Any]:
     """The definition of the task `name` here, with the items in `file`. Raises InputError."""
     import datasets
 
-    definition = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    definition = read_yaml(FOLDER / f"{name}.yaml")
     fields = definition["metadata"]["fields"]
     if not file.is_file():
         raise InputError(f"--tasks {name}: {file} is not there, where --tasks-data has its items")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastprune.errors import InputError, NumericalError
 from fastprune.models.families import decoder_layers, geometry
 from fastprune.models.quiet import quiet_libraries
+from fastprune.readers import read_json
 
 CONFIG_FILE, BASE_FILE = "adapter_config.json", "fastprune_base.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -183,7 +184,7 @@ def read_fingerprint(directory: Path) -> Fingerprint | None:
     if not file.is_file():
         return None
     try:
-        return Fingerprint(**json.loads(file.read_text(encoding="utf-8")))
+        return Fingerprint(**read_json(file))
     except (ValueError, TypeError) as error:
         raise InputError(f"{file}: broken; copy the adapter again") from error
 
@@ -217,7 +218,7 @@ def _check_files(directory: Path) -> None:
     if not file.is_file():
         raise InputError(f"--adapter {directory}: not an adapter folder (it has no {CONFIG_FILE})")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
         kind = settings["peft_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: broken adapter config; copy the adapter again") from error

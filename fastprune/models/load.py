@@ -9,7 +9,6 @@ on.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import re
 from pathlib import Path
@@ -35,6 +34,7 @@ from fastprune.models.foreign import convert_gguf, discard, holds_model, revive,
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
+from fastprune.models.shards import listed_files
 from fastprune.models.states import (
     NeedsPickle,
     SavedState,
@@ -48,6 +48,7 @@ from fastprune.models.states import (
     tokenizer_in,
 )
 from fastprune.precision import convert_weights
+from fastprune.readers import read_json
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -262,7 +263,7 @@ def _read_config(folder: Path, trust: bool = False) -> Any:
         raise InputError(f"{folder}: not a model folder (it has no config.json)")
     check_pointer(file)
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
         if not isinstance(settings, dict) or "model_type" not in settings:
             raise ValueError("it names no model_type")
         with quiet_libraries():
@@ -307,11 +308,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            try:
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise InputError(f"{index}: broken index of weight files") from error
-            return [folder / shard for shard in sorted(shards)]
+            return listed_files(index)
     raise InputError(f"{folder}: no weights (model.safetensors) in this folder")
 
 

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from fastprune.errors import InputError
 from fastprune.flags import typed_values
+from fastprune.readers import read_yaml
 from fastprune.recover.config import FROZEN, LAST, FinetuneConfig, Method, Precision, Schedule
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -191,10 +190,9 @@ def _find(name: str) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"recipe {file}: cannot be read: {reason}") from error
+        content = read_yaml(file)
+    except InputError as error:
+        raise InputError(f"recipe {error}") from error
     if not isinstance(content, dict) or not content.get("stages"):
         raise InputError(f"recipe {file}: must hold a list of stages; copy one of {FOLDER}")
     if unknown := sorted(set(content) - {"about", "stages", "needs_teacher"}):
