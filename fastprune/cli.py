@@ -24,6 +24,7 @@ from fastprune import distributed
 from fastprune.config import CommonConfig, apply
 from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
+from fastprune.printing import LogFormatter, one_line, visible
 from fastprune.progress import console
 from fastprune.progress import log as progress_log
 from fastprune.report.run import check_result, write_result
@@ -142,7 +143,7 @@ def _status(args: list[str]) -> int:
     except SystemExit as end:  # --help has been printed; rich ends with 1 where stdout is closed
         return STDOUT_CLOSED if end.code else 0
     except FastpruneError as error:
-        _complain("error: " + " ".join(str(error).split()), verbose)
+        _complain(f"error: {error}", verbose)
         return error.exit_status
     except KeyboardInterrupt:
         _complain("interrupted", verbose=False)
@@ -151,7 +152,7 @@ def _status(args: list[str]) -> int:
         if isinstance(error, BrokenPipeError) and _stdout_closed("\n"):
             return STDOUT_CLOSED
         hint = "" if verbose else " (unexpected; run again with --verbose to see where)"
-        _complain(f"error: {type(error).__name__}: {' '.join(str(error).split())}{hint}", verbose)
+        _complain(f"error: {type(error).__name__}: {error}{hint}", verbose)
         return 1
 
 
@@ -225,10 +226,10 @@ def _complain(message: str, verbose: bool) -> None:
 
 def _print_complaint(message: str, verbose: bool) -> None:
     if verbose:
-        traceback.print_exc()
+        sys.stderr.write(visible(traceback.format_exc()))
     process = f" (process {distributed.rank()})" if distributed.rank() else ""
     red, plain = (RED, PLAIN) if message.startswith("error") and _colourful() else ("", "")
-    print(f"{red}fastprune{process}: {message}{plain}", file=sys.stderr)
+    print(f"{red}fastprune{process}: {one_line(message)}{plain}", file=sys.stderr)
 
 
 def _colourful() -> bool:
@@ -249,7 +250,7 @@ def _log_to_stderr(config: CommonConfig) -> None:
         )
     else:
         handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(LogFormatter("%(message)s"))
     if quiet:
         handler.setLevel(logging.ERROR)
     elif not config.verbose:

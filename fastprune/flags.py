@@ -18,13 +18,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
 from fastprune.config import POSITIONAL, Group
 from fastprune.errors import InputError
 from fastprune.output import check_apart
+from fastprune.printing import Console
 from fastprune.readers import read_yaml
 
 C = TypeVar("C")

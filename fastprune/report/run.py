@@ -20,6 +20,7 @@ from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.files import MARK, check_file, is_result, write_file, write_whole
+from fastprune.printing import LogFormatter
 from fastprune.progress import phase
 
 log = logging.getLogger("fastprune")
@@ -58,7 +59,7 @@ class RunLog:
         self._handler: logging.StreamHandler[Any] = logging.StreamHandler(self._text)
         if path is not None:
             self._handler = logging.FileHandler(path, encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
 
     def __enter__(self) -> RunLog:
         log.addHandler(self._handler)
