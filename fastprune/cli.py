@@ -7,6 +7,7 @@ has it.
 """
 
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -116,6 +117,13 @@ COMMANDS = {
 
 
 STDOUT_CLOSED = 128 + 13  # SIGPIPE
+REFUSED = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+}
+"""Errors of the operating system about a file that no code can prevent."""
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+"""What torch says where memory is lacking, in a RuntimeError."""
 RED, PLAIN = "\033[1;31m", "\033[0m"
 
 
@@ -151,9 +159,22 @@ def _status(args: list[str]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_closed("\n"):
             return STDOUT_CLOSED
+        if told := _outside_reason(error):
+            _complain(f"error: {told}", verbose)
+            return InputError.exit_status
         hint = "" if verbose else " (unexpected; run again with --verbose to see where)"
         _complain(f"error: {type(error).__name__}: {error}{hint}", verbose)
         return 1
+
+
+def _outside_reason(error: Exception) -> str | None:
+    """What to tell of an error that the machine or a name given made, whatever code met it; None
+    for others, which are bugs."""
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        return "out of memory; give a smaller model, text, batch or window, or prune with --stream"
+    return None
 
 
 def _stdout_closed(probe: str = "") -> bool:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from fastprune.bounds import LENGTH, Range
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import Document, load_documents, token_stream
@@ -83,10 +84,10 @@ class DiagnoseConfig(CommonConfig):
     dense: str | None = None
     """the model before pruning, to compare with layer by layer; on builtin:wikitext2 where no
     --text is given"""
-    seq_len: Annotated[int | None, Group.EVALUATION] = None
+    seq_len: Annotated[int | None, Group.EVALUATION, LENGTH] = None
     """tokens per window of the text, at most the model's maximum positions (default: 1024, or that
     maximum)"""
-    windows: Annotated[int, Group.EVALUATION] = 16
+    windows: Annotated[int, Group.EVALUATION, Range(1, 10**6)] = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
     tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
+from fastprune.bounds import Range
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import end_of_turn, has_template
@@ -49,9 +50,9 @@ class SamplingConfig(CommonConfig):
 
     model: Positional[str]
     """Hugging Face directory, hub id, .gguf file, .pt of a GPT-2, or smollm2-135m"""
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Range(1, 2**24)] = 128
     """stop after this many tokens"""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(0, 1000)] = 0.0
     """0 takes the likeliest token each time; higher draws more freely"""
     adapter: Path | None = None
     """folder with a LoRA adapter, put onto the model without being merged"""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
+from fastprune.bounds import LENGTH, Range, check_ranges
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import Document, eval_windows, load_documents, token_stream
@@ -86,11 +87,11 @@ class EvalConfig(TaskOptions, CommonConfig):
     text: str = EVALUATION_TEXT
     """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:wikitext2, :c4 or
     :pydocs; several, joined by commas, are read one after the other"""
-    seq_len: Annotated[int | None, Group.EVALUATION] = None
+    seq_len: Annotated[int | None, Group.EVALUATION, LENGTH] = None
     """tokens per window, at most the model's maximum positions (default: 1024, or that maximum)"""
-    windows: Annotated[int, Group.EVALUATION] = 16
+    windows: Annotated[int, Group.EVALUATION, Range(1, 10**6)] = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
-    batch_size: Annotated[int | None, Group.EVALUATION] = None
+    batch_size: Annotated[int | None, Group.EVALUATION, Range(1, 2**16)] = None
     """windows, or requests of a task, per forward pass (default: about 2048 tokens, 8 requests)"""
     speed: bool = False
     """also measure how fast prompts of 128, 512 and 2048 tokens are read, and how fast 1, 8 and 32
@@ -112,9 +113,8 @@ class EvalConfig(TaskOptions, CommonConfig):
 
     def check(self) -> None:
         """InputError when a value is out of range, or what --tasks needs is not installed."""
+        check_ranges(self)
         self.check_tasks()
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
         if self.dense is not None and not self.speed:
             raise InputError("--dense is the model that --speed compares with: give both")
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastprune.bounds import STEPS, Range, check_ranges
 from fastprune.config import Group
 from fastprune.data.records import read_file
 from fastprune.errors import InputError
@@ -49,18 +50,14 @@ class TaskOptions:
     tasks_data: Annotated[Path | None, Group.TASKS] = None
     """folder with arc_easy.jsonl, piqa.jsonl, lambada.jsonl: these tasks read their items there
     instead of from the hub"""
-    task_limit: Annotated[int | None, Group.TASKS] = None
+    task_limit: Annotated[int | None, Group.TASKS, STEPS] = None
     """evaluate only the first so many items of each task"""
-    task_fewshot: Annotated[int | None, Group.TASKS] = None
+    task_fewshot: Annotated[int | None, Group.TASKS, Range(0, 10_000)] = None
     """solved examples before each item (default: what the task says, mostly none)"""
 
     def check_tasks(self) -> None:
         """InputError when a value is out of range, or the harness is not installed."""
-        for name, least in (("task_limit", 1), ("task_fewshot", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {least}, not {value}")
+        check_ranges(self)
         if not self.tasks:
             return
         if self.tasks_data is not None and not self.tasks_data.is_dir():
