@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastprune.bounds import LENGTH, Range
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import Document, load_documents, token_stream
+from fastprune.data.text import Document, characters_for, load_documents, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
 from fastprune.inspect import findings as say
 from fastprune.inspect.against import Comparison, check_comparable, compare, kept_layers
@@ -169,7 +169,8 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
     config.check()
     clock = Clock()
     text = config.text or (EVALUATION_TEXT if config.dense else None)
-    documents = load_documents(text) if text else None
+    enough = characters_for(config.windows * (config.seq_len or SEQ_LEN))
+    documents = load_documents(text, enough) if text else None
     model: nn.Module | None = None
     tokenizer: Any = None
     source = Path(config.model).expanduser()

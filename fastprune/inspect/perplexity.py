@@ -17,7 +17,7 @@ from fastprune import distributed
 from fastprune.bounds import LENGTH, Range, check_ranges
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import Document, eval_windows, load_documents, token_stream
+from fastprune.data.text import Document, characters_for, eval_windows, load_documents, token_stream
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
 from fastprune.inspect.memory import forget_peak, peak_memory_bytes
@@ -125,7 +125,8 @@ def run_eval(config: EvalConfig) -> Evaluation:
     Raises InputError, and NumericalError when the loss is not a number.
     """
     config.check()
-    documents = load_documents(config.text)
+    enough = characters_for(config.windows * (config.seq_len or SEQ_LEN))
+    documents = load_documents(config.text, enough)
     model, tokenizer = _load(config, config.model, config.adapter, config.tokenizer)
     params = {
         "total": sum(p.numel() for p in model.parameters()),

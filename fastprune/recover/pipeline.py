@@ -16,7 +16,7 @@ from torch import nn
 from fastprune.data.describe import describe
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import has_template, template_of
-from fastprune.data.text import load_documents
+from fastprune.data.text import characters_for, load_documents
 from fastprune.data.training import TrainingData
 from fastprune.errors import InputError
 from fastprune.inspect.generate import generate, read_prompts, stop_at_end_of_turn
@@ -447,7 +447,7 @@ def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.
             "learnt by heart; give another --eval",
             shared[0],
         )
-    documents = load_documents(config.eval)
+    documents = load_documents(config.eval, characters_for(seq_len * config.eval_windows))
     windows = text_windows(tokenizer, documents, seq_len, config.eval_windows)
     check_largest(model, tokenizer, int(windows.max()), config.eval)
     return windows
