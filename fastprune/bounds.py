@@ -17,6 +17,8 @@ from fastprune.errors import InputError
 INTEGERS = (-(2**63), 2**63 - 1)
 """The whole numbers of 64 bits."""
 
+LARGEST = 1e12
+"""Of a number that says nothing: no setting is larger, and its square is finite in float32."""
 EXCLUDED = {
     (True, True): "",
     (True, False): ", 1 excluded",
@@ -29,8 +31,8 @@ EXCLUDED = {
 class Range:
     """The numbers from `least` to `most`, the ends among them where `closed` says so."""
 
-    least: float = -math.inf
-    most: float = math.inf
+    least: float = -LARGEST
+    most: float = LARGEST
     closed: tuple[bool, bool] = (True, True)
 
     def complaint(self, value: float) -> str | None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,6 +235,31 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _WHOLE, list("+-0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _DECIMAL, list("+-.0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:int", _number)
+
+
+# ------------------------------------------------------------------------------------------- time
+
+
+@contextmanager
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """TimeoutError with `message` where the body, a program that came with an input, takes longer.
+
+    Only the main thread of a process can be interrupted; elsewhere there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise TimeoutError(message)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # ------------------------------------------------------------------------------------------- text

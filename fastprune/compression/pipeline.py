@@ -22,7 +22,7 @@ from fastprune.compression.measure import answers, figures, probe, speeds, weigh
 from fastprune.compression.schedule import Pace
 from fastprune.compression.steps import Steps, is_complete
 from fastprune.config import resolve_device
-from fastprune.data.records import source_files, source_names
+from fastprune.data.records import check_data
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
@@ -32,6 +32,7 @@ from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.output import RECORDS, replacing, staged
 from fastprune.progress import log as progress_log
+from fastprune.pruning.early import check_early
 from fastprune.pruning.pipeline import PruneResult, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
@@ -73,8 +74,8 @@ def run_compress(config: CompressConfig) -> CompressResult:
     config.check()
     Forms(config).check_settings()
     load_recipe(config.finetune_config())
-    for name in {*source_names(config.data), *source_names(config.eval)}:
-        source_files(name)  # what is missing is told now
+    check_data(config.data)
+    check_early(config.prune_config(**_first_part(config)))
     steps = Steps.open(config)
     run = CompressRun(config, steps)
     with _log(steps) as run_log:
@@ -86,6 +87,11 @@ def run_compress(config: CompressConfig) -> CompressResult:
         record = run.record(dense, pruned, recovered, small)
         run.finish(record, run_log)
     return CompressResult(record, Path(run.steps.out))
+
+
+def _first_part(config: CompressConfig) -> dict[str, Any]:
+    """The settings of the first of several rounds that differ from those of a single one."""
+    return {} if config.rounds == 1 or not config.ratio else {"ratio": config.ratio / config.rounds}
 
 
 def compress(

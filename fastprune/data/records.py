@@ -99,6 +99,21 @@ def read_source(
         yield from _hub(name, rows)
 
 
+def check_data(spec: str | Path) -> None:
+    """InputError where a source of `spec` is missing, or a file of it is unreadable or empty.
+
+    Only the beginning of a source is read, and none of the hub's data sets.
+    """
+    for name in source_names(spec):
+        files = source_files(name)
+        if files and next(read_source(name, broken=_pass_over), None) is None:
+            raise InputError(f"{name}: no data in it")
+
+
+def _pass_over(record: Record, reason: str) -> None:
+    """A broken record is no reason to refuse the others."""
+
+
 def source_files(name: str) -> list[Path]:
     """The files of a source, sorted; none for one that does not lie on the disk.
 

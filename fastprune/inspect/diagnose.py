@@ -54,7 +54,7 @@ from fastprune.inspect.verdict import (
     verdict,
     worse_than_guessing,
 )
-from fastprune.models.load import STATE_SUFFIXES, load_model, resolve_source
+from fastprune.models.load import STATE_SUFFIXES, check_source, load_model, resolve_source
 from fastprune.models.shards import FILE, INDEX, ShardReader
 from fastprune.models.vocabulary import check_largest
 from fastprune.readers import read_json
@@ -171,6 +171,8 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
     text = config.text or (EVALUATION_TEXT if config.dense else None)
     enough = characters_for(config.windows * (config.seq_len or SEQ_LEN))
     documents = load_documents(text, enough) if text else None
+    if config.dense is not None:
+        check_source(config.dense)
     model: nn.Module | None = None
     tokenizer: Any = None
     source = Path(config.model).expanduser()

@@ -26,7 +26,7 @@ from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
 from fastprune.models.checks import layer_parameters
 from fastprune.models.forward import batches, chunked_loss, decoder_and_head
 from fastprune.models.layers import Layers
-from fastprune.models.load import load_model
+from fastprune.models.load import check_source, load_model
 from fastprune.models.quantised import quantise
 from fastprune.models.seq2seq import halves, is_seq2seq, response_states
 from fastprune.models.vocabulary import check_largest
@@ -127,6 +127,8 @@ def run_eval(config: EvalConfig) -> Evaluation:
     config.check()
     enough = characters_for(config.windows * (config.seq_len or SEQ_LEN))
     documents = load_documents(config.text, enough)
+    if config.dense is not None:
+        check_source(config.dense, config.trust_remote_code)
     model, tokenizer = _load(config, config.model, config.adapter, config.tokenizer)
     params = {
         "total": sum(p.numel() for p in model.parameters()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class TaskOptions:
         if self.tasks_data is not None and not self.tasks_data.is_dir():
             raise InputError(f"--tasks-data {self.tasks_data}: no such folder")
         for name in self.tasks:
-            if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+            if (name.endswith((".yaml", ".yml")) or "/" in name) and not os.path.isfile(name):
                 raise InputError(f"--tasks {name}: no such task file")
         _harness()
 

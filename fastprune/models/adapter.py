@@ -102,6 +102,14 @@ class Fingerprint:
         return model.dtype if self.dtype == "float32" else None
 
 
+def check_adapter(directory: str | Path) -> None:
+    """InputError where there is no usable LoRA adapter in `directory`, whatever model it is for."""
+    directory = Path(directory).expanduser()
+    _check_files(directory)
+    read_fingerprint(directory)
+    _check_names(directory, _tensors(directory))
+
+
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """`model` with the LoRA adapter in `directory` on it, unmerged: a PeftModel for inference.
 

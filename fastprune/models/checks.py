@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastprune.errors import InputError
 
 POINTER = b"version https://git-lfs"
@@ -18,6 +20,8 @@ PARALLEL = "module."
 DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.\d+\.")
 BUFFERS = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|(?:attn|attention)\.(?:masked_)?bias)$")
 """Constants that older releases of transformers saved beside the weights."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What weights are computed in."""
 TRUST = "trust_remote_code"
 
 log = logging.getLogger("fastprune")
@@ -56,6 +60,16 @@ def check_pointer(file: Path) -> None:
             raise InputError(
                 f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
             )
+
+
+def check_dtype(config: Any, name: str) -> None:
+    """InputError, naming `name`, for a config whose weights are of no dtype that is worked in."""
+    if config.dtype is not None and config.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise InputError(
+            f"{name}: its dtype is {str(config.dtype).removeprefix('torch.')}, not one of {known}; "
+            "save the model in one of these"
+        )
 
 
 def check_unquantised(config: Any, name: str) -> None:

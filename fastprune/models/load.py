@@ -23,6 +23,7 @@ from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import settle_tie
 from fastprune.models.checks import (
     check_complete,
+    check_dtype,
     check_pointer,
     check_unquantised,
     reason,
@@ -84,6 +85,10 @@ def load_model(
     wanted = _dtype(dtype)
     target = resolve_device(device) if isinstance(device, str) else device
     given = None if tokenizer is None else named_tokenizer(tokenizer)
+    if adapter is not None:
+        from fastprune.models.adapter import check_adapter, load_adapter  # with peft: a second
+
+        check_adapter(adapter)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in STATE_SUFFIXES:
         model, words = _load_file(path, allow_pickle, given)
@@ -99,8 +104,6 @@ def load_model(
             "%s: the adapter beside this model is left out; give --adapter %s to use it", path, path
         )
     if adapter is not None:
-        from fastprune.models.adapter import load_adapter  # peft takes a second to import
-
         own = len(model.get_input_embeddings().weight)
         model = load_adapter(model, adapter)
         folder = Path(adapter).expanduser()
@@ -148,6 +151,18 @@ def load_or_start(
 def load_config(source: str | Path) -> Any:
     """The config of the model that `source` names, without its weights. Raises InputError."""
     return _read_config(resolve_source(source))
+
+
+def check_source(source: str | Path, trust_remote_code: bool = False) -> None:
+    """InputError where `source` names no model, or one whose config or weight files are missing or
+    broken; weights themselves are not read."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in STATE_SUFFIXES:
+        check_pointer(path)
+        return
+    folder = resolve_source(source)
+    _read_config(folder, trust_remote_code)
+    _check_weights(folder)
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -272,6 +287,7 @@ def _read_config(folder: Path, trust: bool = False) -> Any:
             )
     except Exception as error:  # a config may be wrong in as many ways as it has fields
         raise refusal(file, "broken or unknown config", error) from error
+    check_dtype(config, str(file))
     if not trust:  # code that was not run is not passed on with the model either
         vars(config).pop("auto_map", None)
     return config

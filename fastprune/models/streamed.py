@@ -14,12 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
+from fastprune.errors import InputError
 from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
 from fastprune.models.families import family_of_config
 from fastprune.models.layers import FetchedLayers
-from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
+from fastprune.models.load import (
+    STATE_SUFFIXES,
+    load_config,
+    load_tokenizer,
+    named_tokenizer,
+    resolve_source,
+)
 from fastprune.models.modeling import register
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
@@ -55,7 +62,7 @@ class StreamedModel(FetchedLayers):
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):
             config.tie_word_embeddings = False
-        super().__init__(self._fitting(config), resolve_device(device))
+        super().__init__(_fitting(config, self.shards, self.dtype), resolve_device(device))
         _read_generation_config(self.model, folder)
         _fill_buffers(self.model, self.device)
         norm = {
@@ -74,34 +81,55 @@ class StreamedModel(FetchedLayers):
             yield str(file), f"{status.st_size} {status.st_mtime_ns}"
         yield "dtype", str(self.dtype)
 
-    def _fitting(self, config: Any) -> nn.Module:
-        """The model of ``config`` on the meta device, its layers of the sizes in the files.
 
-        InputError unless the files hold every weight at its size.
-        """
-        model = skeleton(config, self.dtype)
-        found = self._compared(model)
-        if misfits(config, found):
-            config = resized_config(self.shards.folder, config, self.shards.entries)
-            model = skeleton(config, self.dtype)
-            found = self._compared(model)
-        check_complete(found, self.shards.folder)
-        return model
+def outline(source: str | Path) -> nn.Module | None:
+    """The model that ``source`` names on the meta device, its layers of the sizes in its files.
 
-    def _compared(self, model: nn.Module) -> dict[str, Any]:
-        """How the files' weights differ from those of ``model``, as transformers' loading info."""
-        expected, found = model.state_dict(), self.shards.entries
-        if model.config.tie_word_embeddings:
-            expected.pop(HEAD, None)
-        return {
-            "missing_keys": expected.keys() - found.keys(),
-            "unexpected_keys": found.keys() - expected.keys() - {HEAD},
-            "mismatched_keys": {
-                (name, found[name].shape, tuple(expected[name].shape))
-                for name in expected.keys() & found.keys()
-                if found[name].shape != expected[name].shape
-            },
-        }
+    None where these are not in safetensors, or do not go together: then only loading the model
+    tells what is wrong, if anything is. Raises InputError where there is no model at all.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in STATE_SUFFIXES:
+        return None
+    folder = resolve_source(source)
+    config = load_config(folder)
+    family_of_config(config)
+    try:
+        shards = ShardReader(folder)
+        return _fitting(config, shards, _own_dtype(config, shards))
+    except InputError:
+        return None
+
+
+def _fitting(config: Any, shards: ShardReader, dtype: torch.dtype) -> nn.Module:
+    """The model of ``config`` on the meta device, its layers of the sizes in the files.
+
+    InputError unless the files hold every weight at its size.
+    """
+    model = skeleton(config, dtype)
+    found = _compared(model, shards)
+    if misfits(config, found):
+        config = resized_config(shards.folder, config, shards.entries)
+        model = skeleton(config, dtype)
+        found = _compared(model, shards)
+    check_complete(found, shards.folder)
+    return model
+
+
+def _compared(model: nn.Module, shards: ShardReader) -> dict[str, Any]:
+    """How the files' weights differ from those of ``model``, as transformers' loading info."""
+    expected, found = model.state_dict(), shards.entries
+    if model.config.tie_word_embeddings:
+        expected.pop(HEAD, None)
+    return {
+        "missing_keys": expected.keys() - found.keys(),
+        "unexpected_keys": found.keys() - expected.keys() - {HEAD},
+        "mismatched_keys": {
+            (name, found[name].shape, tuple(expected[name].shape))
+            for name in expected.keys() & found.keys()
+            if found[name].shape != expected[name].shape
+        },
+    }
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:

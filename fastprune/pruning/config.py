@@ -51,7 +51,7 @@ class PruneConfig(CommonConfig):
     ratio_of: Annotated[Literal["block", "structures"], Group.SIZE] = "block"
     """what --ratio is a fraction of: all block parameters, or those of the --structures in the
     --layers, as when 0.2 shall mean a fifth of the attention"""
-    target_params: Annotated[int | None, Group.SIZE, Range(1)] = None
+    target_params: Annotated[int | None, Group.SIZE, Range(1, 10**15)] = None
     """total parameters of the result, instead of --ratio"""
     target_bytes: Annotated[str | None, Group.SIZE] = None
     """size of the result's weight files at most, instead of --ratio: for example 200MB or 1.5GiB"""

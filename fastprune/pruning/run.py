@@ -27,6 +27,7 @@ from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.curves import judging
 from fastprune.pruning.divergence import Yardstick
 from fastprune.pruning.dryrun import facts
+from fastprune.pruning.early import check_settled
 from fastprune.pruning.effort import decided
 from fastprune.pruning.iterate import plan_in_steps
 from fastprune.pruning.latency import CostTable
@@ -106,6 +107,8 @@ class PruneRun:
                 self.table = distributed.by_first(partial(latency.measure, self.model, context))
         self.budget = budget_of(self.config, self.model, self.table)
         self.config = decided(self.config, self.model, self._share())
+        if self.budget is not None:
+            check_settled(self.config, self.model, self.budget)
         if texts:
             calibrate = self.given is None or self.refits
             self.test, windows = run_windows(

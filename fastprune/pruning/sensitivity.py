@@ -20,6 +20,8 @@ from fastprune.pruning.calibration import Calibration
 from fastprune.readers import read_json
 
 FORMAT = "fastprune-layer-importance/1"
+MEASURED = ("removal", "activation")
+"""Sensitivities that are measured; others are read from a file."""
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ from fastprune.precision import convert_weights
 from fastprune.progress import log as progress_log
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
+from fastprune.recover.early import check_inputs
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.guard import bits
 from fastprune.recover.held_out import held_out_figures
@@ -167,6 +168,7 @@ def _checked(config: FinetuneConfig) -> Recipe:
         read_prompts(config.prompt)  # an unreadable file is told now
     data_kind(config)
     recipe = load_recipe(config)
+    check_inputs(config)
     if config.resize_embeddings and any(stage.method == "lora" for stage in recipe.stages):
         raise InputError(
             "--resize-embeddings changes the model itself, which an adapter is not: finetune all "

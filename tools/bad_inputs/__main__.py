@@ -1,6 +1,6 @@
 """Thousands of malformed inputs, each of which must end in one line and exit status 2.
 
-    python tools/bad_inputs [--seed N] [--workers N] [--only WORDS] [--every N] [--keep FILE.json]
+    python tools/bad_inputs [--seed N] [--workers N] [--only WORDS] [--count N] [--keep FILE.json]
 
 Every case calls `fastprune.cli.main` in a worker process that has torch loaded, with a limit on its
 address space and on its time. Checked are the exit status, what stands on stderr (one line of an
@@ -14,6 +14,7 @@ import argparse
 import collections
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default="", help="only cases whose names hold these words")
-    parser.add_argument("--every", type=int, default=1, help="only every Nth case")
+    parser.add_argument("--count", type=int, default=2400, help="cases, drawn by the seed")
     parser.add_argument("--keep", type=Path, help="write what was found of every case as JSON")
     args = parser.parse_args()
     from inputs import all_cases, make_base
@@ -40,11 +41,9 @@ def main() -> int:
         os.environ["XDG_CACHE_HOME"] = str(Path(name) / "cache")
         base = make_base(Path(name) / "base")
         cases = [case for case in all_cases(base, args.seed) if args.only in case.name]
-        found = run_all(cases[:: args.every], Path(name) / "work", args.workers)
+        random.Random(args.seed).shuffle(cases)
+        found = run_all(cases[: args.count], Path(name) / "work", args.workers)
     problems = collections.Counter(one.problem for one in found if one.problem)
-    for one in found:
-        if one.problem:
-            print(ascii(f"{one.problem}: {one.name}: {one.said[-300:]}")[1:-1])
     statuses = collections.Counter(one.status for one in found)
     print(
         f"{len(found)} cases in {time.monotonic() - start:.0f} s, by exit status: {dict(statuses)}"

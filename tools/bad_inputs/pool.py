@@ -12,7 +12,6 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -49,7 +48,6 @@ def run_all(cases: list[Case], work: Path, workers: int) -> list[Found]:
     context = multiprocessing.get_context("fork")  # torch is loaded once, and cases need no copies
     import peft  # noqa: F401
 
-
     found: dict[int, Found] = {}
     numbers = iter(range(len(cases)))
     crew = [_Worker(context, cases, work, place) for place in range(workers)]
@@ -64,6 +62,8 @@ def run_all(cases: list[Case], work: Path, workers: int) -> list[Found]:
             result = worker.result(worker.pipe in ready)
             if result is not None and number is not None:
                 found[number] = result
+                if result.problem:  # said at once
+                    print(told(result), flush=True)
                 idle.append(worker)
     for worker in crew:
         worker.process.kill()
@@ -71,7 +71,7 @@ def run_all(cases: list[Case], work: Path, workers: int) -> list[Found]:
 
 
 class _Worker:
-    """A process that runs one case after the other, and is started anew where it does not answer."""
+    """A process that runs one case after the other; one that does not answer is replaced."""
 
     def __init__(self, context, cases: list[Case], work: Path, place: int) -> None:
         self.context, self.cases, self.work, self.place = context, cases, work, place
@@ -177,7 +177,7 @@ def _problem(case: Case, status: int, text: str, new: set[str]) -> str:
         return "traceback"
     if status and (len(errors) != 1 or lines[-1] != errors[0]):
         return "not one line of an error"
-    if len(lines) > LINES:
+    if status == 2 and len(lines) > LINES:
         return "many lines"
     if "out of memory" in text or ("too large for" in text and "memory" in text):
         return "memory"
@@ -197,6 +197,6 @@ def _listed(folder: Path) -> set[str]:
     }
 
 
-def names(found: Iterable[Found]) -> list[str]:
-    """The cases that failed, each with what is wrong."""
-    return [f"{one.name}: {one.problem}: {one.said[-200:]}" for one in found if one.problem]
+def told(found: Found) -> str:
+    """What is wrong with a case, in one line of ASCII."""
+    return ascii(f"{found.problem}: {found.name}: {found.said[-300:]}")[1:-1]
