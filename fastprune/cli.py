@@ -122,6 +122,8 @@ REFUSED = {
     *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
 }
 """Errors of the operating system about a file that no code can prevent."""
+LINK_LOOP = "Symlink loop"
+"""How pathlib begins to say that symbolic links lead back to themselves."""
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 """What torch says where memory is lacking, in a RuntimeError."""
 RED, PLAIN = "\033[1;31m", "\033[0m"
@@ -172,6 +174,8 @@ def _outside_reason(error: Exception) -> str | None:
     for others, which are bugs."""
     if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and str(error).startswith(LINK_LOOP):
+        return str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         return "out of memory; give a smaller model, text, batch or window, or prune with --stream"
     return None

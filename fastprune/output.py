@@ -86,7 +86,7 @@ def check_out_file(
         raise InputError(f"{named}: is a folder; --out names a file, such as {named / 'model'}")
     if named.is_symlink() or (out.exists() and not out.is_file()):
         raise InputError(f"{named}: is not a regular file; choose another --out")
-    parent = next(folder for folder in out.parents if os.path.lexists(folder))
+    parent = next((folder for folder in out.parents if os.path.lexists(folder)), out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{named}: cannot be created, {parent} is not writable")
     try:
@@ -119,7 +119,7 @@ def check_place(out: Path) -> None:
         )
     if there and not out.is_dir():
         raise InputError(f"{named}: is a file; --out names a folder")
-    parent = next(folder for folder in out.parents if os.path.lexists(folder))
+    parent = next((folder for folder in out.parents if os.path.lexists(folder)), out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{named}: cannot be created, {parent} is not writable")
     if not there:

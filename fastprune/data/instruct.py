@@ -47,9 +47,15 @@ def has_template(tokenizer: Any) -> bool:
 def template_of(tokenizer: Any) -> str:
     """The chat template that conversations are put by: the tokenizer's own, or the default one.
 
-    Raises InputError where it has several by name, and none of them is the default.
+    Raises InputError where it has several by name, and none of them is the default, or one that is
+    no text.
     """
     template = getattr(tokenizer, "chat_template", None)
+    named = template.values() if isinstance(template, dict) else [template or ""]
+    if not all(isinstance(one, str) for one in named):
+        raise InputError(
+            "the tokenizer's chat template is not text; mend its tokenizer_config.json"
+        )
     if not isinstance(template, dict):
         return template or default_template(tokenizer)
     if len(template) > 1 and "default" not in template:

@@ -13,6 +13,7 @@ import csv
 import gzip
 import io
 import itertools
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +78,7 @@ def place(source: str, unit: str, number: int) -> str:
 def source_names(spec: str | Path) -> list[str]:
     """The sources that `spec` joins by commas; one named twice counts once."""
     name = str(spec)
-    parts = [name] if name and Path(name).exists() else [part.strip() for part in name.split(",")]
+    parts = [name] if name and os.path.exists(name) else [part.strip() for part in name.split(",")]
     return list(dict.fromkeys(parts))
 
 
@@ -318,7 +319,7 @@ def _csv(path: Path, name: str, delimiters: str) -> Iterator[Record]:
 
 def _arrow(path: Path, name: str) -> Iterator[Record]:
     try:
-        from pyarrow import ArrowException, ArrowInvalid, ipc, memory_map
+        from pyarrow import ArrowInvalid, ipc, memory_map
     except ImportError as error:
         raise InputError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
     try:
@@ -329,7 +330,7 @@ def _arrow(path: Path, name: str) -> Iterator[Record]:
                 file = ipc.open_file(source)
                 batches = map(file.get_batch, range(file.num_record_batches))
             yield from _rows(batches, name)
-    except (ArrowException, OSError) as error:
+    except Exception as error:  # strings that are no text come out as Python's own errors
         raise InputError(f"{path}: not an Arrow file, or damaged") from error
 
 
@@ -347,13 +348,13 @@ def _pieces(batch: Any) -> Iterator[Any]:
 
 def _parquet(path: Path, name: str) -> Iterator[Record]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise InputError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
     try:
         file = parquet.ParquetFile(path)
         yield from _rows(file.iter_batches(batch_size=PARQUET_ROWS), name)
-    except (ArrowException, OSError) as error:
+    except Exception as error:  # strings that are no text come out as Python's own errors
         raise InputError(f"{path}: not a Parquet file, or damaged") from error
 
 

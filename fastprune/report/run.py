@@ -91,7 +91,7 @@ class RunLog:
 def lasting_log(path: Path, begun: Callable[[], bool] = lambda: False) -> Iterator[RunLog]:
     """A `RunLog` with the file `path`, for a run whose folder is not there yet.
 
-    After an InputError the file is gone, and the folders that were made for it, unless it was there
+    After an InputError, or where a file could not be read or written, the file is gone, and the folders that were made for it, unless it was there
     before or the run has `begun`: nothing shall be in the way of the corrected command.
     """
     made = [folder for folder in path.parents if not folder.exists()]
@@ -100,7 +100,7 @@ def lasting_log(path: Path, begun: Callable[[], bool] = lambda: False) -> Iterat
     try:
         with RunLog(path) as run_log:
             yield run_log
-    except InputError:
+    except (InputError, OSError):
         if not (earlier or begun()):
             path.unlink(missing_ok=True)
             with suppress(OSError):  # something else has come to lie there

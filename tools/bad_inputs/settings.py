@@ -126,7 +126,11 @@ def _recipes(base: Base) -> Iterator[Case]:
             text = f"stages:\n- {{max_steps: 1, {field.name}: {value}}}"
             if field.name == "max_steps":
                 text = f"stages:\n- max_steps: {value}"
-            free = field.name == "name" and value not in ("[[1]]", "{a: 1}", "9" * 5000)
+            free = field.name in ("name", "lora_target_modules") and value not in (
+                "[[1]]",
+                "{a: 1}",
+                "9" * 5000,
+            )
             yield _recipe(base, f"{field.name}: {value[:40]}", text, EITHER if free else (2,))
 
 
