@@ -91,8 +91,9 @@ class RunLog:
 def lasting_log(path: Path, begun: Callable[[], bool] = lambda: False) -> Iterator[RunLog]:
     """A `RunLog` with the file `path`, for a run whose folder is not there yet.
 
-    After an InputError, or where a file could not be read or written, the file is gone, and the folders that were made for it, unless it was there
-    before or the run has `begun`: nothing shall be in the way of the corrected command.
+    After an InputError, or where a file cannot be read or written, the file is gone, and the
+    folders that were made for it, unless it was there before or the run has `begun`: nothing shall
+    be in the way of the corrected command.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     earlier = path.exists()

@@ -68,7 +68,8 @@ def _files(base: Base, rng: random.Random) -> dict[str, bytes | str | Any]:
             "role": {"messages": [{"role": ESCAPES, "content": "x"}]},
             "escapes": {"prompt": ESCAPES, "response": ESCAPES}, "infinite": {"text": float("inf")},
         }.items():  # fmt: skip
-            found[f"!every record {what}|a.{form}"] = "\n".join([json.dumps(value)] * 3)
+            sign = "" if what == "escapes" else "!"
+            found[f"{sign}every record {what}|a.{form}"] = "\n".join([json.dumps(value)] * 3)
             found[f"a record {what}|a.{form}"] = "\n".join([*lines, json.dumps(value)])
         for number in range(40):
             joined = "\n".join(lines) if form == "jsonl" else json.dumps(RECORDS)
