@@ -161,11 +161,11 @@ def run(case: Case, folder: Path, said) -> Found:
         sys.stdin = stdin
     seconds = time.monotonic() - start
     text = said()
-    problem = _problem(case, status, text, _listed(folder) - before)
+    problem = problem_of(case, status, text, _listed(folder) - before)
     return Found(case.name, status, seconds, text, problem)
 
 
-def _problem(case: Case, status: int, text: str, new: set[str]) -> str:
+def problem_of(case: Case, status: int, text: str, new: set[str]) -> str:
     """What is wrong with how `case` ended; empty where nothing is."""
     lines = text.splitlines()
     errors = [line for line in lines if line.startswith("fastprune: error: ")]
