@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
+from fastprune.readers import read_json
 
 MARK = "fastprune"
 """First key of every JSON result: the version that wrote it."""
@@ -124,7 +125,7 @@ def is_sealed(folder: Path, digests: bool = True) -> bool:
     Their sizes are compared, and with `digests` their content, which is read for it.
     """
     try:
-        content: dict[str, Any] = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(folder / SEAL)
         return all(
             (folder / name).stat().st_size == size
             and (not digests or _digest(folder / name) == digest)

@@ -16,7 +16,6 @@ import ctypes
 import errno
 import fcntl
 import glob
-import json
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
+from fastprune.readers import read_json
 
 RECORDS = "fastprune"
 """Folder inside a checkpoint where a run keeps its plan, metrics and report."""
@@ -86,7 +86,7 @@ def check_out_file(
         raise InputError(f"{named}: is a folder; --out names a file, such as {named / 'model'}")
     if named.is_symlink() or (out.exists() and not out.is_file()):
         raise InputError(f"{named}: is not a regular file; choose another --out")
-    parent = next(folder for folder in out.parents if os.path.lexists(folder))
+    parent = next((folder for folder in out.parents if os.path.lexists(folder)), out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{named}: cannot be created, {parent} is not writable")
     try:
@@ -119,7 +119,7 @@ def check_place(out: Path) -> None:
         )
     if there and not out.is_dir():
         raise InputError(f"{named}: is a file; --out names a folder")
-    parent = next(folder for folder in out.parents if os.path.lexists(folder))
+    parent = next((folder for folder in out.parents if os.path.lexists(folder)), out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{named}: cannot be created, {parent} is not writable")
     if not there:
@@ -195,8 +195,8 @@ def _holds_only_a_log(folder: Path) -> bool:
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in `file`; an empty one where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(file)
+    except InputError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -25,7 +25,7 @@ LEVELS = (
     ("kernels",),
     (
         *("flags", "config", "cache", "precision", "progress", "distributed", "sharding"),
-        *("output", "files", "messages", "errors"),
+        *("output", "files", "messages", "readers", "printing", "bounds", "errors"),
     ),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from fastprune.compression.measure import answers, figures, probe, speeds, weigh
 from fastprune.compression.schedule import Pace
 from fastprune.compression.steps import Steps, is_complete
 from fastprune.config import resolve_device
-from fastprune.data.records import source_files, source_names
+from fastprune.data.records import check_data
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
@@ -34,9 +33,11 @@ from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.output import RECORDS, replacing, staged
 from fastprune.progress import log as progress_log
+from fastprune.pruning.early import check_early
 from fastprune.pruning.pipeline import PruneResult, check_source, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
+from fastprune.readers import read_json
 from fastprune.recover.merge import MergeConfig, run_merge
 from fastprune.recover.pipeline import run_finetune
 from fastprune.recover.recipes import load_recipe
@@ -75,9 +76,9 @@ def run_compress(config: CompressConfig) -> CompressResult:
     config.check()
     Forms(config).check_settings()
     load_recipe(config.finetune_config())
-    for name in {*source_names(config.data), *source_names(config.eval)}:
-        source_files(name)  # what is missing is told now
+    check_data(config.data)
     check_source(config.prune_config())
+    check_early(config.prune_config(**_first_part(config)))
     steps = Steps.open(config)
     run = CompressRun(config, steps)
     with _log(steps) as run_log:
@@ -89,6 +90,11 @@ def run_compress(config: CompressConfig) -> CompressResult:
         record = run.record(dense, pruned, recovered, small)
         run.finish(record, run_log)
     return CompressResult(record, Path(run.steps.out))
+
+
+def _first_part(config: CompressConfig) -> dict[str, Any]:
+    """The settings of the first of several rounds that differ from those of a single one."""
+    return {} if config.rounds == 1 or not config.ratio else {"ratio": config.ratio / config.rounds}
 
 
 def compress(
@@ -386,7 +392,7 @@ def _without_text(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RECORDS / "metrics.json").read_text(encoding="utf-8"))
+    return read_json(folder / RECORDS / "metrics.json")
 
 
 def _seconds(steps: Steps) -> dict[str, float]:

@@ -22,6 +22,7 @@ from fastprune.compression.config import CompressConfig
 from fastprune.errors import InputError
 from fastprune.output import RECORDS, check_apart, check_out, check_place, remove_leftovers
 from fastprune.progress import log as progress_log
+from fastprune.readers import read_json
 from fastprune.report.run import settings, write_json
 
 COMMAND = "compress"
@@ -130,8 +131,8 @@ def is_complete(folder: Path) -> bool:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = read_json(file)
+    except InputError as error:
         raise InputError(
             f"{file}: broken; the run cannot be continued: --resume never begins anew"
         ) from error

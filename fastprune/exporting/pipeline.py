@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from fastprune.models.adapter import CONFIG_FILE, fold, read_fingerprint
 from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_model
 from fastprune.output import RECORDS, check_out, check_out_file, staged, staged_file
+from fastprune.readers import read_json
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
 
 KEPT_RECORDS = ("plan.json", "layer_importance.json")
@@ -81,7 +81,7 @@ def _base_and_adapter(config: ExportConfig) -> tuple[str, Path | None]:
         return config.model, folder
     known = read_fingerprint(folder)
     try:
-        named = json.loads((folder / CONFIG_FILE).read_text("utf-8"))["base_model_name_or_path"]
+        named = read_json(folder / CONFIG_FILE)["base_model_name_or_path"]
     except (OSError, ValueError, TypeError, KeyError):
         named = ""
     base = (known.base if known else "") or named

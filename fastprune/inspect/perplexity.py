@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
+from fastprune.bounds import LENGTH, Range, check_ranges
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import Document, eval_windows, load_documents, opening, token_stream
+from fastprune.data.text import (
+    Document,
+    characters_for,
+    eval_windows,
+    load_documents,
+    opening,
+    token_stream,
+)
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
 from fastprune.inspect.memory import forget_peak, peak_memory_bytes
@@ -26,7 +34,7 @@ from fastprune.messages import Message
 from fastprune.models.checks import layer_parameters
 from fastprune.models.forward import batches, chunked_loss, decoder_and_head
 from fastprune.models.layers import Layers
-from fastprune.models.load import load_model
+from fastprune.models.load import check_source, load_model
 from fastprune.models.quantised import quantise
 from fastprune.models.seq2seq import halves, is_seq2seq, response_states
 from fastprune.models.vocabulary import check_largest
@@ -87,11 +95,11 @@ class EvalConfig(TaskOptions, CommonConfig):
     text: str = EVALUATION_TEXT
     """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:wikitext2, :c4 or
     :pydocs; several, joined by commas, are read one after the other"""
-    seq_len: Annotated[int | None, Group.EVALUATION] = None
+    seq_len: Annotated[int | None, Group.EVALUATION, LENGTH] = None
     """tokens per window, at most the model's maximum positions (default: 1024, or that maximum)"""
-    windows: Annotated[int, Group.EVALUATION] = 16
+    windows: Annotated[int, Group.EVALUATION, Range(1, 10**6)] = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
-    batch_size: Annotated[int | None, Group.EVALUATION] = None
+    batch_size: Annotated[int | None, Group.EVALUATION, Range(1, 2**16)] = None
     """windows, or requests of a task, per forward pass (default: about 2048 tokens, 8 requests)"""
     speed: bool = False
     """also measure how fast prompts of 128, 512 and 2048 tokens are read, and how fast 1, 8 and 32
@@ -113,9 +121,8 @@ class EvalConfig(TaskOptions, CommonConfig):
 
     def check(self) -> None:
         """InputError when a value is out of range, or what --tasks needs is not installed."""
+        check_ranges(self)
         self.check_tasks()
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
         if self.dense is not None and not self.speed:
             raise InputError("--dense is the model that --speed compares with: give both")
 
@@ -126,7 +133,10 @@ def run_eval(config: EvalConfig) -> Evaluation:
     Raises InputError, and NumericalError when the loss is not a number.
     """
     config.check()
-    documents = load_documents(config.text)
+    enough = characters_for(config.windows * (config.seq_len or SEQ_LEN))
+    documents = load_documents(config.text, enough)
+    if config.dense is not None:
+        check_source(config.dense, config.trust_remote_code)
     model, tokenizer = _load(config, config.model, config.adapter, config.tokenizer)
     params = {
         "total": sum(p.numel() for p in model.parameters()),

@@ -5,13 +5,14 @@ The dense model, how much of it is left and what it could do travel with every l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastprune.errors import InputError
 from fastprune.output import RECORDS
+from fastprune.readers import read_json
 
 Windows = tuple[str, int, int]
 """What a perplexity was measured in: the text, tokens of a window, windows. Only figures of equal
@@ -113,8 +114,8 @@ class Origin:
 def read_metrics(folder: Path) -> dict[str, Any]:
     """What fastprune/metrics.json in ``folder`` holds; empty where there is none to be read."""
     try:
-        found = json.loads((folder / RECORDS / "metrics.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        found = read_json(folder / RECORDS / "metrics.json")
+    except InputError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -23,6 +23,7 @@ from fastprune.errors import InputError, NumericalError
 from fastprune.models.checks import check_values
 from fastprune.models.families import decoder_layers, geometry
 from fastprune.models.quiet import quiet_libraries
+from fastprune.readers import read_json
 
 CONFIG_FILE, BASE_FILE = "adapter_config.json", "fastprune_base.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -100,6 +101,14 @@ class Fingerprint:
         if self.dtype == model.dtype or model.dtype == "float32":
             return self.dtype
         return model.dtype if self.dtype == "float32" else None
+
+
+def check_adapter(directory: str | Path) -> None:
+    """InputError where there is no usable LoRA adapter in `directory`, whatever model it is for."""
+    directory = Path(directory).expanduser()
+    _check_files(directory)
+    read_fingerprint(directory)
+    _check_names(directory, _tensors(directory))
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -184,7 +193,7 @@ def read_fingerprint(directory: Path) -> Fingerprint | None:
     if not file.is_file():
         return None
     try:
-        return Fingerprint(**json.loads(file.read_text(encoding="utf-8")))
+        return Fingerprint(**read_json(file))
     except (ValueError, TypeError) as error:
         raise InputError(f"{file}: broken; copy the adapter again") from error
 
@@ -218,7 +227,7 @@ def _check_files(directory: Path) -> None:
     if not file.is_file():
         raise InputError(f"--adapter {directory}: not an adapter folder (it has no {CONFIG_FILE})")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
         kind = settings["peft_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: broken adapter config; copy the adapter again") from error

@@ -25,6 +25,7 @@ from fastprune.models.streamed import StreamedModel
 from fastprune.output import RECORDS, RUN_LOG, check_out, staged
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.dryrun import lacks_weights, sizes_only
+from fastprune.pruning.early import check_early
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import STAGES, PruneRun, check_layout
 from fastprune.pruning.sensitivity import save_layer_importance
@@ -83,6 +84,7 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
         model, decided = sizes_only(config)
         run = PruneRun(resident(model), None, config, clock)
         return carry_out(run, planning=decided)
+    check_early(config)
     with distributed.joined(config.device), _log(config) as run_log:
         with clock("load"):
             layers, tokenizer = _load(config)

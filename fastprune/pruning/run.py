@@ -36,6 +36,7 @@ from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.curves import judging
 from fastprune.pruning.divergence import Yardstick
 from fastprune.pruning.dryrun import facts
+from fastprune.pruning.early import check_settled
 from fastprune.pruning.effort import decided
 from fastprune.pruning.iterate import plan_in_steps
 from fastprune.pruning.latency import CostTable
@@ -120,6 +121,8 @@ class PruneRun:
         self.config = decided(self.config, self.model, self._share())
         if is_adopted(self.model.config):
             check_surgery(self.model, self._structures())
+        if self.budget is not None:
+            check_settled(self.config, self.model, self.budget)
         if texts:
             calibrate = self.given is None or self.refits
             self.test, windows = run_windows(

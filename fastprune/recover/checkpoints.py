@@ -14,7 +14,6 @@ writes, so that a run goes on with any number of processes.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -34,6 +33,7 @@ from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.kernels.optim import AdamW
 from fastprune.models.checks import check_values
+from fastprune.readers import read_json
 from fastprune.recover.freeze import rates_of, reschedule
 from fastprune.recover.processes import barrier, is_first_process, world_size
 from fastprune.report.run import write_json
@@ -46,7 +46,7 @@ BEST = "best.safetensors"
 
 def own_state(checkpoint: Path) -> dict[str, Any]:
     """The figures in `checkpoint`."""
-    return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))
+    return read_json(checkpoint / OWN_STATE)
 
 
 def step_of(checkpoint: Path | None) -> int:

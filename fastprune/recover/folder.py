@@ -38,6 +38,7 @@ from fastprune.output import (
     replacing,
 )
 from fastprune.progress import log as progress_log
+from fastprune.readers import parse_json, read_json
 from fastprune.recover.checkpoints import OWN_STATE, checkpoints, damage, last_words
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.loggers import EVENTS
@@ -123,7 +124,7 @@ class RunFolder:
         file = self.state / "run.json"
         if not file.is_file():
             return None
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         return None if record.get("finished") else record
 
     def _adopt(
@@ -174,7 +175,7 @@ class RunFolder:
         own = source == self.state
         if not own:
             check_out(self.records.parent, config.overwrite, [path])
-        record = json.loads((source / "run.json").read_text(encoding="utf-8"))
+        record = read_json(source / "run.json")
         stage = int(path.parent.name.rpartition("-")[2])
         record["stage"] = stage
         if record.pop("finished", False) or not own:
@@ -270,7 +271,7 @@ class RunFolder:
         found = []
         for text in self.log_file.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(text))
+                found.append(parse_json(text))
             except ValueError:
                 break
         return found

@@ -9,7 +9,6 @@ written unless both agree.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from fastprune.bounds import Range, check_ranges
 from fastprune.config import CommonConfig, Group, Positional, resolve_device
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import load_documents
@@ -62,7 +62,7 @@ class MergeConfig(CommonConfig):
     """folder with the adapter (adapter_config.json, adapter_model.safetensors)"""
     out: Path
     """directory of the merged checkpoint"""
-    strength: float = 1.0
+    strength: Annotated[float, Range(0, 1000, closed=(False, True))] = 1.0
     """part of what the adapter learnt that is taken over"""
     overwrite: bool = False
     """replace what an earlier run left in --out"""
@@ -100,8 +100,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     NumericalError when the merged weights are not finite or the logits disagree; `config.out` is
     complete or untouched.
     """
-    if not 0 < config.strength < math.inf:
-        raise InputError(f"--strength must be above 0, got {config.strength:g}")
+    check_ranges(config)
     words = [] if config.tokenizer is None else [config.tokenizer]
     check_out(config.out, config.overwrite, [config.model, config.adapter, *words])
     clock = Clock()

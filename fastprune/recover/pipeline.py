@@ -16,7 +16,7 @@ from torch import nn
 from fastprune.data.describe import describe
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import has_template, template_of
-from fastprune.data.text import load_documents
+from fastprune.data.text import characters_for, load_documents
 from fastprune.data.training import TrainingData
 from fastprune.errors import InputError
 from fastprune.inspect.generate import generate, read_prompts, stop_at_end_of_turn
@@ -42,6 +42,7 @@ from fastprune.precision import convert_weights
 from fastprune.progress import log as progress_log
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
+from fastprune.recover.early import check_inputs
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.guard import bits
 from fastprune.recover.held_out import held_out_figures
@@ -171,6 +172,7 @@ def _checked(config: FinetuneConfig) -> Recipe:
         read_prompts(config.prompt)  # an unreadable file is told now
     data_kind(config)
     recipe = load_recipe(config)
+    check_inputs(config)
     if config.resize_embeddings and any(stage.method == "lora" for stage in recipe.stages):
         raise InputError(
             "--resize-embeddings changes the model itself, which an adapter is not: finetune all "
@@ -456,7 +458,7 @@ def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.
             "learnt by heart; give another --eval",
             shared[0],
         )
-    documents = load_documents(config.eval)
+    documents = load_documents(config.eval, characters_for(seq_len * config.eval_windows))
     windows = text_windows(tokenizer, documents, seq_len, config.eval_windows)
     check_largest(model, tokenizer, int(windows.max()), config.eval)
     return windows

@@ -5,7 +5,6 @@ A run is what `prune`, `finetune` or `merge` left, or the JSON of an `eval`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any
 from fastprune.config import CommonConfig, Positional
 from fastprune.errors import InputError
 from fastprune.files import check_file
+from fastprune.readers import read_json
 from fastprune.report import format
 from fastprune.report.html import environment
 from fastprune.report.pareto import Point, figure, front
@@ -266,13 +266,7 @@ def _metrics_file(run: Path) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     """What a comparison needs of one metrics.json, checked. Raises InputError."""
-    try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(metrics, ensure_ascii=False).encode()  # half a character pair cannot be written
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON, or damaged: {error}") from error
+    metrics = read_json(file)
     kind = _kind(metrics)
     try:
         read = _Reader(metrics)
@@ -448,7 +442,7 @@ def _is_page(path: Path) -> bool:
 
 def _is_comparison(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        content = read_json(path)
+    except InputError:
         return False
     return isinstance(content, dict) and {"runs", "measurements"} <= set(content)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastprune.printing import Console
 from fastprune.report import format
 from fastprune.report.finetune import figure
 from fastprune.report.html import environment, layer_figure

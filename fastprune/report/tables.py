@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fastprune.messages import shown
+from fastprune.printing import Console
 from fastprune.report import format
 from fastprune.report.costs import show_costs
 from fastprune.report.speed import speed_rows

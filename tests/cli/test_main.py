@@ -113,7 +113,7 @@ def test_verbose_shows_the_traceback(capsys):
         (["ecko"], "no command 'ecko'; did you mean echo?"),
         (["zzz"], "no command 'zzz'; one of "),
         (["echo", "--words", "x"], "did you mean --word?"),
-        (["echo", "--threads", "0"], "--threads 0: must be at least 1"),
+        (["echo", "--threads", "0"], "--threads must be at least 1, not 0"),
         (["echo", "--json", "missing/out.json"], "its folder does not exist"),
         (["echo", "--json", "."], "is a folder; name a file"),
     ],
