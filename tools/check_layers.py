@@ -25,7 +25,7 @@ LEVELS = (
     ("kernels",),
     (
         *("flags", "config", "cache", "precision", "progress", "distributed", "sharding"),
-        *("output", "files", "errors"),
+        *("output", "workplace", "space", "files", "errors"),
     ),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
