@@ -162,12 +162,16 @@ def check_apart(out: Path, inputs: Iterable[str | Path]) -> None:
 def is_ours(folder: Path) -> bool:
     """Whether `folder` holds what a run of this program left: a result, or a state to go on from.
 
-    A `fastprune` folder alone says nothing: a checkout of this project has one too.
+    A `fastprune` folder alone says nothing: a checkout of this project has one too. A state that
+    was damaged is known by the log beside it.
     """
     versions = _read_json(folder / RECORDS / "metrics.json").get("versions")
-    run = _read_json(folder / RECORDS / "state" / "run.json")
+    state = folder / RECORDS / "state"
+    run = _read_json(state / "run.json")
     finished = isinstance(versions, dict) and "fastprune" in versions
-    return finished or {"settings", "stage"} <= run.keys()
+    logs = [folder / RECORDS / RUN_LOG, state / RUN_LOG]
+    damaged = not run and (state / "run.json").is_file() and any(log.is_file() for log in logs)
+    return finished or damaged or {"settings", "stage"} <= run.keys()
 
 
 def _ways(path: Path) -> set[Path]:

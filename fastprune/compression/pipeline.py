@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -31,7 +32,7 @@ from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.families import family_of
 from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
-from fastprune.output import RECORDS, replacing, staged
+from fastprune.output import RECORDS, check_place, replacing, staged
 from fastprune.progress import log as progress_log
 from fastprune.pruning.pipeline import PruneResult, write_result
 from fastprune.pruning.plan import Plan
@@ -42,6 +43,9 @@ from fastprune.recover.recipes import load_recipe
 from fastprune.report.compress import write_compress_report
 from fastprune.report.record import CompressRecord, write_record
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions
+from fastprune.workplace import claimed
+
+log = logging.getLogger("fastprune")
 
 PRUNED, ADAPTER, MERGED = "pruned", "recovered", "merged"
 NOT_ASKED = {
@@ -75,17 +79,19 @@ def run_compress(config: CompressConfig) -> CompressResult:
     load_recipe(config.finetune_config())
     for name in {*source_names(config.data), *source_names(config.eval)}:
         source_files(name)  # what is missing is told now
-    steps = Steps.open(config)
-    run = CompressRun(config, steps)
-    with _log(steps) as run_log:
-        dense = run.measure_dense()
-        for number in range(config.rounds):
-            pruned = run.prune(dense, number)
-            recovered = run.recover(dense, number)
-        small = run.measure_small()
-        record = run.record(dense, pruned, recovered, small)
-        run.finish(record, run_log)
-    return CompressResult(record, Path(run.steps.out))
+    assert config.out is not None  # the config was checked
+    check_place(config.out)
+    with claimed(config.out) as claim:
+        run = CompressRun(config, Steps.open(config))
+        with _log(run.steps) as run_log:
+            dense = run.measure_dense()
+            for number in range(config.rounds):
+                pruned = run.prune(dense, number)
+                recovered = run.recover(dense, number)
+            small = run.measure_small()
+            record = run.record(dense, pruned, recovered, small)
+            run.finish(record, run_log, claim)
+    return CompressResult(record, config.out)
 
 
 def compress(
@@ -254,11 +260,14 @@ class CompressRun:
             settings=settings(config),
         )
 
-    def finish(self, record: CompressRecord, run_log: RunLog) -> None:
-        """Put the checkpoint and the records in the place of --out, in one step."""
+    def finish(self, record: CompressRecord, run_log: RunLog, claim: Path) -> None:
+        """Put the checkpoint and the records in the place of --out, in one step.
+
+        `claim` is what `claimed` gave for it.
+        """
         pruned = [self.steps.folder(self._name(PRUNED, n)) for n in range(self.config.rounds)]
         source = self._recovered() if record.kept == "recovered" else pruned[-1]
-        with replacing(self.steps.out) as fresh:
+        with replacing(self.steps.out, claim=claim) as fresh:
             skip = shutil.ignore_patterns(RECORDS)
             shutil.copytree(source, fresh, ignore=skip, copy_function=_link, dirs_exist_ok=True)
             records = fresh / RECORDS
@@ -399,6 +408,10 @@ def _log(steps: Steps) -> Iterator[RunLog]:
     with RunLog(file if begun else None) as run_log:
         try:
             yield run_log
+        except KeyboardInterrupt:
+            if file.parent.is_dir():
+                log.warning("the state is in %s; the same command continues", file.parent)
+            raise
         finally:
             if not begun and file.parent.is_dir():
                 run_log.save(file)

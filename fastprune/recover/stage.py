@@ -178,6 +178,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         _line_writer(course.folder, number),
         lambda step: course.sample(trained, step),
         course.gradient_hook,
+        course.folder.sync_log,
     )
     moments = course.moments if number == 0 and stage.method == "full" else None
     loop = Loop(objective, stage, course.config, samples, folder, hooks, moments)

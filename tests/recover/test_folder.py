@@ -15,6 +15,7 @@ from fastprune.errors import InputError
 from fastprune.recover.checkpoints import OPTIMIZER, OWN_STATE, SCHEDULE, WEIGHTS
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.folder import RunFolder
+from fastprune.recover.state import State
 
 FILES = (OWN_STATE, WEIGHTS, OPTIMIZER, SCHEDULE)
 
@@ -52,7 +53,7 @@ def begun(out: Path, **changed) -> RunFolder:
 def write_checkpoint(checkpoint: Path) -> None:
     """The smallest that is whole."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / OWN_STATE).write_text("{}")
+    (checkpoint / OWN_STATE).write_text(json.dumps(State().saved({})))
     save_file({"weight": torch.zeros(9)}, checkpoint / WEIGHTS)
     for name in (OPTIMIZER, SCHEDULE):
         torch.save({"step": 1}, checkpoint / name)
