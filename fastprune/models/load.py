@@ -26,6 +26,7 @@ from fastprune.models.checks import (
     check_complete,
     check_pointer,
     check_unquantised,
+    inside,
     reason,
     refusal,
     unwrapped,
@@ -311,7 +312,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise InputError(f"{index}: broken index of weight files") from error
-            return [folder / shard for shard in sorted(shards)]
+            return [inside(folder, shard, index) for shard in sorted(shards)]
     raise InputError(f"{folder}: no weights (model.safetensors) in this folder")
 
 
@@ -334,6 +335,7 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
         )
     for name in TOKENIZER_FILES:
         check_pointer(folder / name)
+    _check_tokenizer_files(folder)
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -344,6 +346,23 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
     if not trust:
         tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raise InputError where the library would read files of the tokenizer from elsewhere.
+
+    Where tokenizer.json is in `folder`, it reads no others: old paths in the settings do no harm.
+    """
+    file = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).items()
+    except (ValueError, AttributeError):  # which the library will say
+        return
+    for key, value in named:
+        if key.endswith("_file") and isinstance(value, str):
+            inside(folder, value, file)
 
 
 def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: bool) -> nn.Module:

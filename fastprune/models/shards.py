@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.models.checks import check_pointer, without_wrappers
+from fastprune.models.checks import check_pointer, inside, without_wrappers
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -173,7 +173,7 @@ def _files(folder: Path) -> list[Path]:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{index}: broken index of weight files") from error
-    return [folder / shard for shard in sorted(shards)]
+    return [inside(folder, shard, index) for shard in sorted(shards)]
 
 
 def _entries(file: Path) -> dict[str, Entry]:
