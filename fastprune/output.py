@@ -170,7 +170,7 @@ def is_ours(folder: Path) -> bool:
     run = _read_json(state / "run.json")
     finished = isinstance(versions, dict) and "fastprune" in versions
     logs = [folder / RECORDS / RUN_LOG, state / RUN_LOG]
-    damaged = not run and (state / "run.json").is_file() and any(log.is_file() for log in logs)
+    damaged = (state / "run.json").is_file() and any(log.is_file() for log in logs)
     return finished or damaged or {"settings", "stage"} <= run.keys()
 
 

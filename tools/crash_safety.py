@@ -5,6 +5,7 @@
 Every command runs on a tiny model and replaces, with --overwrite, an earlier result of its own.
 
     kills    SIGKILL at so many random moments
+    stops    Ctrl-C or SIGTERM at as many: status 130 within seconds
     cuts     ended before each change of the disk in turn (0), or before so many of them at random:
              what a power cut leaves on a file system that keeps the order of changes
     full     no space left from each change of the disk on, for as many of them; files limited in
@@ -48,7 +49,10 @@ import fastprune
 from fastprune import cli
 
 COMMANDS = ("prune", "finetune", "merge", "export", "compress")
-CUT, BAD_INPUT = 86, 2
+CUT, BAD_INPUT, INTERRUPTED = 86, 2, 130
+STOPS = (signal.SIGINT, signal.SIGTERM)
+STOP_SECONDS = 10
+"""In which a stopped command must end, also on a busy machine."""
 SMALL = ("--seq-len", "32", "--batch-size", "2", "--grad-accum", "1", "--lr", "1e-3")
 EVALUATED = ("--eval", "{eval}", "--eval-seq-len", "32", "--eval-windows", "2")
 CALIBRATED = ("--calib", "{text}", "--calib-samples", "4", "--calib-seq-len", "32")
@@ -169,9 +173,12 @@ def start(arguments: list[str], root: Path, before: Callable[[], None] = lambda:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         before()
         status = cli.main(arguments)
         sys.stdout.flush()
+    except KeyboardInterrupt:  # before the command had begun, or when it had ended
+        status = INTERRUPTED
     finally:
         os._exit(status)
 
@@ -248,16 +255,33 @@ def changes_of(command: Command) -> int:
 
 
 def kills(command: Command, number: int, draw: random.Random) -> str:
-    ended = 0
-    for _ in range(number):
-        command.reset()
-        moment = draw.uniform(0, command.seconds)
-        child = start(command.arguments(), command.root)
-        time.sleep(moment)
-        os.kill(child, signal.SIGKILL)
-        ended += wait(child) == 0
-        command.check(f"killed after {moment:.3f} s")
-    return f"{number} kills, {ended} of them too late"
+    late = sum(stopped(command, signal.SIGKILL, draw)[0] == 0 for _ in range(number))
+    return f"{number} kills, {late} of them too late"
+
+
+def stops(command: Command, number: int, draw: random.Random) -> str:
+    ends = [stopped(command, draw.choice(STOPS), draw) for _ in range(number)]
+    for status, seconds in ends:
+        if status not in (0, INTERRUPTED):
+            command.found.append(f"stopped: ends with {status}")
+        if seconds > STOP_SECONDS:
+            command.found.append(f"stopped: ends {seconds:.1f} s later")
+    late = sum(status == 0 for status, _ in ends)
+    longest = max(seconds for _, seconds in ends)
+    return f"{number} stops, {late} of them too late, all heeded within {longest:.1f} s"
+
+
+def stopped(command: Command, number: int, draw: random.Random) -> tuple[int, float]:
+    """Send the signal `number` at a random moment; the exit status, and the seconds until it."""
+    command.reset()
+    moment = draw.uniform(0, command.seconds)
+    child = start(command.arguments(), command.root)
+    time.sleep(moment)
+    sent = time.monotonic()
+    os.kill(child, number)
+    status, seconds = wait(child), time.monotonic() - sent
+    command.check(f"signal {number} after {moment:.3f} s")
+    return status, seconds
 
 
 def chosen(total: int, number: int, draw: random.Random) -> list[int]:
@@ -399,7 +423,7 @@ def fixtures(root: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--commands", default=",".join(COMMANDS))
-    parser.add_argument("--kinds", default="kills,cuts,full,read,evals,steps")
+    parser.add_argument("--kinds", default="kills,stops,cuts,full,read,evals,steps")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--cuts", type=int, default=0, help="0: every one")
     parser.add_argument("--full", type=int, default=0, help="0: every one")
@@ -416,6 +440,7 @@ def main() -> int:
             command.prepare()
             for kind, disturb in (
                 ("kills", lambda c: kills(c, options.kills, draw)),
+                ("stops", lambda c: stops(c, options.kills, draw)),
                 ("cuts", lambda c: cuts(c, options.cuts, draw)),
                 ("full", lambda c: full(c, options.full, draw)),
                 ("read", read_only),

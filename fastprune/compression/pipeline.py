@@ -29,7 +29,7 @@ from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
 from fastprune.models.checkpoint import save_checkpoint
-from fastprune.models.families import family_of
+from fastprune.models.families import decoder_layers, family_of
 from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.output import RECORDS, check_place, replacing, staged
@@ -43,11 +43,14 @@ from fastprune.recover.recipes import load_recipe
 from fastprune.report.compress import write_compress_report
 from fastprune.report.record import CompressRecord, write_record
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions
+from fastprune.space import check_space
 from fastprune.workplace import claimed
 
 log = logging.getLogger("fastprune")
 
 PRUNED, ADAPTER, MERGED = "pruned", "recovered", "merged"
+KEPT = 2
+"""Whole models that a run keeps until its end: the pruned one, and the recovered one."""
 NOT_ASKED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "minutes",
     "gate_ppl_ratio", "format", "quant", "pad", "log_to", "log_steps", "read_back", "save_steps",
@@ -132,6 +135,7 @@ class CompressRun:
             start = time.monotonic()
             model, tokenizer = self._load(config.model)
             family_of(model)
+            self._check_room(model)
             guessed = probe(model)
             schedule.check_minutes(
                 config.minutes, Pace(guessed, guessed), config.rounds, sure=False
@@ -292,6 +296,17 @@ class CompressRun:
                 run_log.save(records / "run.log")
 
     # ------------------------------------------------------------------------------- parts
+
+    def _check_room(self, model: nn.Module) -> None:
+        """InputError where the disk has no room for what a run keeps of the dense `model`.
+
+        Of other budgets than a ratio only `prune` knows what they leave.
+        """
+        if self.config.ratio is not None:
+            left = sum(p.nbytes for p in model.parameters())
+            block = sum(p.nbytes for p in decoder_layers(model).parameters())
+            left -= self.config.ratio * block
+            check_space(self.steps.out, KEPT * left, "this run")
 
     def _load(self, source: str | Path) -> tuple[nn.Module, Any]:
         return load_model(
