@@ -34,6 +34,14 @@ RECORDS = "fastprune"
 """Folder inside a checkpoint where a run keeps its plan, metrics and report."""
 RUN_LOG = "run.log"
 """File in there with all that a run has said."""
+WRITTEN_INTO = (
+    RECORDS,
+    f"{RECORDS}/state",
+    f"{RECORDS}/{RUN_LOG}",
+    f"{RECORDS}/state/{RUN_LOG}",
+    f"{RECORDS}/train_log.jsonl",
+)
+"""What a run writes where it lies, before the result is exchanged."""
 MOUNTS = Path("/proc/self/mountinfo")
 CURRENT_FOLDER, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -123,6 +131,11 @@ def check_place(out: Path) -> None:
         raise InputError(f"{named}: cannot be created, {parent} is not writable")
     if not there:
         return
+    for name in WRITTEN_INTO:
+        if (out / name).is_symlink():
+            raise InputError(
+                f"{named / name}: is a symbolic link, which the run would write through; remove it"
+            )
     if _is_mount_point(out):
         raise InputError(
             f"{named}: is a mount point, which cannot be replaced as a whole; name a folder in it, "
@@ -262,7 +275,10 @@ def replacing(
         fresh = work / NEW
         fresh.mkdir()  # unlike `work`, with the permissions the user's umask gives
         yield fresh
-        sync_folder(fresh)
+        try:
+            sync_folder(fresh)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written: {error.strerror}") from error
         try:
             check(out)
             exchange(fresh, out)
@@ -333,15 +349,12 @@ def _exchange_paths(one: Path, other: Path) -> bool:
 def sync_folder(folder: Path) -> None:
     """Wait until everything in `folder` is on the disk: a name must not outlive its content.
 
-    Raises InputError where the disk is full or broken.
+    Raises OSError where the disk is full or broken.
     """
-    try:
-        for root, _, files in os.walk(folder):
-            for name in files:
-                _sync(Path(root, name))
-            _sync(Path(root))
-    except OSError as error:
-        raise InputError(f"{folder.parent}: cannot be written: {error.strerror}") from error
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
 
 
 def _sync(path: Path) -> None:

@@ -263,6 +263,15 @@ class TestCheckOut:
         (tmp_path / "above").symlink_to(tmp_path)
         check_out(tmp_path / "above" / "real", overwrite=True)
 
+    @pytest.mark.parametrize("name", output.WRITTEN_INTO)
+    def test_a_link_in_it_that_would_be_written_through(self, tmp_path, name):
+        (tmp_path / "elsewhere").mkdir()
+        link = tmp_path / "out" / name
+        link.parent.mkdir(parents=True)
+        link.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(InputError, match=rf"{link}: is a symbolic link, which the run would"):
+            check_out(tmp_path / "out", overwrite=True)
+
     def test_a_mount_point(self, tmp_path, monkeypatch):
         out = fill(tmp_path / "a mount")
         mounts = tmp_path / "mountinfo"

@@ -37,6 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -313,16 +314,19 @@ def full(command: Command, number: int, draw: random.Random) -> str:
     limits = [1 << shift for shift in range(10, 20)]
     for limit in limits:
         command.reset()
-        status = run(
-            command.arguments(),
-            command.root,
-            lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        )
+        status = run(command.arguments(), command.root, partial(limited, limit))
         if status not in (0, BAD_INPUT):
             command.found.append(f"files of at most {limit} bytes: ends with {status}")
         command.check(f"files of at most {limit} bytes")
     said = f"{len(moments)} of {total} changes, {len(limits)} limits of a file's size"
     return f"full disk at {said}" + small_disks(command)
+
+
+def limited(limit: int) -> None:
+    """No file of this process grows beyond `limit` bytes; what it says goes nowhere."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def small_disks(command: Command) -> str:
