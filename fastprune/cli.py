@@ -10,10 +10,12 @@ import difflib
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
@@ -31,6 +33,7 @@ from fastprune.printing import LogFormatter, one_line, visible
 from fastprune.progress import console
 from fastprune.progress import log as progress_log
 from fastprune.report.run import check_result, write_result
+from fastprune.space import disk_trouble
 
 log = logging.getLogger("fastprune")
 
@@ -139,9 +142,23 @@ RED, PLAIN = "\033[1;31m", "\033[0m"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program name); returns the exit status."""
-    status = _status(list(sys.argv[1:] if argv is None else argv))
+    with _ended_by_sigterm():
+        status = _status(list(sys.argv[1:] if argv is None else argv))
     closed = _stdout_closed()
     return STDOUT_CLOSED if closed and not status else status
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the body as Ctrl-C does: what is half-written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _status(args: list[str]) -> int:
@@ -169,6 +186,9 @@ def _status(args: list[str]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_closed("\n"):
             return STDOUT_CLOSED
+        if (trouble := disk_trouble(error)) is not None:
+            _complain(f"error: {error}: {trouble}", verbose)
+            return InputError.exit_status
         if told := _outside_reason(error):
             _complain(f"error: {told}", verbose)
             return InputError.exit_status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -29,9 +30,10 @@ from fastprune.inspect.speed import SHORT
 from fastprune.messages import Message
 from fastprune.models.adopted import check_known
 from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.families import decoder_layers
 from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
-from fastprune.output import RECORDS, replacing, staged
+from fastprune.output import RECORDS, check_place, replacing, staged
 from fastprune.progress import log as progress_log
 from fastprune.pruning.early import check_early
 from fastprune.pruning.pipeline import PruneResult, check_source, write_result
@@ -45,8 +47,14 @@ from fastprune.report import format
 from fastprune.report.compress import write_compress_report
 from fastprune.report.record import CompressRecord, write_record
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions
+from fastprune.space import check_space
+from fastprune.workplace import claimed
+
+log = logging.getLogger("fastprune")
 
 PRUNED, ADAPTER, MERGED = "pruned", "recovered", "merged"
+KEPT = 2
+"""Whole models that a run keeps until its end: the pruned one, and the recovered one."""
 NOT_ASKED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "minutes",
     "gate_ppl_ratio", "format", "quant", "pad", "log_to", "log_steps", "read_back", "save_steps",
@@ -79,17 +87,19 @@ def run_compress(config: CompressConfig) -> CompressResult:
     check_data(config.data)
     check_source(config.prune_config())
     check_early(config.prune_config(**_first_part(config)))
-    steps = Steps.open(config)
-    run = CompressRun(config, steps)
-    with _log(steps) as run_log:
-        dense = run.measure_dense()
-        for number in range(config.rounds):
-            pruned = run.prune(dense, number)
-            recovered = run.recover(dense, number)
-        small = run.measure_small()
-        record = run.record(dense, pruned, recovered, small)
-        run.finish(record, run_log)
-    return CompressResult(record, Path(run.steps.out))
+    assert config.out is not None  # the config was checked
+    check_place(config.out)
+    with claimed(config.out) as claim:
+        run = CompressRun(config, Steps.open(config))
+        with _log(run.steps) as run_log:
+            dense = run.measure_dense()
+            for number in range(config.rounds):
+                pruned = run.prune(dense, number)
+                recovered = run.recover(dense, number)
+            small = run.measure_small()
+            record = run.record(dense, pruned, recovered, small)
+            run.finish(record, run_log, claim)
+    return CompressResult(record, config.out)
 
 
 def _first_part(config: CompressConfig) -> dict[str, Any]:
@@ -135,6 +145,7 @@ class CompressRun:
             start = time.monotonic()
             model, tokenizer = self._load(config.model)
             check_known(model, config.family)
+            self._check_room(model)
             guessed = probe(model)
             schedule.check_minutes(
                 config.minutes, Pace(guessed, guessed), config.rounds, sure=False
@@ -270,11 +281,14 @@ class CompressRun:
             settings=settings(config),
         )
 
-    def finish(self, record: CompressRecord, run_log: RunLog) -> None:
-        """Put the checkpoint and the records in the place of --out, in one step."""
+    def finish(self, record: CompressRecord, run_log: RunLog, claim: Path) -> None:
+        """Put the checkpoint and the records in the place of --out, in one step.
+
+        `claim` is what `claimed` gave for it.
+        """
         pruned = [self.steps.folder(self._name(PRUNED, n)) for n in range(self.config.rounds)]
         source = self._recovered() if record.kept == "recovered" else pruned[-1]
-        with replacing(self.steps.out) as fresh:
+        with replacing(self.steps.out, claim=claim) as fresh:
             skip = shutil.ignore_patterns(RECORDS)
             shutil.copytree(source, fresh, ignore=skip, copy_function=_link, dirs_exist_ok=True)
             records = fresh / RECORDS
@@ -299,6 +313,17 @@ class CompressRun:
                 run_log.save(records / "run.log")
 
     # ------------------------------------------------------------------------------- parts
+
+    def _check_room(self, model: nn.Module) -> None:
+        """InputError where the disk has no room for what a run keeps of the dense `model`.
+
+        Of other budgets than a ratio only `prune` knows what they leave.
+        """
+        if self.config.ratio is not None:
+            left = sum(p.nbytes for p in model.parameters())
+            block = sum(p.nbytes for p in decoder_layers(model).parameters())
+            left -= self.config.ratio * block
+            check_space(self.steps.out, KEPT * left, "this run")
 
     def _load(self, source: str | Path) -> tuple[nn.Module, Any]:
         return load_model(
@@ -415,6 +440,10 @@ def _log(steps: Steps) -> Iterator[RunLog]:
     with RunLog(file if begun else None) as run_log:
         try:
             yield run_log
+        except KeyboardInterrupt:
+            if file.parent.is_dir():
+                log.warning("the state is in %s; the same command continues", file.parent)
+            raise
         finally:
             if not begun and file.parent.is_dir():
                 run_log.save(file)

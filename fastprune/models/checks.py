@@ -57,6 +57,20 @@ def without_wrappers(weights: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return result
 
 
+def inside(folder: Path, name: Any, source: Path) -> Path:
+    """The file `name` of `folder`, as the file `source` in it says.
+
+    Raises InputError where the name leads out of the folder. What lies there may be a link.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise InputError(
+            f"{source}: names the file {name}, which is outside of its folder; copy that file "
+            "there and name it without a path"
+        )
+    return folder / path
+
+
 def check_pointer(file: Path) -> None:
     """Raise InputError where `file` is what Git LFS leaves in the place of a large file."""
     if not file.is_file():

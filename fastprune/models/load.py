@@ -29,6 +29,7 @@ from fastprune.models.checks import (
     check_config_dtype,
     check_pointer,
     check_values,
+    inside,
     quantisation,
     reason,
     refusal,
@@ -357,6 +358,7 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
         )
     for name in TOKENIZER_FILES:
         check_pointer(folder / name)
+    _check_tokenizer_files(folder)
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -367,6 +369,20 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
     if not trust:
         tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raise InputError where the library would read files of the tokenizer from elsewhere.
+
+    Where tokenizer.json is in `folder`, it reads no others: old paths in the settings do no harm.
+    """
+    file = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return
+    named = read_json(file)
+    for key, value in named.items() if isinstance(named, dict) else ():
+        if key.endswith("_file") and isinstance(value, str):
+            inside(folder, value, file)
 
 
 def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: bool) -> nn.Module:

@@ -57,10 +57,16 @@ def read(path: Path, kind: type[T] | type[dict[str, float]]) -> Any:
 
 
 def keep(path: Path, figures: Any) -> None:
-    """Write ``figures`` to ``path``, in the first process."""
-    if distributed.rank() == 0:
+    """Write ``figures`` to ``path``, in the first process; a warning where that cannot be."""
+    if distributed.rank() > 0:
+        return
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, figures)
+    except OSError as error:  # a full disk, or one that is only read: the figures are at hand
+        log.warning(
+            "%s cannot be written (%s): another run measures its figures anew", path, error.strerror
+        )
 
 
 def fingerprint(calibration: Calibration, more: Sequence[Any] = ()) -> str:

@@ -85,20 +85,23 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
         run = PruneRun(resident(model), None, config, clock)
         return carry_out(run, planning=decided)
     check_early(config)
-    with distributed.joined(config.device), _log(config) as run_log:
+    with (
+        distributed.joined(config.device),
+        _staged(config.out, config.overwrite) as directory,
+        _log(config) as run_log,
+    ):
         with clock("load"):
             layers, tokenizer = _load(config)
-        if config.out is None:
+        if directory is None:
             return carry_out(PruneRun(layers, tokenizer, config, clock))
         check_savable(layers.model, tokenizer)
-        with _staged(config.out, config.overwrite) as directory:
-            run = PruneRun(layers, tokenizer, config, clock, directory)
-            result = carry_out(run, beside=beside)
-            result.out = config.out
-            if distributed.rank() == 0:
-                write_result(directory, result, config, clock, run_log)
-                if beside is not None:
-                    beside.write(result.model, tokenizer, directory)
+        run = PruneRun(layers, tokenizer, config, clock, directory)
+        result = carry_out(run, beside=beside)
+        result.out = config.out
+        if distributed.rank() == 0:
+            write_result(directory, result, config, clock, run_log)
+            if beside is not None:
+                beside.write(result.model, tokenizer, directory)
     return result
 
 
@@ -128,8 +131,14 @@ def _log(config: PruneConfig) -> AbstractContextManager[RunLog]:
 
 
 @contextmanager
-def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
-    """`staged` of the first process, under its name in all; the others must not write there."""
+def _staged(out: Path | None, overwrite: bool) -> Iterator[Path | None]:
+    """`staged` of the first process, under its name in all; the others must not write there.
+
+    None where there is no ``out``.
+    """
+    if out is None:
+        yield None
+        return
     if distributed.rank() > 0:
         yield distributed.from_first(out)
         return

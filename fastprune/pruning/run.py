@@ -50,6 +50,7 @@ from fastprune.pruning.worth import check_worth, conclude
 from fastprune.report.record import PruneRecord
 from fastprune.report.run import Clock, command_line, settings, versions
 from fastprune.report.summary import prune_lines
+from fastprune.space import check_space
 
 log = logging.getLogger("fastprune")
 
@@ -110,7 +111,8 @@ class PruneRun:
     def prepare(self, *, texts: bool) -> None:
         """Time the model where a latency is asked for, read the budget, and cut the ``texts``.
 
-        Raises InputError for a budget that cannot be met and for texts that are missing.
+        Raises InputError for a budget that cannot be met, for texts that are missing, and where the
+        disk has no room for the result.
         """
         if self.config.target_latency is not None:
             with self.clock("plan"):
@@ -118,11 +120,16 @@ class PruneRun:
                 # by one process alone: the others would disturb the clock
                 self.table = distributed.by_first(partial(latency.measure, self.model, context))
         self.budget = budget_of(self.config, self.model, self.table)
-        self.config = decided(self.config, self.model, self._share())
+        share = self._share()
+        self.config = decided(self.config, self.model, share)
         if is_adopted(self.model.config):
             check_surgery(self.model, self._structures())
         if self.budget is not None:
             check_settled(self.config, self.model, self.budget)
+        if self.directory is not None and not self.config.dry_run:
+            assert self.config.out is not None  # where `directory` comes to lie
+            left = self.bytes * (1 - share * self.block / self.params)
+            check_space(self.config.out, left, "the pruned model")
         if texts:
             calibrate = self.given is None or self.refits
             self.test, windows = run_windows(

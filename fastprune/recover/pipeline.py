@@ -38,6 +38,7 @@ from fastprune.models.load import load_or_start
 from fastprune.models.readback import check_read_back
 from fastprune.models.seq2seq import is_seq2seq
 from fastprune.models.vocabulary import check_largest, grow_embeddings
+from fastprune.output import check_place
 from fastprune.precision import convert_weights
 from fastprune.progress import log as progress_log
 from fastprune.recover.config import FinetuneConfig
@@ -72,6 +73,7 @@ from fastprune.report.finetune import write_finetune_report
 from fastprune.report.run import Clock, command_line, settings, versions, write_json
 from fastprune.report.summary import recovery_lines, verdict_lines
 from fastprune.sharding import is_sharded
+from fastprune.workplace import claimed
 
 log = logging.getLogger("fastprune")
 
@@ -104,41 +106,48 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
     """
     if not config.model:
         raise InputError("no MODEL given: name a directory, a hub id, a .gguf file or smollm2-135m")
-    if config.out is None:
+    if (out := config.out) is None:
         raise InputError("--out DIR is needed")
     config = take_over_sharding(config)
     recipe = _checked(config)
-    folder = RunFolder.open(config)
-    barrier(own_device(config.device))  # all have seen the folder as it was
-    clock = Clock()
-    with folder.keeping_log() if is_first_process() else nullcontext():
-        with clock("load"):
-            model, tokenizer = load_or_start(
-                config.model,
-                dtype=config.dtype,
-                device=torch.device("cpu") if shards(config) else own_device(config.device),
-                allow_pickle=config.allow_pickle,
-                trust_remote_code=config.trust_remote_code,
-                tokenizer=config.tokenizer,
-            )
-        check_savable(model, tokenizer)
-        if shards(config):
-            check_shardable(model)
-        result = _finetune(model, tokenizer, config, recipe, folder, clock)
-        result.out = config.out
-        if is_first_process():
-            with clock("save"):
-                base = config.model
+    check_place(out)
+    with claimed(out) if is_first_process() else nullcontext() as claim:
+        folder = RunFolder.open(config)
+        folder.claim = claim
+        barrier(own_device(config.device))  # all have seen the folder as it was
+        with folder.keeping_log() if is_first_process() else nullcontext():
+            return _run(config, recipe, folder)
 
-                def write(directory: Path) -> None:
-                    _write(directory, result, base)
-                    if config.read_back:
-                        adapter_of = base if result.adapter else None
-                        check_read_back(result.model, directory, adapter_of)
-                    result.metrics["seconds"] = clock.totals(STAGES)
-                    _record(directory / "fastprune", result, folder)
 
-                folder.finish(write)
+def _run(config: FinetuneConfig, recipe: Recipe, folder: RunFolder) -> FinetuneResult:
+    """`run_finetune` in the run's `folder`."""
+    clock, base = Clock(), config.model
+    with clock("load"):
+        model, tokenizer = load_or_start(
+            base,
+            dtype=config.dtype,
+            device=torch.device("cpu") if shards(config) else own_device(config.device),
+            allow_pickle=config.allow_pickle,
+            trust_remote_code=config.trust_remote_code,
+            tokenizer=config.tokenizer,
+        )
+    check_savable(model, tokenizer)
+    if shards(config):
+        check_shardable(model)
+    result = _finetune(model, tokenizer, config, recipe, folder, clock)
+    result.out = config.out
+    if is_first_process():
+        with clock("save"):
+
+            def write(directory: Path) -> None:
+                _write(directory, result, base)
+                if config.read_back:
+                    adapter_of = base if result.adapter else None
+                    check_read_back(result.model, directory, adapter_of)
+                result.metrics["seconds"] = clock.totals(STAGES)
+                _record(directory / "fastprune", result, folder)
+
+            folder.finish(write)
     return result
 
 
@@ -399,9 +408,6 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         with clock("train"):
             run = run_stage(model, stage, number, course)
         if run.interrupted:
-            if folder.lasting:
-                less = "" if course.config.resume == "auto" else " without --resume"
-                log.warning("the state is in %s; the same command%s continues", folder.state, less)
             raise KeyboardInterrupt
         result = run.result
         standing = folder.perplexity()

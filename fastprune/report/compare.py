@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from fastprune.report import format
 from fastprune.report.html import environment
 from fastprune.report.pareto import Point, figure, front
 from fastprune.report.run import as_json, marked
+from fastprune.workplace import NEW, claimed
 
 NOT_SHOWN = (
     *(
@@ -86,12 +86,14 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
         config.out: render_comparison(result),
     }
     try:
-        with tempfile.TemporaryDirectory(dir=config.out.parent, prefix=".compare.") as folder:
+        with claimed(config.out) as work:
+            fresh = work / NEW
+            fresh.mkdir()
             for path, text in files.items():
-                (Path(folder) / path.name).write_text(text, encoding="utf-8")
+                (fresh / path.name).write_text(text, encoding="utf-8")
             _check_out(config)
             for path in files:
-                os.replace(Path(folder) / path.name, path)
+                os.replace(fresh / path.name, path)
     except OSError as error:
         raise InputError(f"--out {config.out}: cannot be written: {error.strerror}") from error
     return result
