@@ -15,7 +15,7 @@ from fastprune.config import resolve_device
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.layers import Layers, resident
-from fastprune.models.load import load_model
+from fastprune.models.load import load_model, load_tokenizer
 from fastprune.models.readback import check_read_back
 from fastprune.models.streamed import StreamedModel
 from fastprune.output import RECORDS, RUN_LOG, check_out, staged
@@ -31,7 +31,8 @@ from fastprune.report.run import Clock, RunLog, lasting_log
 
 @dataclass
 class PruneResult:
-    """What `prune` made. ``model`` was cut in place unless it was a dry run."""
+    """What `prune` made. ``model`` was cut in place unless it was a dry run; ``tokenizer`` is
+    another one where the vocabulary was trimmed."""
 
     model: nn.Module
     tokenizer: Any
@@ -77,7 +78,8 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
     clock = Clock()
     if lacks_weights(config):
         model, decided = sizes_only(config)
-        run = PruneRun(resident(model), None, config, clock)
+        tokenizer = None if config.vocab is None else load_tokenizer(config.model)
+        run = PruneRun(resident(model), tokenizer, config, clock)
         return carry_out(run, planning=decided)
     with distributed.joined(config.device), _log(config) as run_log:
         with clock("load"):
@@ -153,6 +155,8 @@ def carry_out(
     and no weights. ``beside`` is asked whether it can be made of the result. Raises what `prune`
     raises.
     """
+    model, tokenizer = run.model, run.tokenizer
+    run.trim()
     run.prepare(texts=planning is None)
     if not run.config.dry_run:
         run.measure_dense()
@@ -162,8 +166,8 @@ def carry_out(
         if beside is not None:
             beside.check(run.model)
         run.measure_pruned()
-    made = run.made
-    return PruneResult(run.model, run.tokenizer, run.plan, run.record(), made.layer_importance)
+        tokenizer = run.tokenizer
+    return PruneResult(model, tokenizer, run.plan, run.record(), run.made.layer_importance)
 
 
 def _load(config: PruneConfig) -> tuple[Layers, Any]:

@@ -34,13 +34,14 @@ def run_windows(
     config: PruneConfig, model: nn.Module, tokenizer: Any, *, calibrate: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Evaluation windows from the text's start, calibration windows from what is not tested."""
-    assert config.calib_seq_len and config.eval_seq_len and config.calib_samples  # decided
+    assert config.eval_seq_len  # decided
     sources = load_sources(config.eval)
     documents = [text for texts in sources.values() for text in texts]
     test = text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
     check_largest(model, tokenizer, int(test.max()), config.eval)
     if not calibrate:
         return test, None
+    assert config.calib_seq_len and config.calib_samples  # decided
     tested = {}
     left = test.numel()
     for name, texts in sources.items():
