@@ -72,7 +72,7 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
                 raise InputError(f"compress does not take {flag}; use prune and finetune by hand")
         if self.rounds < 1:
             raise InputError(f"--rounds must be at least 1, not {self.rounds}")
-        if self.rounds > 1 and (self.ratio is None or self.ratio_of != "block"):
+        if self.rounds > 1 and (not self.ratio or self.ratio_of != "block"):
             raise InputError("--rounds takes its parts of --ratio R, a share of the whole block")
         self.prune_config().check()
         self.finetune_config().check()

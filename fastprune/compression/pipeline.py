@@ -36,6 +36,7 @@ from fastprune.progress import log as progress_log
 from fastprune.pruning.pipeline import PruneResult, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
+from fastprune.pruning.vocabulary import check_texts
 from fastprune.recover.merge import MergeConfig, run_merge
 from fastprune.recover.pipeline import run_finetune
 from fastprune.recover.recipes import load_recipe
@@ -75,6 +76,8 @@ def run_compress(config: CompressConfig) -> CompressResult:
     load_recipe(config.finetune_config())
     for name in {*source_names(config.data), *source_names(config.eval)}:
         source_files(name)  # what is missing is told now
+    if config.vocab is not None:
+        check_texts([*source_names(config.data), *(name for name, _ in config.texts())])
     steps = Steps.open(config)
     run = CompressRun(config, steps)
     with _log(steps) as run_log:
@@ -139,6 +142,7 @@ class CompressRun:
             return {**found, "unit": pace.unit, "measuring": pace.measuring}
 
         asked = {"model": config.model, "texts": config.texts(), "seq_len": config.eval_seq_len}
+        asked |= {"text_bytes": True} if config.vocab is not None else {}
         tasks = [*config.tasks, config.task_limit, config.task_fewshot, config.dtype, config.seed]
         return self.steps.do("dense", asked | {"tasks": tasks}, work)
 
@@ -153,7 +157,7 @@ class CompressRun:
         if effort == "fast" and config.calib_samples is None and schedule.is_hurried(*time_left):
             changes["calib_samples"] = schedule.HURRIED
         if number:
-            changes["model"] = str(self._recovered(number - 1))
+            changes |= {"model": str(self._recovered(number - 1)), "vocab": None}
         if config.rounds > 1:
             changes["ratio"] = self._part(dense, number)
 
@@ -161,9 +165,12 @@ class CompressRun:
             progress_log.info("pruning, effort %s", effort)
             if folder.exists():
                 shutil.rmtree(folder)  # of an attempt that was killed after it had written
-            known = Perplexity(**_without_text(dense["perplexity"][0]))
+            known = dense
+            if number and config.vocab is not None:
+                known = _per_token_of(self._pruned(number - 1)["figures"], dense)
             return self._prune(
-                config.prune_config(out=folder, gate_ppl_ratio=None, **changes), known
+                config.prune_config(out=folder, gate_ppl_ratio=None, **changes),
+                _measured(known["perplexity"][0]),
             )
 
         asked = _asked(config.prune_config(**changes)) | {"rounds": config.rounds}
@@ -185,6 +192,7 @@ class CompressRun:
                         eval_windows=0,
                         gate_ppl_ratio=None,
                         overwrite=False,
+                        tokenizer=None if config.vocab is not None else config.tokenizer,
                         **changes,
                     )
                 )
@@ -230,6 +238,8 @@ class CompressRun:
     ) -> CompressRecord:
         """Everything in one record. Raises GateError when the result is above the gate."""
         config = self.config
+        if config.vocab is not None:
+            dense = _per_token_of(small, dense)
         before, after = (f["perplexity"][0]["perplexity"] for f in (dense, small))
         gate = config.gate_ppl_ratio
         if gate is not None and not after <= gate * before:
@@ -246,6 +256,7 @@ class CompressRun:
             recovered=small,
             prune=pruned["metrics"],
             finetune=recovered,
+            vocabulary=self._pruned(0)["metrics"].get("vocabulary"),
             origin=pruned["metrics"].get("origin"),
             seconds={**_seconds(self.steps), "total": self.elapsed()},
             peak_memory_bytes=max(f["peak_memory_bytes"] for f in (pruned["metrics"], recovered)),
@@ -302,10 +313,13 @@ class CompressRun:
         config, now = self.config, dense["block"]
         assert config.ratio is not None  # the config was checked
         if number:
-            before = self._name(PRUNED, number - 1)
-            now = self.steps.record["steps"][before]["result"]["figures"]["block"]
+            now = self._pruned(number - 1)["figures"]["block"]
         left = 1 - config.ratio * (number + 1) / config.rounds
         return 1 - left * dense["block"] / now
+
+    def _pruned(self, number: int) -> dict[str, Any]:
+        """What `prune` gave for the round `number`."""
+        return self.steps.record["steps"][self._name(PRUNED, number)]["result"]
 
     def _recovered(self, number: int | None = None) -> Path:
         """What the round `number`, or the last one, ends with."""
@@ -320,14 +334,16 @@ class CompressRun:
             with clock("load"):
                 model, tokenizer = self._load(config.model)
             run = PruneRun(Layers(model), tokenizer, config, clock, directory=config.out)
-            run.prepare(texts=True)
             run.dense = dense
+            run.trim()
+            run.prepare(texts=True)
             run.make_plan()
             run.cut()
             Forms(config).check(model)
+            tokenizer = run.tokenizer
             with clock("evaluate"):
                 found = figures(model, tokenizer, self.config)
-            run.pruned = Perplexity(**_without_text(found["perplexity"][0]))
+            run.pruned = _measured(found["perplexity"][0])
             run.measure_pruned()
             found["answers"] = answers(model, tokenizer)
             result = PruneResult(
@@ -371,8 +387,19 @@ def _pace(dense: dict[str, Any]) -> Pace:
     return Pace(dense["unit"], dense["measuring"])
 
 
-def _without_text(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name != "text"}
+def _measured(found: dict[str, Any]) -> Perplexity:
+    """The perplexity on one text in the figures of a model."""
+    return Perplexity(**{name: value for name, value in found.items() if name != "text"})
+
+
+def _per_token_of(small: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """The figures `dense` with their perplexities per token of the model of the figures `small`."""
+    pairs = zip(dense["perplexity"], small["perplexity"], strict=True)
+    texts = [
+        {"text": own["text"], **_measured(own).per_token_of(_measured(other)).to_dict()}
+        for own, other in pairs
+    ]
+    return {**dense, "perplexity": texts}
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class CompressRecord(Record):
     """the record of the pruning"""
     finetune: dict[str, Any]
     """the record of the recovery"""
+    vocabulary: dict[str, int] | None = None
+    """as in the record of the first pruning; perplexities are per token of the result then"""
     origin: dict[str, Any] | None = None
     """the dense model, sizes and perplexities, as `inspect.record.Origin` has them"""
 
