@@ -74,10 +74,10 @@ class Trimmer:
         return set(self.lasting).union(*map(self.closure, tokens))
 
     def fill(self, kept: set[int], order: Sequence[int], count: int) -> None:
-        """Add tokens to the closed set ``kept`` until it has ``count``, the first of ``order`` first.
+        """Add tokens to the closed set ``kept`` until it has ``count`` of them.
 
-        ``order`` holds all `ids`. A token whose closure is too large for what is left is passed
-        over.
+        They are taken in ``order``, which holds all `ids`. A token whose closure is too large for
+        what is left is passed over.
         """
         while len(kept) < min(count, len(self.ids)):
             for token in order:

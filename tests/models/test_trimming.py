@@ -16,7 +16,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fastprune.errors import InputError
 from fastprune.models.trimming import Trimmer
 
-WORDS = (*TEXT.split(), "wheels", "unfrozen", "naïve", "你好", "🙂", "\n\n", "  ", "<|end|>", "1234")
+WORDS = (
+    *TEXT.split(),
+    "wheels",
+    "unfrozen",
+    "naïve",
+    "你好",
+    "🙂",
+    "\n\n",
+    "  ",
+    "<|end|>",
+    "1234",
+)
 END, PAD = "<|end|>", "<|pad|>"
 
 
