@@ -88,6 +88,7 @@ class PruneRun:
         self.yardstick: Yardstick | None = None
         self.divergence: float | None = None
         self.earlier = Origin.of(config.model)
+        self.milliseconds: float
         self.made: Planned
 
     @property
@@ -115,11 +116,13 @@ class PruneRun:
                 found = evaluate_layers(self.layers, test)
                 found = sound(found, self.model, "the loss of the model")
                 self.dense = with_bytes(found, self.tokenizer, test)
+        dense, timed = self.model, config.target_latency is not None
         with self.clock("surgery"):
             if config.dry_run:
-                self.model = twin(self.model)
-            elif config.target_latency is not None:
-                self.untrimmed = twin(self.model)
+                self.model = twin(dense)
+            elif timed:
+                dense = twin(dense)
+            self.untrimmed = dense if timed else None
             self.tokenizer, self.vocabulary = trim(self.model, self.tokenizer, config)
         self.layers = type(self.layers)(self.model, self.layers.device)
 
@@ -133,6 +136,10 @@ class PruneRun:
                 context = self.config.latency_context
                 # by one process alone: the others would disturb the clock
                 self.table = distributed.by_first(partial(latency.measure, self.model, context))
+                self.milliseconds = self.table.dense
+                if self.untrimmed is not None:
+                    again = partial(latency.measure_again, self.untrimmed, self.table)
+                    self.milliseconds, self.untrimmed = distributed.by_first(again), None
         if self.given is None:
             self.budget = budget_of(self.config, self.model, self.table)
         self.config = decided(self.config, self.model, self._share())
@@ -292,14 +299,11 @@ def _latency(run: PruneRun) -> dict[str, float | int | None]:
     """Milliseconds a token at batch 1: dense, as the table foresaw, and of the pruned model."""
     table, after = run.table, None
     assert table is not None
-    before = table.dense
     with run.clock("evaluate"):
-        if run.untrimmed is not None:
-            before = distributed.by_first(partial(latency.measure_again, run.untrimmed, table))
         if not run.config.dry_run:
             after = distributed.by_first(partial(latency.measure_again, run.model, table))
     return {
-        "before": before,
+        "before": run.milliseconds,
         "predicted": table.predicted(run.plan.result()),
         "after": after,
         "context": table.context,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from sentencepiece_words import sentencepiece_tokenizer
-from tiny import TEXT, saved, tiny_model, tiny_tokenizer
+from tiny import TEXT, saved, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastprune
@@ -19,6 +20,7 @@ from fastprune.inspect.perplexity import EvalConfig, evaluate, run_eval, text_wi
 from fastprune.inspect.record import Origin
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.trimming import Trimmer
+from fastprune.pruning.pipeline import run_prune
 
 SOME = TEXT.splitlines()[0]
 KEPT_ROWS = {"before": 300, "after": 280, "params": 20 * 64}
@@ -78,6 +80,22 @@ def test_a_number_is_the_size_of_the_result_and_takes_the_most_frequent(settings
     first = [token for token in most if token not in trimmer.lasting][: room // 4]
     assert not set(first) & set(gone)
     assert trimmed("90%", settings).tokenizer.get_vocab() == small.get_vocab()
+
+
+def test_what_a_chat_template_and_the_settings_name_stays(settings):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %} miller {{ m.content }}{% endfor %}"
+    model = tiny_model("llama", eos_token_id=[0, 299])
+    words = {*tokenizer(" miller")["input_ids"], 299}
+    closed = len(Trimmer(tokenizer).closed(words))
+    config = fastprune.PruneConfig(vocab=str(closed), **settings)
+    result = fastprune.prune(model, tokenizer, config)
+    assert result.tokenizer.tokenize(" miller") == tokenizer.tokenize(" miller")
+    last = result.tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(299))
+    assert model.config.eos_token_id == [0, last]
+    with pytest.raises(InputError, match=f"at least {closed} must stay"):
+        trimmed = fastprune.PruneConfig(vocab=str(closed - 1), **settings)
+        fastprune.prune(tiny_model("llama", eos_token_id=[0, 299]), tokenizer, trimmed)
 
 
 def test_figures_of_other_tokens_compare_by_bytes(settings, tmp_path):
@@ -141,6 +159,22 @@ def test_a_dry_run_leaves_model_and_tokenizer_alone(settings):
     assert params["before"] - params["after"] > 2 * 20 * 64
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert model.config.vocab_size == 300
+
+
+def test_a_dry_run_needs_a_config_and_a_tokenizer_alone(settings, tmp_path):
+    tiny_config("llama").save_pretrained(tmp_path / "bare")
+    config = fastprune.PruneConfig(
+        model=str(tmp_path / "bare"), vocab="280", dry_run=True, **settings
+    )
+    with pytest.raises(InputError, match="no tokenizer in this folder"):
+        run_prune(config)
+    tiny_tokenizer().save_pretrained(tmp_path / "bare")
+    metrics = run_prune(config).metrics
+    assert metrics["vocabulary"] == KEPT_ROWS
+    params = metrics["params"]
+    assert params["before"] - params["after"] == KEPT_ROWS["params"]
+    stages = {stage["name"]: stage["runs"] for stage in metrics["costs"]["memory"]}
+    assert stages["evaluate after"] and not stages["score"] and not stages["compensate"]
 
 
 def test_figures_of_an_earlier_pruning_follow_the_new_tokens():
