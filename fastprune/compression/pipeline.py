@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -389,14 +389,19 @@ def _pace(dense: dict[str, Any]) -> Pace:
 
 def _measured(found: dict[str, Any]) -> Perplexity:
     """The perplexity on one text in the figures of a model."""
-    return Perplexity(**{name: value for name, value in found.items() if name != "text"})
+    known = {field.name for field in fields(Perplexity)}
+    return Perplexity(**{name: value for name, value in found.items() if name in known})
 
 
 def _per_token_of(small: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     """The figures `dense` with their perplexities per token of the model of the figures `small`."""
     pairs = zip(dense["perplexity"], small["perplexity"], strict=True)
     texts = [
-        {"text": own["text"], **_measured(own).per_token_of(_measured(other)).to_dict()}
+        {
+            "text": own["text"],
+            **_measured(own).per_token_of(_measured(other)).to_dict(),
+            "perplexity_own_tokens": own["perplexity"],
+        }
         for own, other in pairs
     ]
     return {**dense, "perplexity": texts}

@@ -94,7 +94,7 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
             if distributed.rank() == 0:
                 write_result(directory, result, config, clock, run_log)
                 if beside is not None:
-                    beside.write(result.model, tokenizer, directory)
+                    beside.write(result.model, result.tokenizer, directory)
     return result
 
 

@@ -35,7 +35,8 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
         sizes = (vocabulary[side] for side in ("before", "after", "after"))
         table.append(("tokens of the vocabulary", *(f"{size:,}" for size in sizes)))
     for i, text in enumerate(found[0]["perplexity"]):
-        label = f"perplexity, {text['text']}, {text['windows']} × {text['seq_len']}"
+        what = "perplexity per token of the result" if vocabulary else "perplexity"
+        label = f"{what}, {text['text']}, {text['windows']} × {text['seq_len']}"
         table.append((label, *(_perplexity(f, found[0], i) for f in found)))
         if vocabulary:
             table.append((f"bits per byte, {text['text']}", *(_bits_per_byte(f, i) for f in found)))

@@ -78,7 +78,8 @@ class CompressRecord(Record):
     finetune: dict[str, Any]
     """the record of the recovery"""
     vocabulary: dict[str, int] | None = None
-    """as in the record of the first pruning; perplexities are per token of the result then"""
+    """as in the record of the first pruning; perplexities are per token of the result then, and the
+    dense model's per token of its own is perplexity_own_tokens"""
     origin: dict[str, Any] | None = None
     """the dense model, sizes and perplexities, as `inspect.record.Origin` has them"""
 

@@ -243,7 +243,8 @@ def test_further_commands_go_on_with_the_result(command, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     sentencepiece_tokenizer().save_pretrained(tmp_path / "dense")
     dense, small, text = tmp_path / "dense", tmp_path / "small", tmp_path / "text.txt"
-    shown = command("prune", dense, "--out", small, "--vocab", f"keep:{tmp_path / 'some.txt'}")
+    shown = command("prune", dense, "--out", small, "--vocab", f"keep:{tmp_path / 'some.txt'}",
+                    "--format", "gguf")  # fmt: skip
     metrics = json.loads((small / "fastprune/metrics.json").read_text())
     rows, (p,) = metrics["vocabulary"], metrics["perplexity"]
     assert f"vocabulary: 340 -> {rows['after']} tokens" in shown
@@ -259,10 +260,8 @@ def test_further_commands_go_on_with_the_result(command, tmp_path):
             "--teacher", dense)  # fmt: skip
     command("diagnose", small, "--dense", dense, "--text", text, "--seq-len", "32",
             "--windows", "2")  # fmt: skip
-    command("export", small, "--format", "gguf", "--out", tmp_path / "small.gguf")
-    found = run_eval(
-        EvalConfig(model=str(tmp_path / "small.gguf"), text=str(text), seq_len=32, windows=2)
-    )
+    (exported,) = small.rglob("*.gguf")
+    found = run_eval(EvalConfig(model=str(exported), text=str(text), seq_len=32, windows=2))
     assert found.perplexity == pytest.approx(p["after"], rel=0.02)  # its weights are in f16
 
     again = tmp_path / "again"
@@ -293,5 +292,6 @@ def test_compress_trims_in_the_first_round_and_compares_alike(command, tmp_path)
     (last,) = metrics["prune"]["perplexity"]
     assert last["before"] == pytest.approx(dense_figures["perplexity"], rel=0.01)
     windows = text_windows(tiny_tokenizer(), [TEXT * 40], 32, 2)
-    own = evaluate(tiny_model("llama"), windows)
-    assert own.perplexity > dense_figures["perplexity"]  # of longer tokens
+    own = evaluate(tiny_model("llama"), windows).perplexity
+    assert dense_figures["perplexity_own_tokens"] == pytest.approx(own, rel=1e-5)
+    assert own > dense_figures["perplexity"]  # of longer tokens
