@@ -1,9 +1,10 @@
-"""The simplest surgery there is, to make models whose layers differ in size."""
+"""The simplest surgery there is, to make models whose layers differ in size; and a simple plan."""
 
 from torch import nn
 
 from fastprune.models.conform import conform
-from fastprune.models.families import Geometry
+from fastprune.models.families import Geometry, geometries
+from fastprune.pruning.plan import LayerPlan, Plan
 
 HEAD = 16  # size of every head
 
@@ -22,6 +23,17 @@ def cut(model: nn.Module, sizes: list[tuple[int, int, int]]) -> nn.Module:
             keep_columns(mlp.down_proj, channels)
     conform(model, [Geometry(query, kv, c, HEAD) for query, kv, c in sizes])
     return model
+
+
+def every_second(model: nn.Module, kind: str, layers: tuple[int, ...] | None = None) -> Plan:
+    """A plan by which every second unit of `kind` goes, from all layers or from `layers`."""
+    sizes, plans = geometries(model), []
+    for index, size in enumerate(sizes):
+        kept = {name: tuple(range(units)) for name, units in size.units.items()}
+        if layers is None or index in layers:
+            kept[kind] = kept[kind][1::2]
+        plans.append(LayerPlan(index, kept))
+    return Plan(tuple(sizes), tuple(plans))
 
 
 def keep_rows(linear: nn.Linear, n: int) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.exporting.config import ExportConfig
-from fastprune.exporting.formats import find
+from fastprune.exporting.formats import check, find
 from fastprune.exporting.pipeline import export
 from fastprune.progress import log as progress_log
 from fastprune.pruning import pipeline
@@ -36,7 +36,7 @@ class Forms:
     def check(self, model: nn.Module) -> None:
         """InputError when `model` cannot have one of the forms."""
         for name in self.config.format:
-            find(name).writer.check(model, self._settings(name, Path()))
+            check(name, model, self._settings(name, Path()))
 
     def write(self, model: nn.Module, tokenizer: Any, directory: Path) -> None:
         """Write every form into `directory`/exported, with what the records there say of the

@@ -27,13 +27,13 @@ from fastprune.data.records import source_files, source_names
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
+from fastprune.models.adopted import check_known
 from fastprune.models.checkpoint import save_checkpoint
-from fastprune.models.families import family_of
 from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.output import RECORDS, replacing, staged
 from fastprune.progress import log as progress_log
-from fastprune.pruning.pipeline import PruneResult, write_result
+from fastprune.pruning.pipeline import PruneResult, check_source, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
 from fastprune.pruning.vocabulary import check_texts
@@ -78,6 +78,7 @@ def run_compress(config: CompressConfig) -> CompressResult:
         source_files(name)  # what is missing is told now
     if config.vocab is not None:
         check_texts([*source_names(config.data), *(name for name, _ in config.texts())])
+    check_source(config.prune_config())
     steps = Steps.open(config)
     run = CompressRun(config, steps)
     with _log(steps) as run_log:
@@ -128,7 +129,7 @@ class CompressRun:
         def work() -> dict[str, Any]:
             start = time.monotonic()
             model, tokenizer = self._load(config.model)
-            family_of(model)
+            check_known(model, config.family)
             guessed = probe(model)
             schedule.check_minutes(
                 config.minutes, Pace(guessed, guessed), config.rounds, sure=False

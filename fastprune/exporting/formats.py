@@ -75,6 +75,19 @@ def find(name: str) -> Format:
     return FORMATS[name]
 
 
+def check(name: str, model: nn.Module, config: ExportConfig) -> None:
+    """InputError when `model` cannot have the format called `name`."""
+    from fastprune.models.multimodal import enclosing  # transformers takes seconds to import
+
+    around = enclosing(model)
+    if around is not None and name != "hf":
+        raise InputError(
+            f"--format {name}: a '{around.model.config.model_type}' is more than a language model, "
+            "and only --format hf keeps all of it"
+        )
+    find(name).writer.check(model, config)
+
+
 def size_of(path: Path) -> int:
     """Bytes of the file `path`, or of all files in the folder `path`."""
     files = path.rglob("*") if path.is_dir() else [path]

@@ -14,7 +14,7 @@ from torch import nn
 from fastprune.config import resolve_device
 from fastprune.errors import InputError
 from fastprune.exporting.config import ExportConfig
-from fastprune.exporting.formats import Format, size_of
+from fastprune.exporting.formats import Format, check, size_of
 from fastprune.inspect.generate import take_wording
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.record import Origin
@@ -111,8 +111,8 @@ def _write_all(
     model: nn.Module, tokenizer: Any, config: ExportConfig, source: str, clock: Clock
 ) -> dict[str, Any]:
     formats = config.formats()
-    for one in formats.values():
-        one.writer.check(model, config)
+    for name in formats:
+        check(name, model, config)
     total = sum(p.numel() for p in model.parameters())
     origin = Origin.of(source)
     metrics: dict[str, Any] = {

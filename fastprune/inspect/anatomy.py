@@ -65,7 +65,9 @@ class Heads:
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Heads:
-        """As the global settings of a config say; None for what they do not."""
+        """As the global settings of a config say, of a multimodal one those of its decoder; None
+        for what they do not."""
+        settings = settings.get("text_config") or settings
         queries = settings.get("num_attention_heads")
         kv = settings.get("num_key_value_heads") or queries
         size, hidden = settings.get("head_dim"), settings.get("hidden_size")
@@ -87,6 +89,9 @@ def layer_health(tensors: Sequence[TensorHealth], heads: Heads) -> list[LayerHea
         if match := LAYER.fullmatch(tensor.name):
             layers.setdefault(match[1], {})[match[2]] = tensor
     found = [_layer(name, layers[name], heads) for name in sorted(layers, key=_by_number)]
+    stacks = {_by_number(layer.name)[0] for layer in found if layer.query_heads}
+    if stacks:  # others are towers beside the decoder, whose modules have other names
+        found = [_named_in(layer, stacks) for layer in found]
     # Nothing under these names in any layer is another architecture, in some a removed sublayer.
     if not any(layer.query_heads for layer in found):
         found = [replace(layer, query_heads=None, kv_heads=None) for layer in found]
@@ -98,6 +103,13 @@ def layer_health(tensors: Sequence[TensorHealth], heads: Heads) -> list[LayerHea
 def _by_number(name: str) -> tuple[str, int]:
     stack, _, number = name.rpartition(".")
     return stack, int(number)
+
+
+def _named_in(layer: LayerHealth, stacks: set[str]) -> LayerHealth:
+    """``layer``, without sizes and problems when it belongs to none of ``stacks``."""
+    if _by_number(layer.name)[0] in stacks:
+        return layer
+    return replace(layer, query_heads=None, kv_heads=None, channels=None, problem=None)
 
 
 def _layer(name: str, tensors: Mapping[str, TensorHealth], heads: Heads) -> LayerHealth:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import Document, load_documents, token_stream
+from fastprune.data.text import Document, load_documents, opening, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
 from fastprune.inspect import findings as say
 from fastprune.inspect.against import Comparison, check_comparable, compare, kept_layers
@@ -328,7 +328,8 @@ def _first_tokens(tokenizer: Any, documents: list[Document] | None) -> Tensor:
     """Token ids (1, s) of the text's beginning, for the forward pass."""
     if documents is None:
         documents = load_documents(EVALUATION_TEXT)
-    return token_stream(tokenizer, documents, limit=FORWARD_TOKENS)[None]
+    start = opening(tokenizer)
+    return torch.cat([start, token_stream(tokenizer, documents, limit=FORWARD_TOKENS)])[None]
 
 
 def _reader(folder: Path) -> ShardReader | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.models import modeling
+from fastprune.models.adopted import adopted_config, is_known
 from fastprune.models.checks import complaint
 from fastprune.models.families import (
     FAMILIES,
@@ -29,11 +30,17 @@ from fastprune.models.families import (
     PRUNED_PREFIX,
     SUPPORTED,
     Geometry,
+    decoder_layers,
+    family_of_config,
     geometries,
+    is_adopted,
+    is_supported,
 )
+from fastprune.models.multimodal import enclosing
 from fastprune.models.portable import add_older_keys, write_generation_config
 from fastprune.models.quiet import quiet_libraries
 
+UNIFORM = "--layout uniform"
 CODE_FILE = "modeling_fastprune.py"
 LAYER_KEY = re.compile(rf"{re.escape(LLAMA.layers)}\.(\d+)\.(.*)")
 HEAD, EMBEDDING = f"{LLAMA.head}.weight", f"{LLAMA.embeddings}.weight"
@@ -58,10 +65,13 @@ def save_checkpoint(
     directory = Path(directory)
     settle_tie(model)
     with quiet_libraries():
-        if model.config.model_type.removeprefix(PRUNED_PREFIX) not in SUPPORTED:
+        if around := enclosing(model):
+            settle_enclosing(model)
+            _save_as_it_is(around.model, directory)
+        elif not is_supported(model.config):
             _save_as_it_is(model, directory)
         else:
-            form = stock_form(model) or per_layer_form(model)
+            form = written_form(model)
             form.config.dtype = model.dtype
             form.config.save_pretrained(directory)
             (write or write_weights)(form, directory)
@@ -70,23 +80,58 @@ def save_checkpoint(
     save_surroundings(model, tokenizer, directory)
 
 
+def settle_enclosing(model: nn.Module) -> None:
+    """Make the multimodal model around `model`, if there is one, say what is left of its decoder.
+
+    Raises InputError for layers that have no place in its stock class.
+    """
+    around = enclosing(model)
+    if around is None:
+        return
+    config = around.model.config
+    if is_known(model.config):
+        form = written_form(model)
+        if form.per_layer or len(form.layers) != len(decoder_layers(model)):
+            raise InputError(one_size_only(model))
+        form.config.dtype = model.dtype
+        form.config._attn_implementation = model.config._attn_implementation
+        config.text_config = form.config
+    config.tie_word_embeddings = model.config.tie_word_embeddings
+    around.model.to(model.dtype)
+
+
+def one_size_only(model: nn.Module) -> str | None:
+    """Why the layers of `model` must have one size to be written, as a sentence that says what to
+    choose; None where they may differ."""
+    around = enclosing(model)
+    kind = model.config.model_type if around is None else around.model.config.model_type
+    if around is None and not is_adopted(model.config):
+        return None
+    return f"a '{kind}' is written for its stock class, whose layers have one size; use {UNIFORM}"
+
+
 def save_surroundings(model: nn.Module, tokenizer: Any, directory: Path) -> None:
     """Write what lies beside config and weights into `directory`: generation settings, tokenizer,
-    and the keys that readers of transformers 4 look for.
+    files of processors, and the keys that readers of transformers 4 look for.
     """
     with quiet_libraries():
         if getattr(model, "generation_config", None) is not None:
             write_generation_config(model.generation_config, directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+    if around := enclosing(model):
+        for name, content in around.files.items():
+            (directory / name).write_bytes(content)
     add_older_keys(directory)
 
 
 def check_savable(model: nn.Module, tokenizer: Any) -> None:
     """Raise InputError now if what surrounds the weights of `model` cannot be written later."""
+    around = enclosing(model)
+    config: Any = model.config if around is None else around.model.config
     with tempfile.TemporaryDirectory(prefix="fastprune-") as name, quiet_libraries():
         try:
-            model.config.save_pretrained(name)
+            config.save_pretrained(name)
             if getattr(model, "generation_config", None) is not None:
                 write_generation_config(model.generation_config, Path(name))
             if tokenizer is not None:
@@ -143,6 +188,24 @@ class Form:
     state: dict[str, Tensor]
     layers: dict[int, int]
     per_layer: bool
+
+
+def written_form(model: nn.Module) -> Form:
+    """The form in which `model`, of a known type, is written: a stock one where there is one.
+
+    Raises InputError for a model of an adopted type whose layers have no place in its stock class.
+    """
+    if is_adopted(model.config):
+        return _adopted_form(model)
+    return stock_form(model) or per_layer_form(model)
+
+
+def _adopted_form(model: nn.Module) -> Form:
+    sizes = geometries(model)
+    config = adopted_config(model.config, sizes)
+    config.architectures = [type(model).__name__]
+    layers = {index: index for index in range(len(sizes))}
+    return Form(config, _state(model, layers), layers, False)
 
 
 def stock_form(model: nn.Module) -> Form | None:
@@ -222,19 +285,24 @@ def rebuild(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Modu
 
 def has_stock_form(model: nn.Module, size: Geometry) -> bool:
     """Whether a standard model can have layers of `size` and otherwise what `model` has."""
-    return _stock_family(model, size) is not None
+    if not is_adopted(model.config):
+        return _stock_family(model, size) is not None
+    try:
+        adopted_config(model.config, [size] * len(decoder_layers(model)))
+    except InputError:
+        return False
+    return True
 
 
 def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     """The config of a model like that of `settings`, of a supported family, whose layers have the
     sizes of the tensors `state`. Only their shapes are looked at.
 
-    Raises InputError when one layer has other query heads to a KV head than the rest: which of them
-    share a KV head cannot be told then.
+    Raises InputError for a model that is not supported, and when one layer has other query heads to
+    a KV head than the rest: which of them share a KV head cannot be told then.
     """
-    config_class = modeling.family_classes(
-        settings["model_type"].removeprefix(PRUNED_PREFIX)
-    ).config
+    family = settings["model_type"].removeprefix(PRUNED_PREFIX)
+    config_class = modeling.family_classes(family).config
     sizes = _sizes_of(settings, state)
     attentions = {i: s for i, s in enumerate(sizes) if s.query_heads or s.kv_heads}
     usual = mode([s.query_heads / max(1, s.kv_heads) for s in attentions.values()] or [1])
@@ -245,19 +313,21 @@ def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
                 f"layers {usual:g} query heads to a KV head; it was cut or copied wrongly"
             )
     bare = {k: v for k, v in settings.items() if k not in ("model_type", "per_layer_config")}
-    return modeling.per_layer_config(
-        config_class(**bare | {"num_hidden_layers": len(sizes)}), sizes
-    )
+    config = config_class(**bare | {"num_hidden_layers": len(sizes)})
+    family_of_config(config)
+    return modeling.per_layer_config(config, sizes)
 
 
 def _stock_family(model: nn.Module, size: Geometry) -> str | None:
     """The stock architecture for layers of `size`; Mistral's for a Llama that Llama's refuses.
 
-    Some configs must have heads that divide the hidden size. Mistral's need not, and computes the
-    same as Llama's when there is no bias and no sliding window.
+    Some configs must have heads that divide the hidden size, or fill it. Mistral's need not, and
+    computes the same as Llama's when there is no bias and no sliding window.
     """
     config = model.config
     family = config.model_type.removeprefix(PRUNED_PREFIX)
+    if modeling.STOCK[family].full_heads:
+        return family if size.query_heads * size.head_dim == config.hidden_size else None
     divides = config.hidden_size % max(1, size.query_heads) == 0
     if divides or not modeling.STOCK[family].free_heads:
         return family

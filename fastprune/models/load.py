@@ -20,6 +20,7 @@ from torch import nn
 
 from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
+from fastprune.models.adopted import adopt
 from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import settle_tie
 from fastprune.models.checks import (
@@ -33,6 +34,7 @@ from fastprune.models.checks import (
 )
 from fastprune.models.foreign import convert_gguf, discard, holds_model, revive, unpickle
 from fastprune.models.modeling import register
+from fastprune.models.multimodal import auto_class, processor_files, text_part
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
 from fastprune.models.states import (
@@ -77,8 +79,9 @@ def load_model(
     Python code in the model's folder where transformers has none for it. `adapter` is a folder with
     a LoRA adapter, put onto the model unmerged; one that resizes the vocabulary brings its
     tokenizer, if it has one. `tokenizer` is a folder or a hub id whose tokenizer takes the place of
-    the model's own. Raises InputError when the source is missing, incomplete or broken, or is not
-    the model the adapter was trained on.
+    the model's own. Of a multimodal model it is the decoder, which knows the model around it
+    (`fastprune.models.multimodal`). Raises InputError when the source is missing, incomplete or
+    broken, or is not the model the adapter was trained on.
     """
     wanted = _dtype(dtype)
     target = resolve_device(device) if isinstance(device, str) else device
@@ -91,6 +94,7 @@ def load_model(
     else:
         model, words = _load_resolved(source, wanted, trust_remote_code, given)
     model = model.to(target).eval()
+    adopt(model)
     settle_tie(model)
     use_attention(model)
     if adapter is None and _adapter_beside(path):
@@ -125,8 +129,6 @@ def load_or_start(
     if not (folder / "config.json").is_file() or _has_weights(folder):
         options |= {"trust_remote_code": trust_remote_code, "tokenizer": tokenizer}
         return load_model(source, dtype=dtype, device=device, **options)
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     config = _read_config(folder, trust_remote_code)
     check_family(config, str(folder))
     words = (
@@ -135,11 +137,12 @@ def load_or_start(
         else named_tokenizer(tokenizer)
     )
     log.warning("%s holds a config and no weights: training starts from random ones", folder)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with quiet_libraries():
-        model = auto.from_config(
+        model = auto_class(config).from_config(
             config, dtype=_dtype(dtype) or torch.float32, trust_remote_code=trust_remote_code
-        ).to(device)
+        )
+    model = text_part(model, processor_files(folder)).to(device)
+    adopt(model)
     use_attention(model)
     return model, words
 
@@ -245,7 +248,8 @@ def _load_folder(
     config = _read_config(folder, trust)
     _check_weights(folder)
     tokenizer = _read_tokenizer(folder, trust) if given is None else given
-    return _read_weights(folder, config, dtype, trust), tokenizer
+    model = _read_weights(folder, config, dtype, trust)
+    return text_part(model, processor_files(folder)), tokenizer
 
 
 def _read_config(folder: Path, trust: bool = False) -> Any:
@@ -347,17 +351,14 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
 
 
 def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     check_family(config, str(folder))
     check_unquantised(config, str(folder))
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if _adapter_beside(folder):  # which the library would weave into the model
         model = build_by_config(folder, config, _read_files(folder))
         return model if dtype is None else model.to(dtype)
     try:
         with quiet_libraries():
-            model, found = auto.from_pretrained(
+            model, found = auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype="auto" if dtype is None else dtype,

@@ -39,6 +39,8 @@ def add_older_keys(directory: Path) -> None:
 def older_config_keys(config: dict[str, Any]) -> dict[str, Any]:
     """`config`, the content of a config.json, with the keys that transformers 4 reads as well."""
     found = dict(config)
+    if isinstance(text := config.get("text_config"), dict):  # of a multimodal model
+        found["text_config"] = older_config_keys(text)
     if "dtype" in config:
         found["torch_dtype"] = config["dtype"]
     rope = config.get("rope_parameters")
@@ -47,7 +49,8 @@ def older_config_keys(config: dict[str, Any]) -> dict[str, Any]:
     if plain_layers and isinstance(rope, dict) and "rope_theta" in rope:
         found["rope_theta"] = rope["rope_theta"]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        plain = scaling.get("rope_type", "default") == "default"
+        default = scaling.get("rope_type", "default") == "default"
+        plain = default and "mrope_section" not in scaling
         found["rope_scaling"] = None if plain else scaling
         original = scaling.get("original_max_position_embeddings")
         if scaling.get("rope_type") == "longrope" and original is not None:

@@ -29,9 +29,10 @@ from fastprune.models.checks import (
     refusal,
     without_wrappers,
 )
-from fastprune.models.families import PRUNED_PREFIX, SUPPORTED
+from fastprune.models.families import is_supported
 from fastprune.models.gpt2 import bare, build_gpt2, is_gpt2
 from fastprune.models.inert import Record, fields_of, plain, read_inert
+from fastprune.models.multimodal import is_multimodal
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
 
@@ -212,17 +213,18 @@ def build_by_config(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     )
 
     check_family(config, str(path))
     check_unquantised(config, str(path))
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-    classes = (
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-        if config.is_encoder_decoder
-        else MODEL_FOR_CAUSAL_LM_MAPPING
-    )
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder:
+        classes = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    elif is_multimodal(config):
+        classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     try:
         with quiet_libraries():
             model, found = classes[type(config)].from_pretrained(
@@ -243,9 +245,8 @@ def build_by_config(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.
 
 def misfits(config: Any, found: Mapping[str, Any]) -> bool:
     """Whether the layers of a model that can be pruned have other sizes than `config` says."""
-    family = config.model_type.removeprefix(PRUNED_PREFIX)
     return (
-        family in SUPPORTED
+        is_supported(config)
         and not found["missing_keys"]
         and any(LAYER_KEY.match(name) for name, *_ in found["mismatched_keys"])
     )

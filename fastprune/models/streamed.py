@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
+from fastprune.errors import InputError
+from fastprune.models.adopted import adopt, check_known, is_known
 from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
-from fastprune.models.families import family_of_config
 from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
 from fastprune.models.modeling import register
+from fastprune.models.multimodal import auto_class, is_multimodal, text_part
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
 from fastprune.models.states import misfits, resized_config
@@ -34,8 +36,9 @@ class StreamedModel(FetchedLayers):
 
     ``model`` is on the meta device but for its final norm and rotary embedding, which are small.
     ``device`` is where pieces are loaded to, ``tokenizer`` names one to use instead of its
-    own. Raises InputError when the source is missing, incomplete or broken, of an unsupported
-    family, or not in safetensors.
+    own, and ``family`` is the one that the layers of a type that is not declared are like. Raises
+    InputError when the source is missing, incomplete or broken, of an unsupported family, or not in
+    safetensors.
     """
 
     def __init__(
@@ -45,17 +48,26 @@ class StreamedModel(FetchedLayers):
         dtype: str = "auto",
         device: str = "cpu",
         tokenizer: str | None = None,
+        family: str | None = None,
     ) -> None:
         folder = resolve_source(source)
         config = load_config(folder)
-        family_of_config(config)
+        if family is not None or not is_known(config):
+            check_known(skeleton(config, torch.float32), family)
+        if is_multimodal(config):
+            raise InputError(
+                f"--stream reads language models alone, and a '{config.model_type}' has more than "
+                "a decoder; leave --stream out"
+            )
         check_unquantised(config, str(folder))
         self.shards = ShardReader(folder)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):
             config.tie_word_embeddings = False
-        super().__init__(self._fitting(config), resolve_device(device))
+        model = self._fitting(config)
+        adopt(model, family)
+        super().__init__(model, resolve_device(device))
         _read_generation_config(self.model, folder)
         _fill_buffers(self.model, self.device)
         norm = {
@@ -105,12 +117,18 @@ class StreamedModel(FetchedLayers):
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal language model that ``config`` describes, on the meta device, in eval mode."""
-    from transformers import AutoModelForCausalLM
+    """The causal language model that ``config`` describes, on the meta device, in eval mode.
 
+    Of a multimodal model it is the decoder. Raises InputError where transformers has no such model.
+    """
     register()
-    with torch.device("meta"), quiet_libraries():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    try:
+        with torch.device("meta"), quiet_libraries():
+            model = text_part(auto_class(config).from_config(config, dtype=dtype)).eval()
+    except ValueError as error:
+        raise InputError(
+            f"a '{config.model_type}' is no language model that transformers builds"
+        ) from error
     use_attention(model)
     return model
 

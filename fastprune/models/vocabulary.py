@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import settle_tie
+from fastprune.models.multimodal import enclosing
 from fastprune.models.quiet import quiet_libraries
 
-ID_FIELDS = ("_token_id", "_token_ids")
+ID_FIELDS = ("_token_id", "_token_ids", "_token_index")
 """How the fields of a config end that hold a token id or several."""
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
 """Other fields that hold token ids, or sequences of them."""
@@ -42,11 +43,17 @@ def grow_embeddings(model: nn.Module, tokenizer: Any, seed: int) -> int:
     """Give `model`, in place, an embedding (and a head) for all tokens of `tokenizer`.
 
     New rows are drawn by `seed` around the mean of the old ones, as transformers does. Returns how
-    many there are; 0 where there was room for all.
+    many there are; 0 where there was room for all. Raises InputError for a part of a multimodal
+    model.
     """
     rows, wanted = embedding_rows(model), 1 + max(tokenizer.get_vocab().values())
     if wanted <= rows:
         return 0
+    if enclosing(model) is not None:
+        raise InputError(
+            "--resize-embeddings: the tokens of a multimodal model stand for images too, and its "
+            "embedding stays as it is; use the tokenizer that it was trained with"
+        )
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), quiet_libraries():
         torch.manual_seed(seed)
@@ -56,7 +63,8 @@ def grow_embeddings(model: nn.Module, tokenizer: Any, seed: int) -> int:
 
 
 def settings_ids(model: nn.Module) -> set[int]:
-    """The token ids that the config and the generation settings of `model` name."""
+    """The token ids that the config and the generation settings of `model` name, and the config of
+    the multimodal model around it, if there is one."""
     found: set[int] = set()
     for settings in _settings(model):
         for value in _id_fields(settings).values():
@@ -68,10 +76,11 @@ def settings_ids(model: nn.Module) -> set[int]:
 def keep_rows(model: nn.Module, kept: Sequence[int]) -> None:
     """Cut embedding and head of `model`, in place, to the rows `kept`, which become 0, 1, ….
 
-    Ids in its config and generation settings follow; one whose row goes is no longer named.
+    Ids in its settings, as for `settings_ids`, follow; one whose row goes is no longer named.
     """
     settle_tie(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    before, around = len(embedding.weight), enclosing(model)
     rows = torch.tensor(kept, device=embedding.weight.device)
     embedding.weight = _cut(embedding.weight, rows)
     embedding.num_embeddings = len(kept)
@@ -86,8 +95,8 @@ def keep_rows(model: nn.Module, kept: Sequence[int]) -> None:
     for settings in _settings(model):
         for name, value in _id_fields(settings).items():
             setattr(settings, name, _renumbered(value, new))
-    for module in (model, model.base_model):
-        if "vocab_size" in vars(module):
+    for module in (model if around is None else around.model).modules():
+        if vars(module).get("vocab_size") == before:
             module.vocab_size = len(kept)
     model.config.vocab_size = len(kept)
     if embedding.padding_idx is not None:
@@ -118,8 +127,9 @@ def _cut(parameter: Tensor, rows: Tensor) -> nn.Parameter:
 
 
 def _settings(model: nn.Module) -> list[Any]:
-    own = getattr(model, "generation_config", None)
-    return [model.config] if own is None else [model.config, own]
+    own, around = getattr(model, "generation_config", None), enclosing(model)
+    found = [model.config, own, None if around is None else around.model.config]
+    return [settings for settings in found if settings is not None]
 
 
 def _id_fields(settings: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fastprune.errors import InputError
-from fastprune.models.checkpoint import per_layer_form, stock_form
+from fastprune.models.adopted import config_with
+from fastprune.models.checkpoint import written_form
 from fastprune.models.families import (
     COARSE,
     FINEST,
@@ -21,9 +22,10 @@ from fastprune.models.families import (
     Geometry,
     block_parameters,
     decoder_layers,
+    shared_norms,
     sublayers,
 )
-from fastprune.models.modeling import per_layer_config
+from fastprune.models.multimodal import outside
 from fastprune.models.shards import stored_bytes
 from fastprune.models.streamed import skeleton
 from fastprune.pruning.config import ALL, PruneConfig
@@ -169,7 +171,8 @@ def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
             cost=s.unit_cost(layer) if thin else 0,
             whole=s.parameters(layer) if whole else 0,
         )
-    return LayerSize(found)
+    norms = map(layer.get_submodule, shared_norms(layer) if whole else ())
+    return LayerSize(found, sum(p.numel() for norm in norms for p in norm.parameters()))
 
 
 def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> str | None:
@@ -203,7 +206,7 @@ def budget_of(config: PruneConfig, model: nn.Module, table: CostTable | None) ->
         of = block if config.ratio_of == "block" else structure_parameters(model, config)
         return Budget("ratio", config.ratio * of / block, round(config.ratio * of))
     if config.target_params is not None:
-        params = sum(p.numel() for p in model.parameters())
+        params = total_parameters(model)
         return _parameters(config.target_params, params, block)
     if config.target_bytes is not None:
         return _bytes(parse_bytes(config.target_bytes), model, block)
@@ -257,7 +260,13 @@ def parse_bytes(text: str) -> int:
 def saved_bytes(model: nn.Module, sizes: Sequence[Geometry] | None = None) -> int:
     """Bytes of the weight files of ``model``, or of what is left of it when its layers have
     ``sizes``. Values are not looked at, so the model may lie on the meta device."""
+    around = sum(p.numel() * p.element_size() for p in outside(model))
     if sizes is not None:
         dtype = next(decoder_layers(model).parameters()).dtype
-        model = skeleton(per_layer_config(model.config, sizes), dtype)
-    return stored_bytes((stock_form(model) or per_layer_form(model)).state)
+        model = skeleton(config_with(model.config, sizes), dtype)
+    return around + stored_bytes(written_form(model).state)
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Parameters of ``model``, and of the multimodal one around it, if there is one."""
+    return sum(p.numel() for p in (*model.parameters(), *outside(model)))

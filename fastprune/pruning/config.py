@@ -137,6 +137,9 @@ class PruneConfig(CommonConfig):
     """load the result from its files and compare its logits before it counts as written"""
     stream: Annotated[bool, Group.MACHINE] = False
     """for a model larger than memory: keep its weights on disk, one layer at a time in memory"""
+    family: Annotated[str | None, Group.FILES] = None
+    """for a model type that is not declared: the family whose decoder layers its own are like, as
+    llama; remembered in the result"""
     tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
     has none beside it"""

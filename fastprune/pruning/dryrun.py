@@ -17,9 +17,10 @@ from torch import nn
 
 from fastprune.config import resolve_dtype
 from fastprune.errors import InputError
-from fastprune.models.checkpoint import per_layer_form, stock_form
+from fastprune.models.adopted import check_known, config_with
+from fastprune.models.checkpoint import written_form
 from fastprune.models.load import load_config
-from fastprune.models.modeling import per_layer_config
+from fastprune.models.multimodal import enclosing
 from fastprune.models.streamed import skeleton
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.estimate import Estimate
@@ -58,6 +59,7 @@ def sizes_only(config: PruneConfig) -> tuple[nn.Module, PruneConfig]:
     model_config = load_config(config.model)
     dtype = resolve_dtype(config.dtype) or model_config.dtype or torch.float32
     model = skeleton(model_config, dtype)
+    check_known(model, config.family)
     allocation = config.allocation
     by_file = allocation in ("inverse", "proportional") and Path(config.layer_importance).is_file()
     if config.plan is None and allocation not in ("auto", "uniform") and not by_file:
@@ -77,15 +79,17 @@ def facts(model: nn.Module, plan: Plan, config: PruneConfig) -> dict[str, Any]:
 
     ``model`` is uncut and may be on the meta device. Keys as in the metrics of a dry run.
     """
-    result = skeleton(per_layer_config(model.config, plan.result()), model.dtype)
-    stock = stock_form(result)
-    form = stock or per_layer_form(result)
+    result = skeleton(config_with(model.config, plan.result()), model.dtype)
+    form = written_form(result)
+    around = enclosing(model)
+    written = form.config if around is None else around.model.config
+    architectures = written.architectures or [type(around.model if around else model).__name__]
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "layout": {
-            "kind": "uniform" if stock else "per-layer",
-            "model_type": form.config.model_type,
-            "architecture": form.config.architectures[0],
+            "kind": "per-layer" if form.per_layer else "uniform",
+            "model_type": written.model_type,
+            "architecture": architectures[0],
         },
         "costs": {
             "processes": config.ranks,

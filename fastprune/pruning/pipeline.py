@@ -8,21 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from fastprune import distributed
 from fastprune.config import resolve_device
 from fastprune.errors import InputError
+from fastprune.models.adopted import check_known, is_known
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.layers import Layers, resident
-from fastprune.models.load import load_model, load_tokenizer
+from fastprune.models.load import STATE_SUFFIXES, load_config, load_model, load_tokenizer
+from fastprune.models.multimodal import is_multimodal, text_part
 from fastprune.models.readback import check_read_back
-from fastprune.models.streamed import StreamedModel
+from fastprune.models.streamed import StreamedModel, skeleton
 from fastprune.output import RECORDS, RUN_LOG, check_out, staged
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.dryrun import lacks_weights, sizes_only
 from fastprune.pruning.plan import Plan
-from fastprune.pruning.run import STAGES, PruneRun
+from fastprune.pruning.run import STAGES, PruneRun, check_layout
 from fastprune.pruning.sensitivity import save_layer_importance
 from fastprune.report.html import write_prune_report
 from fastprune.report.record import PruneRecord, write_record
@@ -138,12 +141,17 @@ def prune(
 ) -> PruneResult:
     """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
 
+    Of a multimodal model it is the decoder that is pruned and measured, on text.
     Inside `fastprune.distributed.joined` the processes share the calibration and the evaluation.
     Nothing is written. Raises InputError for settings that cannot be met, GateError when perplexity
     grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
     """
     config.check()
-    return carry_out(PruneRun(resident(model), tokenizer, config, clock or Clock()))
+    decoder = text_part(model)
+    check_known(decoder, config.family)
+    result = carry_out(PruneRun(resident(decoder), tokenizer, config, clock or Clock()))
+    result.model = model
+    return result
 
 
 def carry_out(
@@ -172,10 +180,15 @@ def carry_out(
 
 def _load(config: PruneConfig) -> tuple[Layers, Any]:
     """The layers of the model that ``config`` names, and its tokenizer. Raises InputError."""
+    check_source(config)
     own = config.tokenizer
     if config.stream:
         source = StreamedModel(
-            config.model, dtype=config.dtype, device=config.device, tokenizer=own
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            tokenizer=own,
+            family=config.family,
         )
         return source, source.tokenizer
     model, tokenizer = load_model(
@@ -185,7 +198,21 @@ def _load(config: PruneConfig) -> tuple[Layers, Any]:
         allow_pickle=config.allow_pickle,
         tokenizer=own,
     )
+    check_known(model, config.family)
     return resident(model), tokenizer
+
+
+def check_source(config: PruneConfig) -> None:
+    """InputError, before weights are read, when the model that ``config`` names is neither of a
+    declared type nor like one, or cannot have the layout that is asked for."""
+    if Path(config.model).suffix in STATE_SUFFIXES:
+        return  # what they hold is known once they are read
+    model_config = load_config(config.model)
+    if config.family is None and not is_multimodal(model_config) and is_known(model_config):
+        return
+    model = skeleton(model_config, torch.float32)
+    check_known(model, config.family)
+    check_layout(model, config)
 
 
 def _save(directory: Path, result: PruneResult, *, weights: bool) -> None:

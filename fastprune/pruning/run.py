@@ -15,12 +15,20 @@ from fastprune.errors import InputError
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import Perplexity, evaluate_layers, sound, with_bytes
 from fastprune.inspect.record import Origin
+from fastprune.models.checkpoint import one_size_only, settle_enclosing
 from fastprune.models.decilm import obstacle
-from fastprune.models.families import Geometry, block_parameters, family_of, geometries
+from fastprune.models.families import (
+    KINDS,
+    Geometry,
+    block_parameters,
+    family_of,
+    geometries,
+    is_adopted,
+)
 from fastprune.models.layers import Layers
 from fastprune.models.streamed import StreamedModel
 from fastprune.pruning import latency
-from fastprune.pruning.budget import Budget, budget_of, far_off, saved_bytes
+from fastprune.pruning.budget import Budget, budget_of, far_off, saved_bytes, total_parameters
 from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.compensation import compensate
 from fastprune.pruning.config import PruneConfig
@@ -35,6 +43,7 @@ from fastprune.pruning.planning import Planned, Request, parameters_removed
 from fastprune.pruning.stream import write_cut
 from fastprune.pruning.surgery import apply_plan
 from fastprune.pruning.texts import run_windows, with_lengths
+from fastprune.pruning.trial import check_surgery
 from fastprune.pruning.vocabulary import Vocabulary, trim, twin
 from fastprune.pruning.worth import check_worth, conclude
 from fastprune.report.record import PruneRecord
@@ -67,13 +76,15 @@ class PruneRun:
         self.tokenizer, self.clock = tokenizer, clock
         self.config = with_lengths(config, layers.model)
         self.model: nn.Module = layers.model.eval()
-        self.params = sum(p.numel() for p in self.model.parameters())
+        self.params = total_parameters(self.model)
         self.block = block_parameters(self.model)
         self.sizes: list[Geometry] = geometries(self.model)
         self.bytes = saved_bytes(self.model)
         self.given = Plan.load(config.plan) if config.plan else None
         if self.given:
             self.given.check_model(self.sizes)
+            if len(set(self.given.result())) > 1 and (why := one_size_only(self.model)):
+                raise InputError(f"--plan: {why}")
         if config.only_trims:
             self.given = keep_all(self.sizes)
         self.vocabulary: Vocabulary | None = None
@@ -143,6 +154,8 @@ class PruneRun:
         if self.given is None:
             self.budget = budget_of(self.config, self.model, self.table)
         self.config = decided(self.config, self.model, self._share())
+        if is_adopted(self.model.config):
+            check_surgery(self.model, self._structures())
         if texts:
             calibrate = self.given is None or self.refits
             self.test, windows = run_windows(
@@ -150,6 +163,13 @@ class PruneRun:
             )
             if windows is not None:
                 self.calibration = Calibration(self.layers, windows)
+
+    def _structures(self) -> list[str]:
+        """The kinds of units that may be removed, or that the given plan removes."""
+        if self.given is None:
+            return [kind for kind in KINDS if kind in self.config.structures]
+        pairs = list(zip(self.sizes, self.given.result(), strict=True))
+        return [kind for kind in KINDS if any(a.units[kind] != b.units[kind] for a, b in pairs)]
 
     def _share(self) -> float:
         """Part of the block parameters that the budget takes; about, where it is one of time."""
@@ -208,6 +228,7 @@ class PruneRun:
         with self.clock("surgery"):
             self.layers.commit()
             apply_plan(self.model, self.plan)
+            settle_enclosing(self.model)
         self.layers = type(self.layers)(self.model, self.layers.device)
 
     def measure_pruned(self) -> None:
@@ -286,6 +307,14 @@ def check_layout(model: nn.Module, config: PruneConfig) -> None:
     layout that ``config`` asks for.
     """
     family_of(model)
+    planned = config.plan is None and not config.only_trims
+    if config.layout != "uniform" and planned and (why := one_size_only(model)):
+        raise InputError(why)
+    if config.target_latency is not None and is_adopted(model.config):
+        raise InputError(
+            f"--target-latency: decoding of a '{model.config.model_type}' cannot be foretold; use "
+            "--ratio, --target-params or --target-bytes"
+        )
     if config.layout == "deci" and (reason := obstacle(model.config)):
         raise InputError(f"--layout deci: {reason}; use --layout per-layer or uniform")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
+from fastprune.models.adopted import config_with
 from fastprune.models.checkpoint import LAYER_KEY, Form, save_checkpoint
 from fastprune.models.families import geometries, sublayers
-from fastprune.models.modeling import per_layer_config
 from fastprune.models.shards import ShardWriter
 from fastprune.models.streamed import StreamedModel, skeleton
 from fastprune.pruning.calibration import Calibration, Prefix
@@ -35,7 +35,7 @@ def write_cut(
             pass
         distributed.wait()
         return
-    target = skeleton(per_layer_config(source.model.config, plan.result()), source.dtype)
+    target = skeleton(config_with(source.model.config, plan.result()), source.dtype)
     target.generation_config = source.model.generation_config
 
     def write(form: Form, folder: Path) -> None:

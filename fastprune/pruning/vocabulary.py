@@ -16,7 +16,7 @@ from fastprune.data.instruct import has_template, prompt_text
 from fastprune.data.records import source_files, source_names
 from fastprune.data.text import load_documents, token_stream
 from fastprune.errors import InputError
-from fastprune.models.families import decoder_layers
+from fastprune.models.multimodal import outside
 from fastprune.models.trimming import Trimmer
 from fastprune.models.vocabulary import embedding_rows, keep_rows, settings_ids
 from fastprune.pruning.config import PruneConfig
@@ -78,8 +78,11 @@ def trim(model: nn.Module, tokenizer: Any, config: PruneConfig) -> tuple[Any, Vo
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that shares the weights of its decoder layers."""
-    return copy.deepcopy(model, {id(p): p for p in decoder_layers(model).parameters()})
+    """A copy of ``model`` that shares all weights but those of embedding and head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    own = {id(p) for module in ends for p in module.parameters()}
+    every = (*model.parameters(), *outside(model))
+    return copy.deepcopy(model, {id(p): p for p in every if id(p) not in own})
 
 
 def _kept(trimmer: Trimmer, named: set[int], config: PruneConfig) -> list[int]:

@@ -48,6 +48,11 @@ def own_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))
 
 
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer steps done where `checkpoint` was written; 0 without one."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
 def last_words(checkpoint: Path) -> str | None:
     """Why the guard gave up where it wrote `checkpoint`; None where it did not."""
     return own_state(checkpoint).get("gave_up")
@@ -73,7 +78,7 @@ def damage(checkpoint: Path) -> str | None:
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if (p / OWN_STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=step_of)
 
 
 class CheckpointFolder:

@@ -58,6 +58,7 @@ from fastprune.recover.outcome import (
 )
 from fastprune.recover.processes import (
     barrier,
+    check_shardable,
     is_first_process,
     own_device,
     shards,
@@ -119,6 +120,8 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
                 tokenizer=config.tokenizer,
             )
         check_savable(model, tokenizer)
+        if shards(config):
+            check_shardable(model)
         result = _finetune(model, tokenizer, config, recipe, folder, clock)
         result.out = config.out
         if is_first_process():

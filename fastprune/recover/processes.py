@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.config import resolve_device
+from fastprune.errors import InputError
+from fastprune.models.multimodal import enclosing
 from fastprune.recover.config import FinetuneConfig
 
 
@@ -39,6 +41,15 @@ def own_device(name: str) -> torch.device:
 def shards(config: FinetuneConfig) -> bool:
     """Whether the weights are spread over the processes while they train."""
     return config.shard and world_size() > 1
+
+
+def check_shardable(model: nn.Module) -> None:
+    """InputError when the weights of `model` cannot be spread: those around it are not trained."""
+    if enclosing(model) is not None:
+        raise InputError(
+            "--shard spreads language models alone, and this one is part of a multimodal model; "
+            "leave --shard out, and train an adapter where memory is short (--method lora)"
+        )
 
 
 def take_over_sharding(config: FinetuneConfig) -> FinetuneConfig:

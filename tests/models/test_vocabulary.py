@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from composite import IMAGE, MULTIMODAL, tiny_multimodal, with_image
 from sentencepiece_words import sentencepiece_tokenizer
 from tiny import EVERY_FAMILY, TEXT, VOCABULARY, tiny_model, tiny_tokenizer
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.load import load_model
+from fastprune.models.multimodal import text_part
 from fastprune.models.trimming import Trimmer
 from fastprune.models.vocabulary import keep_rows, settings_ids, take_tokens
 
@@ -30,7 +32,7 @@ def test_a_cut_model_computes_the_logits_of_the_rows_it_keeps(family, tied, tmp_
     expected = logits(model, torch.tensor(KEPT)[new])[..., KEPT]
     keep_rows(model, KEPT)
     assert torch.equal(logits(model, new), expected)
-    assert model.get_output_embeddings().weight.shape == (len(KEPT), 64)
+    assert len(model.get_output_embeddings().weight) == len(KEPT)
     assert model.config.vocab_size == len(KEPT)
 
     save_checkpoint(model, None, tmp_path)
@@ -92,3 +94,19 @@ def test_a_model_takes_the_tokens_of_one_with_fewer():
 
     assert not take_tokens(tiny_model("llama", layers=1), whole, sentencepiece_tokenizer())
     assert not take_tokens(tiny_model("llama", layers=1, vocab_size=100), whole, small)
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_the_decoder_of_a_multimodal_model_is_cut_within_it(kind):
+    model, inputs = tiny_multimodal(kind), with_image(kind)
+    decoder = text_part(model)
+    named = settings_ids(decoder)
+    assert IMAGE in named
+    kept = sorted({*named, *inputs["input_ids"].flatten().tolist()})
+    with torch.no_grad():
+        expected = model(**inputs).logits[..., kept]
+        keep_rows(decoder, kept)
+        new = torch.tensor([[kept.index(number) for number in inputs["input_ids"][0].tolist()]])
+        assert torch.allclose(model(**inputs | {"input_ids": new}).logits, expected, atol=1e-5)
+    assert model.config.image_token_id == kept.index(IMAGE)
+    assert model.config.text_config.vocab_size == len(kept)

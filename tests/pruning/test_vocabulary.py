@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from composite import IMAGE, multimodal_checkpoint
 from sentencepiece_words import sentencepiece_tokenizer
 from tiny import TEXT, saved, tiny_config, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import fastprune
 from fastprune import cli, progress
@@ -274,6 +275,16 @@ def test_further_commands_go_on_with_the_result(command, tmp_path):
     assert known.pruned == q["after"]
     longer = math.log(q["before"]) / math.log(q["before_own_tokens"])
     assert math.log(known.dense) / math.log(p["before"]) == pytest.approx(longer)
+
+
+def test_the_decoder_of_a_multimodal_model_is_trimmed_in_its_place(command, tmp_path):
+    dense, out = multimodal_checkpoint(tmp_path / "dense", "gemma3"), tmp_path / "out"
+    command("prune", dense, "--out", out, "--vocab", "280")
+    config = AutoModelForImageTextToText.from_pretrained(out).config
+    whole, small = tiny_tokenizer(), AutoTokenizer.from_pretrained(out)
+    assert len(small) == config.text_config.vocab_size == 280
+    image = small.convert_tokens_to_ids(whole.convert_ids_to_tokens(IMAGE))
+    assert config.image_token_id == image
 
 
 def test_compress_trims_in_the_first_round_and_compares_alike(command, tmp_path):
