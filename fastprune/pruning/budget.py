@@ -27,7 +27,7 @@ from fastprune.models.families import (
 )
 from fastprune.models.multimodal import outside
 from fastprune.models.shards import stored_bytes
-from fastprune.models.streamed import skeleton
+from fastprune.models.skeleton import skeleton
 from fastprune.pruning.config import ALL, PruneConfig
 from fastprune.pruning.latency import CostTable
 from fastprune.pruning.sizes import (

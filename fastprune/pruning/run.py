@@ -15,6 +15,7 @@ from fastprune.errors import InputError
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import Perplexity, evaluate_layers, sound, with_bytes
 from fastprune.inspect.record import Origin
+from fastprune.messages import Message
 from fastprune.models.checkpoint import one_size_only, settle_enclosing
 from fastprune.models.decilm import obstacle
 from fastprune.models.families import (
@@ -125,7 +126,7 @@ class PruneRun:
             test, _ = run_windows(config, self.model, self.tokenizer, calibrate=False)
             with self.clock("evaluate"):
                 found = evaluate_layers(self.layers, test)
-                found = sound(found, self.model, "the loss of the model")
+                found = sound(found, self.model, Message("the loss of the model"))
                 self.dense = with_bytes(found, self.tokenizer, test)
         dense, timed = self.model, config.target_latency is not None
         with self.clock("surgery"):
@@ -188,7 +189,7 @@ class PruneRun:
             return
         with self.clock("evaluate"):
             found = evaluate_layers(self.layers, self.test)
-            self.dense = sound(found, self.model, "the loss of the model")
+            self.dense = sound(found, self.model, Message("the loss of the model"))
 
     def make_plan(self, planning: PruneConfig | None = None) -> None:
         """Take the plan that was given, or make one: by ``planning`` where that is given."""
@@ -240,7 +241,9 @@ class PruneRun:
         if self.pruned is None:
             with self.clock("evaluate"):
                 found = evaluate_layers(self.layers, self.test)
-                self.pruned = sound(found, self.layers.model, "the loss of the pruned model")
+                self.pruned = sound(
+                    found, self.layers.model, Message("the loss of the pruned model")
+                )
                 if self.vocabulary is not None:
                     self.pruned = with_bytes(self.pruned, self.tokenizer, self.test)
         if self.vocabulary is not None:

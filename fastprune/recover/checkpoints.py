@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.kernels.optim import AdamW
+from fastprune.models.checks import check_values
 from fastprune.recover.freeze import rates_of, reschedule
 from fastprune.recover.processes import barrier, is_first_process, world_size
 from fastprune.report.run import write_json
@@ -135,6 +136,7 @@ class CheckpointFolder:
                 f"{checkpoint}: it holds {len(weights)} weights, this run learns "
                 f"{len(expected)} others; was it begun from another model or method?"
             )
+        check_values(weights, checkpoint)
         self._put(weights)
         # Mapped, for it is whole: a process may need a part of it only.
         read = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
