@@ -69,7 +69,7 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
         ):
             if unusable:
                 raise InputError(f"compress does not take {flag}; use prune and finetune by hand")
-        if self.rounds > 1 and (self.ratio is None or self.ratio_of != "block"):
+        if self.rounds > 1 and (not self.ratio or self.ratio_of != "block"):
             raise InputError("--rounds takes its parts of --ratio R, a share of the whole block")
         self.prune_config().check()
         self.finetune_config().check()

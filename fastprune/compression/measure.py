@@ -20,6 +20,7 @@ from fastprune.inspect.perplexity import (
     sound,
     text_windows,
     window_length,
+    with_bytes,
 )
 from fastprune.inspect.speed import SHORT, measure_speeds
 from fastprune.inspect.tasks import evaluate_tasks
@@ -59,6 +60,7 @@ def figures(model: nn.Module, tokenizer: Any, config: CompressConfig) -> dict[st
         with fast_forward(device, model.dtype):
             found = evaluate(model, windows)
         found = sound(found, model, Message("the loss of the model"))
+        found = with_bytes(found, tokenizer, windows)
         texts.append({"text": name, **found.to_dict()})
     peak = peak_memory_bytes(device)
     tasks = {}

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fastprune.compression.measure import answers, figures, probe, speeds, weigh
 from fastprune.compression.schedule import Pace
 from fastprune.compression.steps import Steps, is_complete
 from fastprune.config import resolve_device
-from fastprune.data.records import check_data
+from fastprune.data.records import check_data, source_names
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
@@ -39,6 +39,7 @@ from fastprune.pruning.early import check_early
 from fastprune.pruning.pipeline import PruneResult, check_source, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
+from fastprune.pruning.vocabulary import check_texts
 from fastprune.readers import read_json
 from fastprune.recover.merge import MergeConfig, run_merge
 from fastprune.recover.pipeline import run_finetune
@@ -85,6 +86,8 @@ def run_compress(config: CompressConfig) -> CompressResult:
     Forms(config).check_settings()
     load_recipe(config.finetune_config())
     check_data(config.data)
+    if config.vocab is not None:
+        check_texts([*source_names(config.data), *(name for name, _ in config.texts())])
     check_source(config.prune_config())
     check_early(config.prune_config(**_first_part(config)))
     assert config.out is not None  # the config was checked
@@ -159,6 +162,7 @@ class CompressRun:
             return {**found, "unit": pace.unit, "measuring": pace.measuring}
 
         asked = {"model": config.model, "texts": config.texts(), "seq_len": config.eval_seq_len}
+        asked |= {"text_bytes": True} if config.vocab is not None else {}
         tasks = [*config.tasks, config.task_limit, config.task_fewshot, config.dtype, config.seed]
         return self.steps.do("dense", asked | {"tasks": tasks}, work)
 
@@ -173,7 +177,7 @@ class CompressRun:
         if effort == "fast" and config.calib_samples is None and schedule.is_hurried(*time_left):
             changes["calib_samples"] = schedule.HURRIED
         if number:
-            changes["model"] = str(self._recovered(number - 1))
+            changes |= {"model": str(self._recovered(number - 1)), "vocab": None}
         if config.rounds > 1:
             changes["ratio"] = self._part(dense, number)
 
@@ -181,9 +185,12 @@ class CompressRun:
             progress_log.info("pruning, effort %s", effort)
             if folder.exists():
                 shutil.rmtree(folder)  # of an attempt that was killed after it had written
-            known = Perplexity(**_without_text(dense["perplexity"][0]))
+            known = dense
+            if number and config.vocab is not None:
+                known = _per_token_of(self._pruned(number - 1)["figures"], dense)
             return self._prune(
-                config.prune_config(out=folder, gate_ppl_ratio=None, **changes), known
+                config.prune_config(out=folder, gate_ppl_ratio=None, **changes),
+                _measured(known["perplexity"][0]),
             )
 
         asked = _asked(config.prune_config(**changes)) | {"rounds": config.rounds}
@@ -205,6 +212,7 @@ class CompressRun:
                         eval_windows=0,
                         gate_ppl_ratio=None,
                         overwrite=False,
+                        tokenizer=None if config.vocab is not None else config.tokenizer,
                         **changes,
                     )
                 )
@@ -250,6 +258,8 @@ class CompressRun:
     ) -> CompressRecord:
         """Everything in one record. Raises GateError when the result is above the gate."""
         config = self.config
+        if config.vocab is not None:
+            dense = _per_token_of(small, dense)
         before, after = (f["perplexity"][0]["perplexity"] for f in (dense, small))
         gate = config.gate_ppl_ratio
         if gate is not None and not after <= gate * before:
@@ -273,6 +283,7 @@ class CompressRun:
             recovered=small,
             prune=pruned["metrics"],
             finetune=recovered,
+            vocabulary=self._pruned(0)["metrics"].get("vocabulary"),
             origin=pruned["metrics"].get("origin"),
             seconds={**_seconds(self.steps), "total": self.elapsed()},
             peak_memory_bytes=max(f["peak_memory_bytes"] for f in (pruned["metrics"], recovered)),
@@ -343,10 +354,13 @@ class CompressRun:
         config, now = self.config, dense["block"]
         assert config.ratio is not None  # the config was checked
         if number:
-            before = self._name(PRUNED, number - 1)
-            now = self.steps.record["steps"][before]["result"]["figures"]["block"]
+            now = self._pruned(number - 1)["figures"]["block"]
         left = 1 - config.ratio * (number + 1) / config.rounds
         return 1 - left * dense["block"] / now
+
+    def _pruned(self, number: int) -> dict[str, Any]:
+        """What `prune` gave for the round `number`."""
+        return self.steps.record["steps"][self._name(PRUNED, number)]["result"]
 
     def _recovered(self, number: int | None = None) -> Path:
         """What the round `number`, or the last one, ends with."""
@@ -361,14 +375,16 @@ class CompressRun:
             with clock("load"):
                 model, tokenizer = self._load(config.model)
             run = PruneRun(Layers(model), tokenizer, config, clock, directory=config.out)
-            run.prepare(texts=True)
             run.dense = dense
+            run.trim()
+            run.prepare(texts=True)
             run.make_plan()
             run.cut()
             Forms(config).check(model)
+            tokenizer = run.tokenizer
             with clock("evaluate"):
                 found = figures(model, tokenizer, self.config)
-            run.pruned = Perplexity(**_without_text(found["perplexity"][0]))
+            run.pruned = _measured(found["perplexity"][0])
             run.measure_pruned()
             found["answers"] = answers(model, tokenizer)
             result = PruneResult(
@@ -412,8 +428,24 @@ def _pace(dense: dict[str, Any]) -> Pace:
     return Pace(dense["unit"], dense["measuring"])
 
 
-def _without_text(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name != "text"}
+def _measured(found: dict[str, Any]) -> Perplexity:
+    """The perplexity on one text in the figures of a model."""
+    known = {field.name for field in fields(Perplexity)}
+    return Perplexity(**{name: value for name, value in found.items() if name in known})
+
+
+def _per_token_of(small: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """The figures `dense` with their perplexities per token of the model of the figures `small`."""
+    pairs = zip(dense["perplexity"], small["perplexity"], strict=True)
+    texts = [
+        {
+            "text": own["text"],
+            **_measured(own).per_token_of(_measured(other)).to_dict(),
+            "perplexity_own_tokens": own["perplexity"],
+        }
+        for own, other in pairs
+    ]
+    return {**dense, "perplexity": texts}
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ from fastprune.messages import Message
 from fastprune.models.dequantised import open_shards
 from fastprune.models.load import STATE_SUFFIXES, check_source, load_model, resolve_source
 from fastprune.models.shards import FILE, INDEX, ShardReader
-from fastprune.models.vocabulary import check_largest
+from fastprune.models.vocabulary import check_largest, embedding_rows, take_tokens
 from fastprune.readers import read_json
 from fastprune.report.run import Clock, command_line, settings, versions
 
@@ -244,7 +244,9 @@ def _measure(
     dense = None
     if config.dense is not None:
         with clock("load"):
-            dense, _ = _load(config, config.dense)
+            dense, own = _load(config, config.dense)
+            if embedding_rows(dense) != embedding_rows(model):
+                take_tokens(dense, own, tokenizer)
             check_comparable(model, dense)
     with clock("perplexity"):
         measured = found.perplexity = evaluate(model, windows)

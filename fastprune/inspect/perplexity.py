@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,8 +60,35 @@ class Perplexity:
     tokens_per_second: float
     """tokens read (windows * seq_len) per second"""
     peak_memory_bytes: int
+    text_bytes: int | None = None
+    """bytes of text, in UTF-8, that the scored tokens stand for, where they were counted"""
 
-    def to_dict(self) -> dict[str, float | int]:
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that a scored token stands for, on average."""
+        assert self.text_bytes is not None  # counted by `with_bytes`
+        return max(self.text_bytes, 1) / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The mean negative log-likelihood of a byte of text, in bits.
+
+        Unlike a perplexity it compares models of different tokens.
+        """
+        return math.log2(self.perplexity) / self.bytes_per_token
+
+    def per_token_of(self, other: Perplexity) -> Perplexity:
+        """The same loss a byte as a perplexity per token of ``other``, which reads other tokens."""
+        mean = math.log(self.perplexity) * other.bytes_per_token / self.bytes_per_token
+        return replace(
+            self,
+            perplexity=_exp(mean),
+            tokens=other.tokens,
+            windows=other.windows,
+            text_bytes=other.text_bytes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them."""
         return asdict(self)
 
@@ -78,6 +105,10 @@ class Evaluation(Perplexity):
     """of the model: in `total`, and in its layers (`block`)"""
     speed: dict[str, Speed] = field(default_factory=dict)
     """of the `model` and, where one was named, of the `dense` one, measured in turns"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them, and the bits per byte."""
+        return {**super().to_dict(), "bits_per_byte": self.bits_per_byte}
 
 
 @dataclass(kw_only=True)
@@ -150,6 +181,7 @@ def run_eval(config: EvalConfig) -> Evaluation:
     speed = _speeds(config, model) if config.speed else {}
     result = evaluate(model, windows, batch_size=config.batch_size)
     sound(result, model, Message("the loss of {model}", model=config.model))
+    result = with_bytes(result, tokenizer, windows)
     tasks = {}
     if config.tasks:
         tasks = evaluate_tasks(
@@ -194,6 +226,20 @@ def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:
     if math.isnan(found.perplexity):
         raise unsound(model, what)
     return found
+
+
+def with_bytes(found: Perplexity, tokenizer: Any, windows: Tensor) -> Perplexity:
+    """``found``, measured on ``windows`` (n, s), with the bytes that its scored tokens stand for.
+
+    They are counted by decoding, so a character that a window cuts counts a few bytes too many.
+    """
+    unscored = found.seq_len - found.tokens // found.windows
+    rows = windows.tolist()
+    whole, first = (
+        sum(len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode()) for ids in part)
+        for part in (rows, [row[:unscored] for row in rows])
+    )
+    return replace(found, text_bytes=whole - first)
 
 
 def text_windows(tokenizer: Any, documents: list[Document], seq_len: int, windows: int) -> Tensor:

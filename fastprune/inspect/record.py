@@ -63,6 +63,16 @@ class Origin:
         """The same where the model has ``now`` parameters in all."""
         return replace(self, params=replace(self.params, now=now))
 
+    def in_other_tokens(self, windows: Windows, now: Windows, longer: float) -> Origin:
+        """The same for a model of other tokens, which are ``longer`` times as many bytes long.
+
+        Figures measured in ``windows`` are those of the windows ``now`` then, per token of that
+        model. What was measured elsewhere is left out.
+        """
+        found = self.figures(windows)
+        figures = [None if f is None else f**longer for f in (found.dense, found.pruned)]
+        return replace(self, perplexity={now: Figures(*figures)})
+
     @staticmethod
     def of(source: str | Path) -> Origin | None:
         """The origin of the checkpoint in the folder ``source``, by its record.

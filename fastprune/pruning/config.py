@@ -15,6 +15,8 @@ from fastprune.errors import InputError
 
 ALL = "all"
 """As `--layers`: every layer."""
+KEEP = "keep:"
+"""As `--vocab`: before a text whose tokens stay."""
 Importance = Literal[
     "taylor-first",
     "taylor-second",
@@ -46,7 +48,7 @@ class PruneConfig(CommonConfig):
     """directory of the pruned checkpoint"""
     overwrite: bool = False
     """replace what an earlier run left in --out"""
-    ratio: Annotated[float | None, Range(0, 1, closed=(False, False))] = None
+    ratio: Annotated[float | None, Range(0, 1, closed=(True, False))] = None
     """fraction of the block parameters to remove"""
     ratio_of: Annotated[Literal["block", "structures"], Group.SIZE] = "block"
     """what --ratio is a fraction of: all block parameters, or those of the --structures in the
@@ -59,6 +61,10 @@ class PruneConfig(CommonConfig):
     """milliseconds a token at most when the result decodes at batch 1 here, instead of --ratio"""
     latency_context: Annotated[int, Group.SIZE, Range(1, 2**24)] = 128
     """tokens before the one whose decoding is timed for --target-latency"""
+    vocab: Annotated[str | None, Group.SIZE] = None
+    """trim the vocabulary as well, or alone: keep:TEXT keeps the tokens that occur in TEXT; a
+    number, as 20000, or a share, as 40%, keeps so many tokens in all, the most frequent of --calib
+    first. Tokens that every text needs stay"""
     iterations: Annotated[int, Group.SIZE, Range(1, 1000)] = 1
     """reach the budget in this many equal steps, scoring anew after each"""
     effort: Literal["fast", "balanced", "thorough"] = "balanced"
@@ -151,6 +157,7 @@ class PruneConfig(CommonConfig):
         """InputError when a value is out of range or two contradict each other."""
         check_ranges(self)
         self._check_budget()
+        self._check_vocab()
         low, high = (0, 1) if self.allocation == "global" else (-10, 10)
         if self.alpha is not None and not low <= self.alpha <= high:
             raise InputError(
@@ -167,6 +174,7 @@ class PruneConfig(CommonConfig):
     def inputs(self) -> list[str | Path]:
         """What the command reads, as it was named; --out must lie apart from it."""
         texts = [*source_names(self.calib), *source_names(self.eval)]
+        texts += source_names(self.vocab_text() or "") if self.vocab else []
         files: list[str | Path] = [p for p in (self.plan, self.tokenizer) if p is not None]
         if self.layer_importance not in ("removal", "activation"):
             files.append(self.layer_importance)
@@ -178,14 +186,56 @@ class PruneConfig(CommonConfig):
             *(self.ratio, self.target_params, self.target_bytes, self.target_latency),
             self.plan,
         ]
+        if self.only_trims:
+            return
         given = sum(budget is not None for budget in budgets)
         if given != 1:
             raise InputError(
                 "give exactly one of --ratio, --target-params, --target-bytes, --target-latency "
-                "and --plan" + ("" if given else ", for example --ratio 0.2")
+                "and --plan" + ("" if given else ", for example --ratio 0.2, or --vocab alone")
             )
+        if self.ratio == 0:
+            raise InputError("--ratio 0 removes nothing; leave it out beside --vocab")
         if self.ratio_of == "structures" and (self.ratio is None or not self.structures):
             raise InputError("--ratio-of structures needs both --ratio and --structures")
+
+    def _check_vocab(self) -> None:
+        """InputError for a --vocab that names neither a text nor a number."""
+        if self.vocab is None:
+            return
+        text, count = self.vocab_text(), re.fullmatch(r"(\d+(?:\.\d*)?)(%?)", self.vocab)
+        if text is None and (count is None or (not count[2] and "." in count[1])):
+            raise InputError(
+                f"--vocab {self.vocab}: give keep:TEXT, a number of tokens, or a share as 40%"
+            )
+        if text is not None and not text.strip():
+            raise InputError(f"--vocab {self.vocab}: name a text, for example keep:{TRAINING_TEXT}")
+        if text is None and SELF in source_names(self.calib):
+            raise InputError(
+                f"--vocab {self.vocab} counts the tokens of --calib, which is {SELF} here; name a "
+                "text, or give --vocab keep:TEXT"
+            )
+
+    @property
+    def only_trims(self) -> bool:
+        """Whether the vocabulary is all that shall be smaller."""
+        budgets = (self.target_params, self.target_bytes, self.target_latency, self.plan)
+        return self.vocab is not None and not self.ratio and not any(b is not None for b in budgets)
+
+    def vocab_text(self) -> str | None:
+        """The TEXT of --vocab keep:TEXT; None where --vocab is a number or not given."""
+        vocab = self.vocab or ""
+        return vocab.removeprefix(KEEP) if vocab.startswith(KEEP) else None
+
+    def vocab_count(self, tokens: int) -> int:
+        """How many of so many ``tokens`` --vocab keeps, where it is a number or a share."""
+        assert self.vocab is not None
+        share = self.vocab.endswith("%")
+        return round(float(self.vocab[:-1]) / 100 * tokens) if share else int(self.vocab)
+
+    def calibration_texts(self) -> list[str]:
+        """The names of the calibration texts but for the one that the model writes."""
+        return [name for name in source_names(self.calib) if name != SELF]
 
     def _check_layout(self) -> None:
         """InputError when --layout rules out what stands beside it."""
@@ -212,6 +262,11 @@ class PruneConfig(CommonConfig):
         """InputError when --stream stands beside what needs the whole model in memory."""
         if not self.stream:
             return
+        if self.vocab is not None:
+            raise InputError(
+                "--stream reads the embedding from the files as it is; trim with --vocab in a run "
+                "without --stream"
+            )
         if self.target_latency is not None:
             raise InputError(
                 "--stream keeps the weights on disk, so decoding cannot be timed; "

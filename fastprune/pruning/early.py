@@ -40,7 +40,7 @@ def check_early(config: PruneConfig) -> None:
     config.selected_layers(len(decoder_layers(model)))
     if plan is not None:
         plan.check_model(geometries(model))
-    elif config.target_latency is None:  # which only a measurement tells
+    elif config.target_latency is None and config.vocab is None:  # which only the work tells
         budget = budget_of(config, model, None)
         assert budget is not None  # config.check() has seen one
         check_settled(decided(config, model, budget.need / block_parameters(model)), model, budget)

@@ -17,7 +17,7 @@ from fastprune.errors import InputError
 from fastprune.models.adopted import check_known, is_known
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.layers import Layers, resident
-from fastprune.models.load import STATE_SUFFIXES, load_config, load_model
+from fastprune.models.load import STATE_SUFFIXES, load_config, load_model, load_tokenizer
 from fastprune.models.multimodal import is_multimodal, text_part
 from fastprune.models.readback import check_read_back
 from fastprune.models.skeleton import skeleton
@@ -36,7 +36,8 @@ from fastprune.report.run import Clock, RunLog, lasting_log
 
 @dataclass
 class PruneResult:
-    """What `prune` made. ``model`` was cut in place unless it was a dry run."""
+    """What `prune` made. ``model`` was cut in place unless it was a dry run; ``tokenizer`` is
+    another one where the vocabulary was trimmed."""
 
     model: nn.Module
     tokenizer: Any
@@ -82,7 +83,8 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
     clock = Clock()
     if lacks_weights(config):
         model, decided = sizes_only(config)
-        run = PruneRun(resident(model), None, config, clock)
+        tokenizer = None if config.vocab is None else load_tokenizer(config.model)
+        run = PruneRun(resident(model), tokenizer, config, clock)
         return carry_out(run, planning=decided)
     check_early(config)
     with (
@@ -101,7 +103,7 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
         if distributed.rank() == 0:
             write_result(directory, result, config, clock, run_log)
             if beside is not None:
-                beside.write(result.model, tokenizer, directory)
+                beside.write(result.model, result.tokenizer, directory)
     return result
 
 
@@ -173,6 +175,8 @@ def carry_out(
     and no weights. ``beside`` is asked whether it can be made of the result. Raises what `prune`
     raises.
     """
+    model, tokenizer = run.model, run.tokenizer
+    run.trim()
     run.prepare(texts=planning is None)
     if not run.config.dry_run:
         run.measure_dense()
@@ -182,8 +186,8 @@ def carry_out(
         if beside is not None:
             beside.check(run.model)
         run.measure_pruned()
-    made = run.made
-    return PruneResult(run.model, run.tokenizer, run.plan, run.record(), made.layer_importance)
+        tokenizer = run.tokenizer
+    return PruneResult(model, tokenizer, run.plan, run.record(), run.made.layer_importance)
 
 
 def _load(config: PruneConfig) -> tuple[Layers, Any]:

@@ -34,8 +34,8 @@ def run_windows(
     config: PruneConfig, model: nn.Module, tokenizer: Any, *, calibrate: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Evaluation windows from the text's start, calibration windows from what is not tested."""
-    assert config.calib_seq_len and config.eval_seq_len and config.calib_samples  # decided
-    wanted = config.calib_samples * config.calib_seq_len
+    assert config.eval_seq_len  # decided
+    wanted = (config.calib_samples or 0) * (config.calib_seq_len or 0)
     enough = characters_for(wanted + config.eval_windows * config.eval_seq_len)
     sources = load_sources(config.eval, enough)
     documents = [text for texts in sources.values() for text in texts]
@@ -43,6 +43,7 @@ def run_windows(
     check_largest(model, tokenizer, int(test.max()), config.eval)
     if not calibrate:
         return test, None
+    assert config.calib_seq_len and config.calib_samples  # decided
     start = opening(tokenizer)
     tested = {}
     left = test[:, len(start) :].numel()
