@@ -157,7 +157,7 @@ def unit_parameters(size: LayerSize, removal: Removal) -> int:
 
 def whole_parameters(size: LayerSize, removal: Removal) -> int:
     """Those of them that leave with whole sublayers."""
-    last = size.shared if removal.gone.issuperset(KINDS) else 0
+    last = size.shared if removal.gone >= set(KINDS) else 0
     return sum(size.sublayers[kind].whole for kind in removal.gone) + last
 
 
