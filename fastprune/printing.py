@@ -15,6 +15,7 @@ from typing import Any
 
 import rich.console
 from rich.segment import Segment
+from rich.text import Text
 
 MAX_LINE = 4000
 """Characters of an error, which may repeat what the user gave."""
@@ -51,10 +52,15 @@ class Console(rich.console.Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, **options)
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As the parent class, which calls it for every string, before it is given room."""
+        return super().render_str(visible(text), **options)
+
     def render(
         self, renderable: Any, options: rich.console.ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """As the parent class, which calls it for everything printed."""
+        """As the parent class, which calls it for everything printed, a Text that was made before
+        too."""
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastprune import cli, progress
-from fastprune.printing import MAX_LINE, Console, LogFormatter, one_line, visible
+from fastprune.printing import CONTROL, MAX_LINE, Console, LogFormatter, one_line, visible
 
 EVIL = "\x1b[2J\x07\x9b31m\u202e[/x][bold]\ud800"
 SHOWN = r"\x1b[2J\x07\x9b31m\u202e[/x][bold]\ud800"
@@ -32,25 +32,36 @@ def test_a_log_message_is_one_line():
     assert LogFormatter("%(message)s").format(record) == r"read a b\x1b[0m"
 
 
-@pytest.mark.parametrize("make", [lambda text: text, Text], ids=["a string", "a Text"])
-def test_a_table_shows_it(make):
+@pytest.fixture
+def console():
     out = io.StringIO()
-    table = Table(title="names")
-    table.add_column("name")
-    table.add_row(make(EVIL))
-    Console(file=out, width=100, force_terminal=True, color_system=None).print(table)
-    assert SHOWN in out.getvalue()
-    assert "\x07" not in out.getvalue()
-    assert "\u202e" not in out.getvalue()
+    return Console(file=out, width=100, force_terminal=True, color_system=None), out
 
 
-def test_a_bar_shows_it(monkeypatch):
-    out = io.StringIO()
+def test_a_table_shows_it(console):
+    console, out = console
+    table = Table(title=EVIL)
+    table.add_column(EVIL)
+    table.add_row(EVIL)
+    console.print(table)
+    assert out.getvalue().count(SHOWN) == 3
+    assert not CONTROL.search(out.getvalue())
+
+
+def test_a_text_shows_it(console):
+    console, out = console
+    console.print(Text(EVIL), soft_wrap=True)
+    assert not CONTROL.search(out.getvalue())
+    assert r"\x1b[2J\x9b31m\u202e[/x][bold]\ud800" in out.getvalue()  # rich drops the bell itself
+
+
+def test_a_bar_shows_it(console, monkeypatch):
+    console, out = console
     monkeypatch.setattr(progress, "DELAY", 0.0)
-    console = Console(file=out, width=100, force_terminal=True, color_system=None)
     monkeypatch.setattr(progress, "console", console)
     assert list(progress.track(range(3), EVIL)) == [0, 1, 2]
-    assert SHOWN.partition("\\ud800")[0] in out.getvalue()
+    assert r"\x1b[2J\x9b31m" in out.getvalue()
+    assert "\x1b[2J" not in out.getvalue()
 
 
 def test_an_error_of_the_command_line_shows_it(capsys):

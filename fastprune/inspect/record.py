@@ -142,7 +142,7 @@ def _origin(folder: Path, seen: frozenset[Path]) -> Origin | None:
         # Earlier versions did not record it: what they began with leads back.
         earlier = _origin(Path(str(metrics["model"])), seen | {place})
         return Origin.of_pruning(metrics, earlier) if "ratio" in metrics else earlier
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, OSError, RuntimeError):
         return None
 
 

@@ -29,6 +29,8 @@ CONFIG_FILE, BASE_FILE = "adapter_config.json", "fastprune_base.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SAMPLES = 64
 """Weights of each tensor that enter a fingerprint."""
+MAX_RANK = 2**14
+"""Columns of a low-rank matrix: more than any has, and few enough for the memory."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
@@ -193,8 +195,15 @@ def read_fingerprint(directory: Path) -> Fingerprint | None:
     if not file.is_file():
         return None
     try:
-        return Fingerprint(**read_json(file))
-    except (ValueError, TypeError) as error:
+        found = Fingerprint(**read_json(file))
+        sizes = [size for layer in found.layers for size in layer]
+        texts = (found.base, found.dtype, *found.digests, *found.digests.values())
+        if not all(type(n) is int for n in (found.parameters, *sizes)):
+            raise ValueError("sizes are whole numbers")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("names and digests are texts")
+        return found
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: broken; copy the adapter again") from error
 
 
@@ -233,6 +242,9 @@ def _check_files(directory: Path) -> None:
         raise InputError(f"{file}: broken adapter config; copy the adapter again") from error
     if kind != "LORA":
         raise InputError(f"--adapter {directory}: a {kind} adapter; only LoRA can be used")
+    rank = settings.get("r")
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise InputError(f"{file}: the rank r must be a whole number from 1 to {MAX_RANK}")
     import peft
 
     known = {field.name for field in fields(peft.LoraConfig)}

@@ -218,6 +218,8 @@ def _entries(file: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     found = {}
     for name, tensor in header.items():
+        if not all(type(n) is int and n >= 0 for n in (*tensor["shape"], *tensor["data_offsets"])):
+            raise ValueError(f"{name} has a shape or a place that is none")
         start, stop = (8 + length + offset for offset in tensor["data_offsets"])
         entry = Entry(file, tensor["dtype"], tuple(tensor["shape"]), start, stop)
         dtype = (DTYPES | PACKED).get(entry.dtype)

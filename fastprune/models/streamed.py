@@ -17,7 +17,7 @@ from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
 from fastprune.models.adopted import adopt, check_known, is_known
 from fastprune.models.checkpoint import EMBEDDING, HEAD
-from fastprune.models.checks import check_complete, quantisation
+from fastprune.models.checks import check_complete, quantisation, refusal
 from fastprune.models.dequantised import DequantisedShards, open_shards, unquantised
 from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import (
@@ -190,6 +190,11 @@ def _equal(shards: ShardReader, name: str, other: str) -> bool:
 def _read_generation_config(model: nn.Module, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
         with quiet_libraries():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # as many ways to be wrong as there are settings
+        raise refusal(file, "broken generation settings", error) from error

@@ -14,6 +14,7 @@ from fastprune.data.records import SELF, source_names
 from fastprune.data.text import check_text
 from fastprune.models.families import block_parameters, decoder_layers, family_of, geometries
 from fastprune.models.streamed import outline
+from fastprune.pruning.allocation import layer_weights
 from fastprune.pruning.budget import Budget, budget_of, layer_sizes, limits_of
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.effort import decided
@@ -54,7 +55,9 @@ def check_settled(config: PruneConfig, model: nn.Module, budget: Budget) -> None
     sizes, limits = layer_sizes(model, config), limits_of(config)
     check_align(sizes, limits)
     if config.allocation in ("inverse", "proportional") and config.layer_importance not in MEASURED:
-        load_layer_importance(Path(config.layer_importance), len(sizes))
+        assert config.alpha is not None  # decided by `effort`
+        given = load_layer_importance(Path(config.layer_importance), len(sizes))
+        layer_weights(given, config.allocation, config.alpha)
     if budget.table is not None or budget.at_least:
         return
     budget.check_removes(model, config)
