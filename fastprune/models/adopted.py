@@ -54,7 +54,7 @@ def adopt(model: nn.Module, family: str | None = None) -> None:
     name = family or getattr(model.config, ADOPTED_AS, None) or TEXT_PARTS.get(kind)
     if name is None:
         return
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"--family {name}: not one of {', '.join(SUPPORTED)}")
     if problem := misfit(model, FAMILIES[name]):
         raise InputError(f"--family {name}: the layers of this {kind} differ from it: {problem}")
