@@ -29,7 +29,7 @@ from fastprune.inspect.speed import FULL, Selection, Speed, measure_speeds
 from fastprune.models.families import Geometry, block_parameters, decoder_layers, geometries
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.quiet import quiet_libraries
-from fastprune.models.streamed import skeleton
+from fastprune.models.skeleton import skeleton
 from fastprune.pruning.latency import with_equal_weights
 from fastprune.report import format
 from fastprune.report.run import versions, write_json

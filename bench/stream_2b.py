@@ -40,7 +40,7 @@ def make(folder: Path, layers: int) -> None:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     from fastprune.models.shards import ShardWriter
-    from fastprune.models.streamed import skeleton
+    from fastprune.models.skeleton import skeleton
 
     config = LlamaConfig(
         vocab_size=32_000,

@@ -21,8 +21,12 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.cohere import CohereConfig
+from transformers.models.cohere2 import Cohere2Config
 from transformers.models.gemma import GemmaConfig
+from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.olmo2 import Olmo2Config
@@ -30,6 +34,7 @@ from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.smollm3 import SmolLM3Config
+from transformers.models.stablelm import StableLmConfig
 from transformers.models.starcoder2 import Starcoder2Config
 
 CONFIGS = {
@@ -40,14 +45,42 @@ CONFIGS = {
 }
 FAMILIES = tuple(CONFIGS)
 OTHERS = {
+    "cohere": CohereConfig,
+    "cohere2": Cohere2Config,
     "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
     "gemma3_text": Gemma3TextConfig,
+    "granite": GraniteConfig,
     "olmo2": Olmo2Config,
     "phi3": Phi3Config,
     "smollm3": SmolLM3Config,
+    "stablelm": StableLmConfig,
     "starcoder2": Starcoder2Config,
 }
+WINDOWED = {"sliding_window": 16}
+OWN: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3} | WINDOWED,
+    "gemma2": {"query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0} | WINDOWED,
+    "gemma3_text": {"query_pre_attn_scalar": 16} | WINDOWED,
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 1.5,
+        "residual_multiplier": 0.6,
+    },
+    "mistral": {"sliding_window": None},
+    "stablelm": {"hidden_size": 128, "use_qkv_bias": True},
+}
+"""Settings of one family: those by which it differs, at values that show; where it takes no size of
+heads, a hidden size that they fill."""
 EVERY_FAMILY = (*FAMILIES, *OTHERS)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama-biased": {"attention_bias": True, "mlp_bias": True},
+    "stablelm-parallel": {"use_parallel_residual": True, "use_qkv_bias": False},
+}
+"""Models whose layers have other parts than most of their family."""
+EVERY_KIND = (*EVERY_FAMILY, *VARIANTS)
 VOCABULARY = 300
 
 TEXT = """The river that runs past the old mill turns its wheel in spring and freezes in winter.
@@ -57,7 +90,10 @@ A model that is made smaller must still say the same things, only faster and wit
 
 
 def tiny_config(family: str, *, tied: bool = True, layers: int = 4, **config: Any):
-    """A config of `family`: 8 query heads over 4 KV heads of size 16 on a hidden size of 64."""
+    """A config of `family`, or of a variant: 8 query heads over 4 KV heads of size 16.
+
+    On a hidden size of 64, or of 128 for StableLM, whose heads fill it.
+    """
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -73,13 +109,11 @@ def tiny_config(family: str, *, tied: bool = True, layers: int = 4, **config: An
         # ten times the usual spread: logits far from uniform make a wrong weight show
         "initializer_range": 0.2,
     }
-    if family == "mistral":
-        settings["sliding_window"] = None
+    variant, family = VARIANTS.get(family, {}), family.partition("-")[0]
     if family in OTHERS:
         settings["pad_token_id"] = 0
-    if family == "gemma3_text":
-        settings |= {"sliding_window": 16, "query_pre_attn_scalar": 16}
-    return (CONFIGS | OTHERS)[family](**(settings | config))
+    settings |= OWN.get(family, {}) | variant | config
+    return (CONFIGS | OTHERS)[family](**settings)
 
 
 def tiny_model(

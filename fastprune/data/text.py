@@ -5,6 +5,10 @@ read, so the text is one stream: documents joined by a blank line.
 
 Windows from the start read several sources one after the other; windows drawn by a seed
 (`sample_mix`) come in equal shares from all of them, whatever their lengths.
+
+Every window begins with its `opening`: what the tokenizer puts before a text by itself, such as a
+BOS token. Models that have learnt every text with one are lost without it: the perplexity of
+Gemma-3-270m is 15.5 with and 29.9 without.
 """
 
 from __future__ import annotations
@@ -20,10 +24,13 @@ from torch import Tensor
 
 from fastprune.data.records import read_source, source_names
 from fastprune.data.shards import TokenShard
+from fastprune.data.wording import affixes
 from fastprune.errors import InputError
 
 CHARACTERS_PER_TOKEN = 6  # more than English takes, so that one try is enough
 EDGE_TOKENS = 64  # the last tokens before a cut may differ from those of the whole text
+
+NOTHING = torch.empty(0, dtype=torch.long)
 
 TEXT_FIELDS = ("text", "content", "sentence", "document")
 """Fields that hold a whole document, in the order they are looked for."""
@@ -102,14 +109,23 @@ def _text_stream(tokenizer: Any, documents: list[str], limit: int | None) -> Ten
     return _tokenise(tokenizer, text)[:limit]
 
 
-def eval_windows(stream: Tensor, seq_len: int, windows: int | None = None) -> Tensor:
+def opening(tokenizer: Any) -> Tensor:
+    """The ids (k,), int64, that `tokenizer` puts before a text by itself; often none."""
+    return torch.tensor(affixes(tokenizer)[0], dtype=torch.long)
+
+
+def eval_windows(
+    stream: Tensor, seq_len: int, windows: int | None = None, opening: Tensor = NOTHING
+) -> Tensor:
     """The first non-overlapping windows (n, seq_len) of `stream`, n = min(windows, all there are).
 
-    `windows` None takes all. Raises InputError when the text is shorter than one window.
+    `windows` None takes all. Each begins with `opening` (k,), so that seq_len − k of its tokens are
+    those of the stream. Raises InputError when the text is shorter than one window.
     """
     if windows is not None and windows < 1:
         raise InputError(f"windows must be at least 1, got {windows}")
-    available = len(stream) // _checked(seq_len)
+    own = _own(seq_len, opening)
+    available = len(stream) // own
     if available == 0:
         raise InputError(
             f"the text has {len(stream)} tokens, fewer than one window of {seq_len}; "
@@ -118,35 +134,40 @@ def eval_windows(stream: Tensor, seq_len: int, windows: int | None = None) -> Te
     n = available if windows is None else min(windows, available)
     if windows is not None and n < windows:
         log.warning("the text has only %d windows of %d tokens, not %d", n, seq_len, windows)
-    return stream[: n * seq_len].view(n, seq_len)
+    return _opened(stream[: n * own].view(n, own), opening)
 
 
-def sample_windows(stream: Tensor, seq_len: int, n: int, seed: int = 0, skip: int = 0) -> Tensor:
+def sample_windows(
+    stream: Tensor, seq_len: int, n: int, seed: int = 0, skip: int = 0, opening: Tensor = NOTHING
+) -> Tensor:
     """`n` different, non-overlapping windows (n, seq_len) drawn by `seed` after `skip` tokens.
 
-    They come in the order they were drawn, so the first windows of a larger draw with the same seed
-    are those of a smaller one. Raises InputError when the text has fewer than `n` windows.
+    Each begins with `opening`, as for `eval_windows`. They come in the order they were drawn, so
+    the first windows of a larger draw with the same seed are those of a smaller one. Raises
+    InputError when the text has fewer than `n` windows.
     """
-    rest = stream[skip:]
-    available = len(rest) // _checked(seq_len)
+    rest, own = stream[skip:], _own(seq_len, opening)
+    available = len(rest) // own
     if n < 1:
         raise InputError(f"samples must be at least 1, got {n}")
     if available < n:
         raise InputError(
-            f"{n} samples of {seq_len} tokens need {n * seq_len} tokens, the text has {len(rest)}; "
+            f"{n} samples of {seq_len} tokens need {n * own} tokens, the text has {len(rest)}; "
             "use a longer text, fewer samples, or a smaller sequence length"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:n]
-    return rest[: available * seq_len].view(available, seq_len)[chosen]
+    return _opened(rest[: available * own].view(available, own)[chosen], opening)
 
 
-def sample_mix(streams: Mapping[str, Tensor], seq_len: int, n: int, seed: int = 0) -> Tensor:
+def sample_mix(
+    streams: Mapping[str, Tensor], seq_len: int, n: int, seed: int = 0, opening: Tensor = NOTHING
+) -> Tensor:
     """`n` windows (n, seq_len), drawn by `seed` in turn from each of the named `streams`.
 
-    So every source gives an equal share, and the first windows are shared equally too. A single
-    source gives what `sample_windows` gives. Raises InputError when a source is too short for its
-    share, or there are fewer windows than sources.
+    Each begins with `opening`, as for `eval_windows`. So every source gives an equal share, and the
+    first windows are shared equally too. A single source gives what `sample_windows` gives. Raises
+    InputError when a source is too short for its share, or there are fewer windows than sources.
     """
     if n < len(streams):
         raise InputError(
@@ -156,10 +177,22 @@ def sample_mix(streams: Mapping[str, Tensor], seq_len: int, n: int, seed: int = 
     for first, (name, stream) in enumerate(streams.items()):
         share = len(range(first, n, len(streams)))
         try:
-            windows[first :: len(streams)] = sample_windows(stream, seq_len, share, seed)
+            windows[first :: len(streams)] = sample_windows(
+                stream, seq_len, share, seed, opening=opening
+            )
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
     return windows
+
+
+def _own(seq_len: int, opening: Tensor) -> int:
+    """Tokens of the stream in a window."""
+    return max(_checked(seq_len) - len(opening), 1)
+
+
+def _opened(windows: Tensor, opening: Tensor) -> Tensor:
+    """`windows` (n, s) with `opening` (k,) before each."""
+    return torch.cat([opening.expand(len(windows), -1), windows], dim=1)
 
 
 def _checked(seq_len: int) -> int:

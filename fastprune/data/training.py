@@ -27,6 +27,7 @@ from fastprune.data.checks import Finding, Findings, LengthStatistics
 from fastprune.data.columns import Columns
 from fastprune.data.examples import KINDS
 from fastprune.data.tokenise import Corpus, Part, tokenised
+from fastprune.data.wording import affixes
 from fastprune.errors import InputError
 from fastprune.kernels.reference import IGNORED
 
@@ -110,9 +111,9 @@ def training_data(spec: str | Path, tokenizer: Any, reading: Reading) -> Trainin
 
     Raises InputError for sources that cannot be read or hold nothing to train on.
     """
-    seq_len, seq2seq = reading.seq_len, reading.seq2seq
-    corpus = tokenised(spec, tokenizer, kind=reading.kind, seq2seq=seq2seq, cache=reading.cache)
-    views = [_view(part.store, part.kind, seq_len, reading.pack, seq2seq) for part in corpus.parts]
+    kind, seq2seq = reading.kind, reading.seq2seq
+    corpus = tokenised(spec, tokenizer, kind=kind, seq2seq=seq2seq, cache=reading.cache)
+    views = [_view(part, reading, tokenizer) for part in corpus.parts]
     findings = Findings(corpus.findings)
     for view in views:
         if isinstance(view, Examples) and (cut := view.over_long()):
@@ -125,7 +126,7 @@ def training_data(spec: str | Path, tokenizer: Any, reading: Reading) -> Trainin
         train,
         validation,
         list(findings),
-        _length_statistics(corpus, seq_len),
+        _length_statistics(corpus, reading.seq_len),
         kinds.pop() if len(kinds) == 1 else "mixed",
         sum(part.records for part in corpus.parts),
         corpus.parts,
@@ -135,32 +136,47 @@ def training_data(spec: str | Path, tokenizer: Any, reading: Reading) -> Trainin
 class Windows:
     """Windows of a text: all documents as one stream, or each on its own.
 
-    What is left over at the end of the stream is dropped, except where it is all there is; a
-    document on its own keeps its rest.
+    Each begins with the ids ``opening``, put before it where the text has them not there. What is
+    left over at the end of the stream is dropped, except where it is all there is; a document on
+    its own keeps its rest.
     """
 
-    def __init__(self, store: Store, seq_len: int, pack: bool) -> None:
+    def __init__(self, store: Store, seq_len: int, pack: bool, opening: Sequence[int] = ()) -> None:
         self.store = store
+        self.opening = np.asarray(opening, dtype=np.int64)
+        own = max(seq_len - len(opening), 1)
         edges = np.asarray([0, store.tokens]) if pack else store.ends
         starts, ends = edges[:-1], edges[1:]
-        windows = -(-(ends - starts) // seq_len)
-        self._starts = np.repeat(starts, windows) + seq_len * _within(windows)
-        self._ends = np.minimum(self._starts + seq_len, np.repeat(ends, windows))
-        keep = self.lengths > 1  # one token has none after it to predict
+        windows = -(-(ends - starts) // own)
+        self._starts = np.repeat(starts, windows) + own * _within(windows)
+        self._ends = np.minimum(self._starts + own, np.repeat(ends, windows))
+        own_lengths = self._ends - self._starts
+        keep = own_lengths > 1  # one token has none after it to predict
         if pack:
-            keep &= self.lengths == max(self.lengths, default=0)
+            keep &= own_lengths == max(own_lengths, default=0)
         self._starts, self._ends = self._starts[keep], self._ends[keep]
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
-        return self._ends - self._starts
+        """Tokens of every window."""
+        own = self._ends - self._starts
+        if not len(self.opening):
+            return own
+        return own + np.asarray([len(self._added(int(start))) for start in self._starts])
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, i: int) -> Item:
-        ids = torch.from_numpy(self.store.ids(int(self._starts[i]), int(self._ends[i])))
+        start, end = int(self._starts[i]), int(self._ends[i])
+        whole = np.concatenate([self._added(start), self.store.ids(start, end)])
+        ids = torch.from_numpy(whole)
         return {"input_ids": ids, "labels": ids.clone()}
+
+    def _added(self, start: int) -> np.ndarray:
+        """What is put before the window that begins at ``start``."""
+        there = self.store.ids(start, min(start + len(self.opening), self.store.tokens))
+        return self.opening[:0] if np.array_equal(there, self.opening) else self.opening
 
 
 class Examples:
@@ -280,10 +296,10 @@ class Collator:
         return batch
 
 
-def _view(store: Store, kind: str, seq_len: int, pack: bool, seq2seq: bool) -> View:
-    if kind == "text":
-        return Windows(store, seq_len, pack)
-    return Pairs(store, seq_len) if seq2seq else Examples(store, seq_len)
+def _view(part: Part, reading: Reading, tokenizer: Any) -> View:
+    if part.kind == "text":
+        return Windows(part.store, reading.seq_len, reading.pack, affixes(tokenizer)[0])
+    return (Pairs if reading.seq2seq else Examples)(part.store, reading.seq_len)
 
 
 def _split(

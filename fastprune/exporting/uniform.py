@@ -21,7 +21,7 @@ from fastprune.models.checkpoint import (
 )
 from fastprune.models.families import Geometry, declaration, geometries
 from fastprune.models.readback import check_read_back
-from fastprune.models.streamed import skeleton
+from fastprune.models.skeleton import skeleton
 
 if TYPE_CHECKING:
     from fastprune.exporting.config import ExportConfig

@@ -9,7 +9,7 @@ distribution when this layer alone is exchanged.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -202,5 +202,4 @@ def _divergences(
 
 
 def _log_probabilities(layers: Layers, hidden: Tensor) -> Tensor:
-    head: Callable[[Tensor], Tensor] = layers.model.get_output_embeddings()
-    return head(layers.norm(hidden)).float().log_softmax(-1)
+    return layers.head(layers.norm(hidden)).float().log_softmax(-1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import Document, load_documents, token_stream
+from fastprune.data.text import Document, load_documents, opening, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
 from fastprune.inspect import findings as say
 from fastprune.inspect.against import Comparison, check_comparable, compare, kept_layers
@@ -54,6 +54,7 @@ from fastprune.inspect.verdict import (
     verdict,
     worse_than_guessing,
 )
+from fastprune.models.dequantised import open_shards
 from fastprune.models.load import STATE_SUFFIXES, load_model, resolve_source
 from fastprune.models.shards import FILE, INDEX, ShardReader
 from fastprune.models.vocabulary import check_largest
@@ -172,16 +173,17 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
     model: nn.Module | None = None
     tokenizer: Any = None
     source = Path(config.model).expanduser()
-    reader = None
+    reader, described = None, {}
     if not (source.is_file() and source.suffix in STATE_SUFFIXES):
         folder = resolve_source(config.model)
-        reader = _reader(folder)
+        described = _settings(folder)
+        reader = _reader(folder, described)
     if reader is None:
         with clock("load"):
             model, tokenizer = _load(config, config.model)
         weights, described = model_weights(model), model.config.to_dict()
     else:
-        weights, described = stored_weights(reader), _settings(folder)
+        weights = stored_weights(reader)
     with clock("scan"):
         tensors = scan_weights(weights, wants_lines)
     heads = Heads.of(described)
@@ -326,16 +328,17 @@ def _first_tokens(tokenizer: Any, documents: list[Document] | None) -> Tensor:
     """Token ids (1, s) of the text's beginning, for the forward pass."""
     if documents is None:
         documents = load_documents(EVALUATION_TEXT)
-    return token_stream(tokenizer, documents, limit=FORWARD_TOKENS)[None]
+    start = opening(tokenizer)
+    return torch.cat([start, token_stream(tokenizer, documents, limit=FORWARD_TOKENS)])[None]
 
 
-def _reader(folder: Path) -> ShardReader | None:
-    """The safetensors in ``folder``; None where its weights are of another kind."""
+def _reader(folder: Path, settings: Mapping[str, Any]) -> ShardReader | None:
+    """The safetensors in ``folder``, of the given config; None where its weights are others."""
     stored = any((folder / name).is_file() for name in (FILE, INDEX))
-    return ShardReader(folder) if stored else None
+    return open_shards(folder, settings.get("quantization_config")) if stored else None
 
 
-def _settings(folder: Path) -> Mapping[str, Any]:
+def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         described = json.loads(file.read_text(encoding="utf-8"))

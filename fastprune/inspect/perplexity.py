@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import Document, eval_windows, load_documents, token_stream
+from fastprune.data.text import Document, eval_windows, load_documents, opening, token_stream
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
 from fastprune.inspect.memory import forget_peak, peak_memory_bytes
@@ -188,7 +188,7 @@ def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:
 def text_windows(tokenizer: Any, documents: list[Document], seq_len: int, windows: int) -> Tensor:
     """The first `windows` windows (n, seq_len) of `documents`; n is less for a short text."""
     stream = token_stream(tokenizer, documents, limit=max(seq_len, 1) * max(windows, 1))
-    return eval_windows(stream, seq_len, windows)
+    return eval_windows(stream, seq_len, windows, opening(tokenizer))
 
 
 def window_length(model: nn.Module, flag: str, asked: int | None, default: int) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError, NumericalError
+from fastprune.models.checks import check_values
 from fastprune.models.families import decoder_layers, geometry
 from fastprune.models.quiet import quiet_libraries
 
@@ -267,12 +268,14 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
         raise InputError(f"--adapter {directory}: no weights ({WEIGHT_FILES[0]}) in this folder")
     try:
         with quiet_libraries():
-            return load_peft_weights(str(directory), device="cpu")
+            tensors = load_peft_weights(str(directory), device="cpu")
     except Exception as error:  # safetensors and pickle raise errors of their own
         raise InputError(
             f"--adapter {directory}: its weights cannot be read ({type(error).__name__}); "
             "copy the adapter again"
         ) from error
+    check_values(tensors, f"--adapter {directory}")
+    return tensors
 
 
 def _check_names(directory: Path, tensors: dict[str, Tensor]) -> None:

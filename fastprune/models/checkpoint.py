@@ -31,8 +31,10 @@ from fastprune.models.families import (
     SUPPORTED,
     Geometry,
     decoder_layers,
+    family_of_config,
     geometries,
     is_adopted,
+    is_supported,
 )
 from fastprune.models.multimodal import enclosing
 from fastprune.models.portable import add_older_keys, write_generation_config
@@ -66,7 +68,7 @@ def save_checkpoint(
         if around := enclosing(model):
             settle_enclosing(model)
             _save_as_it_is(around.model, directory)
-        elif not is_known(model.config):
+        elif not is_supported(model.config):
             _save_as_it_is(model, directory)
         else:
             form = written_form(model)
@@ -296,12 +298,11 @@ def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     """The config of a model like that of `settings`, of a supported family, whose layers have the
     sizes of the tensors `state`. Only their shapes are looked at.
 
-    Raises InputError when one layer has other query heads to a KV head than the rest: which of them
-    share a KV head cannot be told then.
+    Raises InputError for a model that is not supported, and when one layer has other query heads to
+    a KV head than the rest: which of them share a KV head cannot be told then.
     """
-    config_class = modeling.family_classes(
-        settings["model_type"].removeprefix(PRUNED_PREFIX)
-    ).config
+    family = settings["model_type"].removeprefix(PRUNED_PREFIX)
+    config_class = modeling.family_classes(family).config
     sizes = _sizes_of(settings, state)
     attentions = {i: s for i, s in enumerate(sizes) if s.query_heads or s.kv_heads}
     usual = mode([s.query_heads / max(1, s.kv_heads) for s in attentions.values()] or [1])
@@ -312,19 +313,21 @@ def sized_config(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
                 f"layers {usual:g} query heads to a KV head; it was cut or copied wrongly"
             )
     bare = {k: v for k, v in settings.items() if k not in ("model_type", "per_layer_config")}
-    return modeling.per_layer_config(
-        config_class(**bare | {"num_hidden_layers": len(sizes)}), sizes
-    )
+    config = config_class(**bare | {"num_hidden_layers": len(sizes)})
+    family_of_config(config)
+    return modeling.per_layer_config(config, sizes)
 
 
 def _stock_family(model: nn.Module, size: Geometry) -> str | None:
     """The stock architecture for layers of `size`; Mistral's for a Llama that Llama's refuses.
 
-    Some configs must have heads that divide the hidden size. Mistral's need not, and computes the
-    same as Llama's when there is no bias and no sliding window.
+    Some configs must have heads that divide the hidden size, or fill it. Mistral's need not, and
+    computes the same as Llama's when there is no bias and no sliding window.
     """
     config = model.config
     family = config.model_type.removeprefix(PRUNED_PREFIX)
+    if modeling.STOCK[family].full_heads:
+        return family if size.query_heads * size.head_dim == config.hidden_size else None
     divides = config.hidden_size % max(1, size.query_heads) == 0
     if divides or not modeling.STOCK[family].free_heads:
         return family

@@ -18,6 +18,12 @@ PARALLEL = "module."
 DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.\d+\.")
 BUFFERS = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|(?:attn|attention)\.(?:masked_)?bias)$")
 """Constants that older releases of transformers saved beside the weights."""
+WHOLE = (
+    *("float64", "float32", "float16", "bfloat16", "int64", "bool"),
+    *("f64", "f32", "f16", "bf16", "i64"),
+)
+"""Dtypes whose numbers are what they say, by their names in torch and in safetensors: weights, and
+positions and masks that lie beside them."""
 TRUST = "trust_remote_code"
 
 log = logging.getLogger("fastprune")
@@ -58,15 +64,54 @@ def check_pointer(file: Path) -> None:
             )
 
 
-def check_unquantised(config: Any, name: str) -> None:
-    """InputError, naming `name`, for a model whose weights are stored quantised."""
+def quantisation(config: Any) -> Mapping[str, Any] | None:
+    """The settings by which the weights of the model of `config` are quantised; None if not."""
     settings = getattr(config, "quantization_config", None)
     if not settings:
-        return
-    method = (settings if isinstance(settings, Mapping) else vars(settings)).get("quant_method")
-    raise InputError(
-        f"{name}: quantised with {getattr(method, 'value', method) or 'an unknown method'}; "
-        "give the unquantised model"
+        return None
+    return settings if isinstance(settings, Mapping) else vars(settings)
+
+
+def quantisation_method(settings: Mapping[str, Any]) -> str:
+    """The method by its name in transformers, from a config's `settings`."""
+    method = settings.get("quant_method")
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        return "bitsandbytes"
+    return str(getattr(method, "value", method) or "an unknown method")
+
+
+def check_unquantised(config: Any, name: str) -> None:
+    """InputError, naming `name`, for a model whose weights are stored quantised."""
+    if settings := quantisation(config):
+        raise InputError(
+            f"{name}: quantised with {quantisation_method(settings)}; give its whole folder, or "
+            "the unquantised model"
+        )
+
+
+def check_dtype(name: str, dtype: str, path: Path | str) -> None:
+    """InputError where the weight `name` in `path` has a `dtype` that needs a scale beside it.
+
+    `dtype` is a name of safetensors or of torch. Constants that older models keep beside their
+    weights are not looked at.
+    """
+    if dtype.lower() not in WHOLE and not BUFFERS.search(name):
+        raise unscaled(name, dtype, path)
+
+
+def check_values(weights: Mapping[str, Any], path: Path | str) -> None:
+    """`check_dtype` for all tensors among `weights`, which were read from `path`."""
+    for name, value in weights.items():
+        if hasattr(value, "dtype"):
+            check_dtype(name, str(value.dtype).removeprefix("torch."), path)
+
+
+def unscaled(name: str, dtype: str, path: Path | str) -> InputError:
+    """The InputError for the weight `name` in `path`, which is stored as `dtype`."""
+    return InputError(
+        f"{path}: {name} is stored as {dtype}, and what such numbers stand for is not said: its "
+        "config names no quantization_config, or no scale lies beside it; give the unquantised "
+        "model, or its whole quantised folder"
     )
 
 

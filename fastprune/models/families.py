@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ left of a budget once the coarse ones are apportioned, and they are what an alig
 
 Width = Literal["queries", "head", "channel"]
 """Entries that one unit owns: of the query heads of a KV group, of one head, or a single one."""
+LogitStep = Literal["multiply", "divide", "cap"]
+"""What a model does to its head's output by a setting: times it, over it, or soft-capped by it."""
 Part = tuple[str, Width]
 """The path of a module in its decoder layer, and what one unit owns of it."""
 
@@ -71,10 +73,13 @@ class Geometry:
 class Declaration:
     """Where one kind of sublayer lies in a decoder layer of a family.
 
-    ``module`` computes it, between the ``norms`` before and behind it. A unit owns rows of the
-    linear modules ``inputs`` and columns of ``output``. Inputs that name one module lie in it one
+    ``module`` computes it, between the ``norms`` before and behind it; where none of them is in a
+    layer, it reads what the sublayer before it reads. A unit owns rows of the linear modules
+    ``inputs`` and columns of ``output``. Inputs that name one module lie in it one
     behind the other, as in a fused projection. ``scales`` are norms over all heads, of which a unit
     owns its heads' entries; those that all heads share stay whole and are not declared.
+    ``output_norm`` is the one of ``norms`` that the output goes through before it is added to the
+    hidden states, if any.
     """
 
     kind: str
@@ -83,6 +88,7 @@ class Declaration:
     inputs: tuple[Part, ...]
     output: Part
     scales: tuple[Part, ...] = ()
+    output_norm: str | None = None
 
     def entries(self, shape: Callable[[str], tuple[int, int]]) -> dict[str, int]:
         """Entries that all units together own, by width.
@@ -110,7 +116,10 @@ class Family:
     """A model family: its sublayers, and where the parts of a causal language model lie.
 
     ``layer_class`` is the name of the class of its decoder layers. The paths are those of modules:
-    the list of decoder layers, the embeddings, the final norm, and the head.
+    the list of decoder layers, the embeddings, the final norm, and the head. ``logits`` are the
+    config's fields by which logits differ from the head's output; one that is None does nothing.
+    ``residual`` is the attribute of a layer by which it multiplies what its sublayers add.
+    ``refused`` are fields of the config with which models cannot be pruned, and why.
     """
 
     layer_class: str
@@ -119,6 +128,9 @@ class Family:
     embeddings: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
+    logits: Mapping[str, LogitStep] = field(default_factory=dict)
+    residual: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def decoder(self) -> str:
@@ -162,9 +174,18 @@ LLAMA = Family("LlamaDecoderLayer", (ATTENTION, MLP))
 GEMMA3 = Family(
     "Gemma3DecoderLayer",
     (
-        replace(ATTENTION, norms=("input_layernorm", "post_attention_layernorm")),
-        replace(MLP, norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+        replace(
+            ATTENTION,
+            norms=("input_layernorm", "post_attention_layernorm"),
+            output_norm="post_attention_layernorm",
+        ),
+        replace(
+            MLP,
+            norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            output_norm="post_feedforward_layernorm",
+        ),
     ),
+    logits={"final_logit_softcapping": "cap"},
 )
 OLMO2 = Family(
     "Olmo2DecoderLayer",
@@ -173,8 +194,13 @@ OLMO2 = Family(
             ATTENTION,
             norms=("post_attention_layernorm",),
             scales=(("self_attn.q_norm", "queries"), ("self_attn.k_norm", "head")),
+            output_norm="post_attention_layernorm",
         ),
-        replace(MLP, norms=("post_feedforward_layernorm",)),
+        replace(
+            MLP,
+            norms=("post_feedforward_layernorm",),
+            output_norm="post_feedforward_layernorm",
+        ),
     ),
 )
 PHI3 = Family(
@@ -194,9 +220,24 @@ STARCODER2 = Family(
         replace(MLP, inputs=(("mlp.c_fc", "channel"),), output=("mlp.c_proj", "channel")),
     ),
 )
+COHERE = Family(
+    "CohereDecoderLayer",
+    (ATTENTION, replace(MLP, norms=ATTENTION.norms)),
+    logits={"logit_scale": "multiply"},
+    refused={"use_qk_norm": "their norms of queries and keys have weights of their own per head"},
+)
 FAMILIES = {
+    "cohere": COHERE,
+    "cohere2": replace(COHERE, layer_class="Cohere2DecoderLayer", refused={}),
     "gemma": replace(LLAMA, layer_class="GemmaDecoderLayer"),
+    "gemma2": replace(GEMMA3, layer_class="Gemma2DecoderLayer"),
     "gemma3_text": GEMMA3,
+    "granite": replace(
+        LLAMA,
+        layer_class="GraniteDecoderLayer",
+        logits={"logits_scaling": "divide"},
+        residual="residual_multiplier",
+    ),
     "llama": LLAMA,
     "mistral": replace(LLAMA, layer_class="MistralDecoderLayer"),
     "olmo2": OLMO2,
@@ -204,6 +245,11 @@ FAMILIES = {
     "qwen2": replace(LLAMA, layer_class="Qwen2DecoderLayer"),
     "qwen3": replace(LLAMA, layer_class="Qwen3DecoderLayer"),
     "smollm3": replace(LLAMA, layer_class="SmolLM3DecoderLayer"),
+    "stablelm": replace(
+        LLAMA,
+        layer_class="StableLmDecoderLayer",
+        refused={"qk_layernorm": "their norms of queries and keys are a module for each head"},
+    ),
     "starcoder2": STARCODER2,
 }
 """The families that can be pruned, by their ``config.model_type``."""
@@ -264,7 +310,8 @@ class Sublayer:
 
     ``inputs`` are the slices whose rows make the units, ``output`` the columns through which they
     reach the hidden states, ``scales`` those of norms over all heads. ``norms`` are the modules
-    that nothing reads without the sublayer.
+    that nothing reads without the sublayer, ``output_norm`` the one among them that the output goes
+    through before it is added to the hidden states, if any.
     """
 
     kind: str
@@ -274,6 +321,7 @@ class Sublayer:
     output: Slice
     units: int
     scales: tuple[Slice, ...] = ()
+    output_norm: str | None = None
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -291,6 +339,10 @@ class Sublayer:
     def linear(self, layer: nn.Module) -> nn.Linear:
         """The linear module of ``layer`` whose columns ``output`` describes."""
         return layer.get_submodule(self.output.module)
+
+    def added(self, layer: nn.Module) -> nn.Module:
+        """The module of ``layer`` whose output is added to the hidden states."""
+        return layer.get_submodule(self.output_norm or self.output.module)
 
     def unit_cost(self, layer: nn.Module) -> int:
         """Parameters of ``layer`` that one unit owns."""
@@ -321,7 +373,19 @@ def family_of_config(config: Any) -> str:
             f"model type '{model_type}' is not supported; "
             f"fastprune prunes {', '.join(SUPPORTED)} models"
         )
+    for name, why in (FAMILIES | ADOPTED)[family].refused.items():
+        if getattr(config, name, None):
+            raise InputError(f"{family} models with {name} cannot be pruned: {why}")
     return family
+
+
+def is_supported(config: Any) -> bool:
+    """Whether the model that ``config`` describes can be pruned."""
+    try:
+        family_of_config(config)
+    except InputError:
+        return False
+    return True
 
 
 def is_adopted(config: Any) -> bool:
@@ -332,7 +396,12 @@ def is_adopted(config: Any) -> bool:
 
 def declaration(model: nn.Module) -> Family:
     """The family of a causal language model; Llama's for one that is not supported."""
-    return (FAMILIES | ADOPTED).get(model.config.model_type.removeprefix(PRUNED_PREFIX), LLAMA)
+    return declared_for(model.config) or LLAMA
+
+
+def declared_for(config: Any) -> Family | None:
+    """The family, declared or adopted, of the model that ``config`` describes; None for others."""
+    return (FAMILIES | ADOPTED).get(config.model_type.removeprefix(PRUNED_PREFIX))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -380,6 +449,8 @@ def sublayers(layer: nn.Module, family: Family | None = None) -> list[Sublayer]:
     sizes = geometry(layer, family)
     head = sizes.head_dim
     widths = {"queries": sizes.queries_per_kv * head, "head": head, "channel": 1}
+    norms = _norms(layer, sizes, family)
+    shared = _shared(norms)
     found = []
     for declared in family.sublayers:
         if units := sizes.units[declared.kind]:
@@ -388,13 +459,44 @@ def sublayers(layer: nn.Module, family: Family | None = None) -> list[Sublayer]:
                 Sublayer(
                     declared.kind,
                     declared.module,
-                    declared.norms,
+                    tuple(name for name in norms[declared.kind] if name not in shared),
                     tuple(_rows(layer, declared.inputs, widths, units)),
                     Slice(path, "weight", 1, widths[width], 0, units),
                     units,
                     tuple(_rows(layer, declared.scales, widths, units)),
+                    declared.output_norm,
                 )
             )
+    return found
+
+
+def shared_norms(layer: nn.Module) -> tuple[str, ...]:
+    """The norms of ``layer`` that several of its sublayers read: they go with the last of these."""
+    return _shared(_norms(layer, geometry(layer), _declared(layer)))
+
+
+def _shared(norms: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Those of the ``norms`` of each kind of sublayer that several kinds have."""
+    read = Counter(name for names in norms.values() for name in names)
+    return tuple(name for name, readers in read.items() if readers > 1)
+
+
+def residual_scale(layer: nn.Module) -> float:
+    """What ``layer`` multiplies the outputs of its sublayers by before it adds them."""
+    name = _declared(layer).residual
+    return 1.0 if name is None else getattr(layer, name)
+
+
+def _norms(layer: nn.Module, sizes: Geometry, family: Family) -> dict[str, tuple[str, ...]]:
+    """The norms around each sublayer that ``layer`` of ``family``, which has ``sizes``, has, by its
+    kind."""
+    found: dict[str, tuple[str, ...]] = {}
+    before: tuple[str, ...] = ()
+    for declared in family.sublayers:
+        own = (name for name in declared.norms if getattr(layer, name, None) is not None)
+        before = tuple(own) or before
+        if sizes.units[declared.kind]:
+            found[declared.kind] = before
     return found
 
 

@@ -31,15 +31,20 @@ from fastprune.models.checkpoint import rebuild
 from fastprune.models.checks import check_complete, check_pointer, reason, refusal, without_wrappers
 from fastprune.models.gguf import (
     DECI,
+    LESS_ONE,
+    MAPPED,
     Header,
     check_tensors,
     check_uniform,
     complete_config,
     read_header,
 )
-from fastprune.models.gguf_weights import read_weights
+from fastprune.models.gguf_file import copy_without_words
+from fastprune.models.gguf_weights import read_state, read_weights
 from fastprune.models.gguf_words import has_known_words, read_tokenizer
 from fastprune.models.quiet import quiet_libraries
+from fastprune.models.skeleton import skeleton
+from fastprune.models.states import filled
 from fastprune.output import sync_folder
 from fastprune.progress import stage
 
@@ -122,7 +127,6 @@ def _remove_stale(directory: Path) -> None:
 
 
 def _save_dequantised(path: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
     from transformers import modeling_gguf_pytorch_utils as reader
 
     # its progress bar does not listen to the library's own switch
@@ -130,20 +134,12 @@ def _save_dequantised(path: Path, folder: Path) -> None:
     try:
         with quiet_libraries():
             header = read_header(path)
-            if has_known_words(header.words):
-                tokenizer = read_tokenizer(header.words)
+            if header.architecture == DECI:
+                model = read_weights(header)
             else:
-                if header.words.get("tokenizer.ggml.model") == "gpt2":
-                    log.warning(
-                        "%s: its tokenizer is read with GPT-2's rules, those of %s are not known: "
-                        "some texts may become other tokens",
-                        path,
-                        header.words.get("tokenizer.ggml.pre"),
-                    )
-                tokenizer = AutoTokenizer.from_pretrained(
-                    str(path.parent), gguf_file=path.name, trust_remote_code=False
-                )
-            model = read_weights(header) if header.architecture == DECI else _read_gguf(header)
+                with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder.parent) as aside:
+                    model = _read_gguf(header, Path(aside) / path.name)
+            tokenizer = _read_words(header, model.config)
     except InputError:
         raise
     except ImportError as error:
@@ -156,23 +152,54 @@ def _save_dequantised(path: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _read_gguf(header: Header) -> nn.Module:
-    """The model in the file of `header`, in float32; InputError unless every tensor is used."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _read_words(header: Header, config: Any) -> Any:
+    """The tokenizer in the file of `header`, whose model has the given config."""
+    from transformers import TOKENIZER_MAPPING, AutoTokenizer
 
     path = header.path
+    if has_known_words(header.words):
+        return read_tokenizer(header.words)
+    if header.words.get("tokenizer.ggml.model") == "gpt2":
+        log.warning(
+            "%s: its tokenizer is read with GPT-2's rules, those of %s are not known: "
+            "some texts may become other tokens",
+            path,
+            header.words.get("tokenizer.ggml.pre"),
+        )
+    # the class by itself reads the file once; AutoTokenizer asks the file for the config, again
+    family = TOKENIZER_MAPPING.get(type(config), AutoTokenizer)
+    return family.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+
+
+def _read_gguf(header: Header, copy: Path) -> nn.Module:
+    """The model in the file of `header`, in float32; InputError unless every tensor is used.
+
+    What transformers reads of the file, it reads of a `copy` without vocabulary, to be written.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     check_uniform(header)
-    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    ours = header.architecture in (*MAPPED, *LESS_ONE)
+    copy_without_words(header.path, header.contents, copy, tensors=not ours)
+    try:
+        config = AutoConfig.from_pretrained(str(copy.parent), gguf_file=copy.name)
+    except KeyError:  # of some families the config is made from the vocabulary itself
+        copy = header.path
+        config = AutoConfig.from_pretrained(str(copy.parent), gguf_file=copy.name)
     config = complete_config(config, header)
-    model, found = AutoModelForCausalLM.from_pretrained(
-        str(path.parent),
-        gguf_file=path.name,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    check_complete(found, path)
+    if ours:
+        names = skeleton(config, torch.float32).state_dict()
+        model, found = filled(header.path, config, read_state(header, config, names))
+    else:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(copy.parent),
+            gguf_file=copy.name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    check_complete(found, header.path)
     check_tensors(header, config, model.state_dict())
     return model
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fastprune.models.families import (
     UP,
     VALUE,
 )
+from fastprune.models.gguf_file import ARCHITECTURE, Contents, read_contents, read_tensor
 
 DECI = "deci"
 """llama.cpp's architecture for Llamas whose layers differ in size."""
@@ -45,6 +46,8 @@ LAYER_TENSORS = {
 TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 PAIRED = {"llama": ("attn_q", "attn_k"), DECI: ("attn_q", "attn_k"), "qwen2": (), "qwen3": ()}
 """Whose rotary embedding turns neighbouring values of a head together, not halves of it."""
+LESS_ONE = ("gemma2", "gemma3")
+"""Architectures whose files hold the weights of norms as what is multiplied with, 1 + weight."""
 MAPPED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose settings are read here; those of others are as transformers' reader has them."""
 FREQUENCIES = "rope_freqs.weight"
@@ -76,39 +79,35 @@ READ = (
 class Header:
     """What lies in a `.gguf` file before its tensors, and the factors of its frequencies.
 
-    ``settings`` are those of the architecture, without its name in front; ``sizes`` the numbers of
-    elements of the tensors; ``factors`` those of `FACTORS` that the file holds.
+    ``settings`` are those of the architecture, without its name in front; ``words`` those of the
+    tokenizer, by their whole names; ``factors`` those of `FACTORS` that the file holds.
     """
 
     path: Path
     architecture: str
     settings: dict[str, Any]
-    sizes: dict[str, int]
+    words: dict[str, Any]
     factors: dict[str, Tensor]
-    words: dict[str, Any] = field(default_factory=dict)
-    """settings of the tokenizer, by their whole names"""
+    contents: Contents
 
 
 def read_header(path: Path) -> Header:
-    """The header of the file `path`. Raises whatever damaged bytes lead to."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    architecture = reader.fields["general.architecture"].contents()
+    """The header of the file `path`. Raises InputError, and whatever damaged bytes lead to."""
+    contents = read_contents(path)
+    architecture = contents.settings[ARCHITECTURE]
     prefix = f"{architecture}."
     settings, words = {}, {}
-    for key, one in reader.fields.items():
+    for key, value in contents.settings.items():
         if key.startswith(prefix):
-            settings[key.removeprefix(prefix)] = one.contents()
+            settings[key.removeprefix(prefix)] = value
         elif key.startswith("tokenizer."):
-            words[key] = one.contents()
-    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+            words[key] = value
     factors = {
-        tensor.name: torch.tensor(tensor.data, dtype=torch.float32)
-        for tensor in reader.tensors
-        if tensor.name in FACTORS
+        name: read_tensor(path, contents.tensors[name])
+        for name in FACTORS
+        if name in contents.tensors
     }
-    return Header(path, architecture, settings, sizes, factors, words)
+    return Header(path, architecture, settings, words, factors, contents)
 
 
 def pair_neighbours(weight: Tensor, head_dim: int) -> Tensor:
@@ -174,7 +173,7 @@ def _complete_family(config: Any, header: Header) -> None:
     config.rope_parameters = rope_parameters(header, head_dim)
     for name, names in BIASES.items():
         if hasattr(config, name):
-            setattr(config, name, any(key.endswith(names) for key in header.sizes))
+            setattr(config, name, any(key.endswith(names) for key in header.contents.tensors))
     window = settings.get("attention.sliding_window")
     if window and window < config.max_position_embeddings:
         raise _not_read(header, "attention.sliding_window")
@@ -276,21 +275,19 @@ def check_tensors(header: Header, config: Any, state: Mapping[str, Tensor]) -> N
 
     `state` holds the weights of the model by transformers' names.
     """
-    count = config.num_hidden_layers
-    known = set(_gguf_names(header.architecture, count, state))
+    count, tensors = config.num_hidden_layers, header.contents.tensors
+    known = set(model_names(header.architecture, count, state))
     if config.model_type in MAPPED:
         known |= {FREQUENCIES} & header.factors.keys()
         known |= {LONG, SHORT} if config.rope_parameters["rope_type"] == "longrope" else set()
     experts = any("experts" in name for name in state)  # several of the file's make one weight
-    surplus = sorted(
-        name for name in header.sizes.keys() - known if not (experts and "_exps." in name)
-    )
+    surplus = sorted(name for name in tensors.keys() - known if not (experts and "_exps." in name))
     if surplus:
         raise InputError(
             f"{header.path}: {len(surplus)} tensors have no place in a {config.model_type} of "
             f"{count} layers, first {surplus[0]}; without them the model would be another one"
         )
-    found = sum(size for name, size in header.sizes.items() if name not in FACTORS)
+    found = sum(tensor.numel for name, tensor in tensors.items() if name not in FACTORS)
     needed = sum({tensor.data_ptr(): tensor.numel() for tensor in state.values()}.values())
     if found != needed:
         raise InputError(
@@ -299,17 +296,22 @@ def check_tensors(header: Header, config: Any, state: Mapping[str, Tensor]) -> N
         )
 
 
-def _gguf_names(architecture: str, layers: int, names: Iterable[str]) -> Iterable[str]:
-    """What the tensors that transformers calls `names` are called in a file, as far as known."""
+def model_names(architecture: str, layers: int, names: Iterable[str]) -> dict[str, str]:
+    """Which of `names`, of transformers, the tensors of a file have, by their names in it.
+
+    Names that have no counterpart are left out.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
     table = get_tensor_name_map(arch, layers)
+    result: dict[str, str] = {}
     for name in names:
         inner = name.partition(".")[2]  # some files are made from the model without its head
         for key in (name, inner):
             if found := table.get_name(key, try_suffixes=(".weight", ".bias")):
-                yield found
+                result.setdefault(found, name)
+    return result
 
 
 def _not_read(header: Header, name: str, why: str = "") -> InputError:

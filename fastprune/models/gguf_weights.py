@@ -6,9 +6,9 @@ needs them (see `fastprune.exporting.gguf_layout`) are sublayers that are gone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
@@ -18,13 +18,16 @@ from fastprune.models.gguf import (
     DECI,
     FACTORS,
     LAYER_TENSORS,
+    LESS_ONE,
     PAIRED,
     TENSORS,
     Header,
     check_settings,
+    model_names,
     part_neighbours,
     rope_parameters,
 )
+from fastprune.models.gguf_file import read_tensor
 
 OWN_BIASES = (
     ("attention_bias", tuple(f"{name}.bias" for name in (QUERY, KEY, VALUE, OUTPUT))),
@@ -83,27 +86,43 @@ def _family(header: Header, state: Mapping[str, Tensor]) -> str:
 
 def _state(header: Header) -> dict[str, Tensor]:
     """The weights by transformers' names."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
     long = {short: name for name, short in LAYER_TENSORS.items()}
     ends = {short: name for name, short in TENSORS.items()}
     head_dim = header.settings["attention.key_length"]
     state = {}
-    for tensor in GGUFReader(header.path).tensors:
-        if tensor.name in FACTORS:
+    for name, tensor in header.contents.tensors.items():
+        if name in FACTORS:
             continue
-        *layer, short, kind = tensor.name.split(".")
+        *layer, short, kind = name.split(".")
         if short not in (long if layer else ends) or layer[:1] not in ([], ["blk"]):
             raise InputError(
-                f"{header.path}: the tensor {tensor.name} has no place in a Llama, and without it "
+                f"{header.path}: the tensor {name} has no place in a Llama, and without it "
                 "the model would be another one"
             )
-        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        weight = read_tensor(header.path, tensor)
         if short in PAIRED[header.architecture]:
             weight = part_neighbours(weight, head_dim)
-        name = f"model.layers.{layer[1]}.{long[short]}" if layer else ends[short]
-        state[f"{name}.{kind}"] = weight
+        module = f"model.layers.{layer[1]}.{long[short]}" if layer else ends[short]
+        state[f"{module}.{kind}"] = weight
+    return state
+
+
+def read_state(header: Header, config: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """The weights of the model of `config`, whose parameters have the given names, in float32.
+
+    Tensors that have no such name are left out. Raises whatever damaged bytes lead to.
+    """
+    short = model_names(header.architecture, config.num_hidden_layers, names)
+    state = {}
+    for name, tensor in header.contents.tensors.items():
+        if name not in short:
+            continue
+        weight = read_tensor(header.path, tensor)
+        if header.architecture in LESS_ONE and name.endswith("norm.weight"):
+            weight -= 1
+        if name.split(".")[-2] in PAIRED.get(header.architecture, ()):
+            weight = part_neighbours(weight, config.head_dim)
+        state[short[name]] = weight
     return state
 
 

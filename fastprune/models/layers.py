@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.models.families import declaration, decoder_layers, family_of, sublayers
-from fastprune.models.forward import decoder_and_head
+from fastprune.models.forward import Head, decoder_and_head
 from fastprune.precision import fast_forward
 from fastprune.progress import track
 
@@ -57,7 +57,7 @@ class Layers:
         return len(self.modules)
 
     @property
-    def head(self) -> nn.Linear:
+    def head(self) -> Head:
         """The language-model head; it has values inside of `headed`."""
         return decoder_and_head(self.model)[1]
 
@@ -82,7 +82,7 @@ class Layers:
             yield [stack.enter_context(self._layer(index)) for index in layers]
 
     @contextmanager
-    def headed(self) -> Iterator[nn.Linear]:
+    def headed(self) -> Iterator[Head]:
         """Inside the block the language-model head has its weights on the device."""
         with self._loaded(self.family.head):
             yield self.head
@@ -354,7 +354,7 @@ class Branches:
     def __init__(
         self,
         layers: Layers,
-        measure: Callable[[Iterable[Tensor], nn.Linear], float],
+        measure: Callable[[Iterable[Tensor], Head], float],
         *,
         fast: bool = False,
     ) -> None:

@@ -12,6 +12,8 @@ import importlib.util
 import json
 import logging
 import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,21 @@ from fastprune.models.checkpoint import settle_tie
 from fastprune.models.checks import (
     check_complete,
     check_pointer,
-    check_unquantised,
+    check_values,
+    quantisation,
     reason,
     refusal,
     unwrapped,
     without_wrappers,
 )
+from fastprune.models.dequantised import DequantisedShards, unquantised
 from fastprune.models.foreign import convert_gguf, discard, holds_model, revive, unpickle
 from fastprune.models.modeling import register
-from fastprune.models.multimodal import auto_class, processor_files, text_part
+from fastprune.models.multimodal import auto_class, is_multimodal, processor_files, text_part
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
+from fastprune.models.shards import ShardReader
+from fastprune.models.skeleton import skeleton
 from fastprune.models.states import (
     NeedsPickle,
     SavedState,
@@ -50,6 +56,7 @@ from fastprune.models.states import (
     tokenizer_in,
 )
 from fastprune.precision import convert_weights
+from fastprune.progress import track
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -352,12 +359,19 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
 
 def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: bool) -> nn.Module:
     check_family(config, str(folder))
-    check_unquantised(config, str(folder))
+    if settings := quantisation(config):
+        if is_multimodal(config):
+            raise InputError(
+                f"{folder}: a quantised '{config.model_type}' with more than a decoder is not read; "
+                "give the model that it was made from"
+            )
+        return _read_quantised(folder, unquantised(config), settings, dtype)
     if _adapter_beside(folder):  # which the library would weave into the model
         model = build_by_config(folder, config, _read_files(folder))
         return model if dtype is None else model.to(dtype)
     try:
         with quiet_libraries():
+            _check_floats(folder)
             model, found = auto_class(config).from_pretrained(
                 folder,
                 config=config,
@@ -367,6 +381,8 @@ def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: b
                 ignore_mismatched_sizes=True,
                 trust_remote_code=trust,
             )
+    except InputError:
+        raise
     except Exception as error:  # unknown classes, unreadable pickles
         raise refusal(folder, "the weights do not load", error) from error
     if any(unwrapped(name) != name for name in found["unexpected_keys"]):
@@ -379,6 +395,29 @@ def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: b
     return model if dtype is None else model.to(dtype)
 
 
+def _read_quantised(
+    folder: Path, config: Any, settings: Mapping[str, Any], dtype: torch.dtype | None
+) -> nn.Module:
+    """The model of `folder` with weights of `dtype`, or of the config's, out of quantised ones."""
+    dtype = config.dtype = dtype or config.dtype
+    shards = DequantisedShards(folder, settings)
+    shards.leave_zero_biases(skeleton(config, dtype).state_dict())
+    cpu = torch.device("cpu")
+    state = {name: shards.read(name, dtype, cpu) for name in track(shards.entries, "dequantising")}
+    return build_by_config(folder, config, state)
+
+
+def _check_floats(folder: Path) -> None:
+    """InputError where a weight in the files of `folder` would need a scale that is not there."""
+    files = _weight_files(folder)
+    if files[0].suffix == ".safetensors":
+        ShardReader(folder).check_floats()
+        return
+    for file in files:
+        mapped = zipfile.is_zipfile(file)
+        check_values(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), file)
+
+
 def _read_files(folder: Path) -> dict[str, torch.Tensor]:
     """The weights in the files of `folder`, by names without what wrappers put into them."""
     from safetensors.torch import load_file
@@ -389,6 +428,7 @@ def _read_files(folder: Path) -> dict[str, torch.Tensor]:
             weights |= load_file(file)
         else:
             weights |= torch.load(file, map_location="cpu", weights_only=True)
+    check_values(weights, folder)
     return without_wrappers(weights, folder)
 
 

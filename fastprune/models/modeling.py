@@ -103,9 +103,11 @@ class RemovedMLP(Removed):
 class Stock:
     """The classes of one model type in `transformers.models.MODULE`, by name, and its layers.
 
-    `norms` are those of a decoder layer that nothing reads without its attention, and without its
-    MLP. `own_sizes` says that the attention reads its heads off the config while it runs, and
-    `free_heads` that heads need not divide the hidden size although the stock config says so.
+    `norms` are those of a decoder layer around its attention, and around its MLP; a layer without
+    the latter gives its MLP what its attention reads. `own_sizes` says that the attention reads its
+    heads off the config while it runs, `free_heads` that heads need not divide the hidden size
+    although the stock config says so, and `full_heads` that the stock attention can be built with
+    heads that fill the hidden size only.
     """
 
     module: str
@@ -119,6 +121,7 @@ class Stock:
     )
     own_sizes: bool = False
     free_heads: bool = False
+    full_heads: bool = False
 
 
 def _named(module: str, name: str, **more: Any) -> Stock:
@@ -138,8 +141,12 @@ FOUR_NORMS = (
     ("input_layernorm", "post_attention_layernorm"),
     ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+ONE_NORM = ("input_layernorm",), ("input_layernorm",)
 STOCK: dict[str, Stock] = {
+    "cohere": _named("cohere", "Cohere", norms=ONE_NORM),
+    "cohere2": _named("cohere2", "Cohere2", norms=ONE_NORM),
     "gemma": _named("gemma", "Gemma"),
+    "gemma2": _named("gemma2", "Gemma2", norms=FOUR_NORMS, free_heads=True),
     "gemma3_text": Stock(
         "gemma3",
         config="Gemma3TextConfig",
@@ -149,6 +156,7 @@ STOCK: dict[str, Stock] = {
         norms=FOUR_NORMS,
         free_heads=True,
     ),
+    "granite": _named("granite", "Granite"),
     "llama": _named("llama", "Llama", free_heads=True),
     "mistral": _named("mistral", "Mistral"),
     "olmo2": _named("olmo2", "Olmo2", norms=POST_NORMS),
@@ -156,6 +164,7 @@ STOCK: dict[str, Stock] = {
     "qwen2": _named("qwen2", "Qwen2"),
     "qwen3": _named("qwen3", "Qwen3"),
     "smollm3": _named("smollm3", "SmolLM3"),
+    "stablelm": _named("stablelm", "StableLm", full_heads=True),
     "starcoder2": _named("starcoder2", "Starcoder2"),
 }
 """What per-layer models are made of, by the `model_type` of the stock model."""
@@ -175,23 +184,40 @@ class OwnSizes:
 
 
 def remove_sublayer(layer: nn.Module, sublayer: str, family: str) -> None:
-    """Take the attention or the MLP out of `layer`, and the norms around it."""
+    """Take the attention or the MLP out of `layer`, and the norms that nothing else reads."""
+    attention, mlp = STOCK[family].norms
+    mlp = tuple(name for name in mlp if getattr(layer, name) is not None) or attention
     if sublayer == ATTENTION:
+        own, others, other = attention, mlp, layer.mlp
         layer.self_attn = RemovedAttention(layer.self_attn.layer_idx)
     else:
+        own, others, other = mlp, attention, layer.self_attn
         layer.mlp = RemovedMLP()
-    for name in STOCK[family].norms[sublayer == MLP]:
-        setattr(layer, name, nn.Identity())
+    for name in own:
+        if name not in others or isinstance(other, Removed):
+            setattr(layer, name, nn.Identity())
 
 
 def settle_heads(attention: nn.Module, config: Any, heads: int, kv_heads: int) -> None:
     """Tell `attention` of a model with `config` its own number of heads."""
     attention.num_key_value_groups = heads // kv_heads
-    if hasattr(attention, "num_key_value_heads"):
-        attention.num_key_value_heads = kv_heads
+    for name, count in (("num_heads", heads), ("num_key_value_heads", kv_heads)):
+        if hasattr(attention, name):
+            setattr(attention, name, count)
     if STOCK[_family(config)].own_sizes:
         sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
         attention.config = OwnSizes(config, sizes)
+
+
+def resize_heads(attention: nn.Module, heads: int, kv_heads: int) -> None:
+    """Give `attention`, which was built with other heads, new projections of so many."""
+    for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
+        old = getattr(attention, name)
+        rows = count * attention.head_dim
+        setattr(attention, name, nn.Linear(old.in_features, rows, bias=old.bias is not None))
+    old = attention.o_proj
+    columns = heads * attention.head_dim
+    attention.o_proj = nn.Linear(columns, old.out_features, bias=old.bias is not None)
 
 
 def _family(config: Any) -> str:
@@ -222,13 +248,18 @@ class PerLayerModel:
             own.num_attention_heads = own.num_key_value_heads = 1
         if MLP in skipped:
             own.intermediate_size = 1
+        heads = own.num_attention_heads, own.num_key_value_heads
+        full = STOCK[_family(config)].full_heads
+        if full:
+            own.num_attention_heads = own.num_key_value_heads = own.hidden_size // own.head_dim
         layer = self.layer_class(own, index)
+        if full:
+            resize_heads(layer.self_attn, *heads)
         # Sizes are in the weights now. The shared config is where a later choice of another
         # attention implementation is written, so that is the one to read from.
         for module in layer.modules():
             if getattr(module, "config", None) is own:
                 module.config = config
-        heads = own.num_attention_heads, own.num_key_value_heads
         settle_heads(layer.self_attn, config, *heads)
         for sublayer in skipped:
             remove_sublayer(layer, sublayer, _family(config))

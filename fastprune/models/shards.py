@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.models.checks import check_pointer, without_wrappers
+from fastprune.models.checks import check_dtype, check_pointer, unscaled, without_wrappers
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -36,6 +36,16 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+PACKED = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""What weights are made of where they are quantised; by itself none of it is a weight."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -60,8 +70,9 @@ class ShardReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.files = _files(folder)
         self.entries: dict[str, Entry] = {}
-        for file in _files(folder):
+        for file in self.files:
             check_pointer(file)
             try:
                 self.entries |= without_wrappers(_entries(file), file)
@@ -72,8 +83,7 @@ class ShardReader:
 
     def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor ``name`` as ``dtype`` on ``device``. Raises InputError if it is not there."""
-        entry = self._entry(name)
-        return _read(entry, 0, entry.stop - entry.start).view(entry.shape).to(device, dtype)
+        return whole(self._entry(name)).to(device, dtype)
 
     def pieces(self, name: str, max_bytes: int) -> Iterator[Tensor]:
         """The tensor ``name`` in runs of rows of at most ``max_bytes`` each, at least a row.
@@ -84,7 +94,7 @@ class ShardReader:
         entry = self._entry(name)
         size = entry.stop - entry.start
         if size <= max_bytes or not entry.shape:
-            yield _read(entry, 0, size).view(entry.shape)
+            yield whole(entry)
             return
         row = size // entry.shape[0]
         rows = max(1, max_bytes // row)
@@ -92,12 +102,18 @@ class ShardReader:
             stop = min(first + rows, entry.shape[0])
             yield _read(entry, first * row, stop * row).view(stop - first, *entry.shape[1:])
 
+    def check_floats(self) -> None:
+        """InputError where a weight is stored in numbers that mean nothing without a scale."""
+        for name, entry in self.entries.items():
+            if entry.dtype not in DTYPES:
+                check_dtype(name, entry.dtype, entry.file)
+
     def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
         if entry is None:
             raise InputError(f"{self.folder}: the weight {name} is missing")
         if entry.dtype not in DTYPES:
-            raise InputError(f"{entry.file}: {name} is stored as {entry.dtype}, which is not read")
+            raise unscaled(name, entry.dtype, entry.file)
         return entry
 
 
@@ -149,6 +165,11 @@ class ShardWriter:
             raise ValueError(f"{len(self._missing)} tensors were not written: {min(self._missing)}")
 
 
+def whole(entry: Entry) -> Tensor:
+    """The tensor at ``entry`` as it is stored, on the CPU."""
+    return _read(entry, 0, entry.stop - entry.start).view(entry.shape)
+
+
 def _read(entry: Entry, start: int, stop: int) -> Tensor:
     """The values in the bytes ``start`` to ``stop`` of the tensor at ``entry``, in a row."""
     data = torch.empty(stop - start, dtype=torch.uint8)
@@ -160,7 +181,7 @@ def _read(entry: Entry, start: int, stop: int) -> Tensor:
             if not got:
                 raise InputError(f"{entry.file}: became shorter while it was read")
             done += got
-    return data.view(DTYPES[entry.dtype])
+    return data.view((DTYPES | PACKED)[entry.dtype])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -168,7 +189,10 @@ def _files(folder: Path) -> list[Path]:
         return [folder / FILE]
     index = folder / INDEX
     if not index.is_file():
-        raise InputError(f"{folder}: weights are streamed from safetensors, and there are none")
+        raise InputError(
+            f"{folder}: no weights in safetensors (model.safetensors), from which models are "
+            "streamed and quantised ones read; save the model again with save_pretrained"
+        )
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -189,7 +213,7 @@ def _entries(file: Path) -> dict[str, Entry]:
     for name, tensor in header.items():
         start, stop = (8 + length + offset for offset in tensor["data_offsets"])
         entry = Entry(file, tensor["dtype"], tuple(tensor["shape"]), start, stop)
-        dtype = DTYPES.get(entry.dtype)
+        dtype = (DTYPES | PACKED).get(entry.dtype)
         if dtype and math.prod(entry.shape) * dtype.itemsize != stop - start:
             raise ValueError(f"{name} has the wrong number of bytes")
         if not 8 + length <= start <= stop <= size:

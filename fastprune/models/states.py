@@ -26,10 +26,11 @@ from fastprune.models.checks import (
     check_complete,
     check_pointer,
     check_unquantised,
+    check_values,
     refusal,
     without_wrappers,
 )
-from fastprune.models.families import PRUNED_PREFIX, SUPPORTED
+from fastprune.models.families import is_supported
 from fastprune.models.gpt2 import bare, build_gpt2, is_gpt2
 from fastprune.models.inert import Record, fields_of, plain, read_inert
 from fastprune.models.multimodal import is_multimodal
@@ -101,6 +102,7 @@ def state_of(path: Path, content: Any) -> SavedState:
     }
     if not weights:
         raise InputError(f"{path}: holds no weights, neither itself nor under {', '.join(STATES)}")
+    check_values(weights, path)
     settings: dict[str, Any] = {}
     for key in SETTINGS:
         settings |= {str(k): plain(v) for k, v in fields_of(outer.get(key)).items()}
@@ -211,14 +213,28 @@ def build_by_config(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.
 
     Raises InputError when they do not go together.
     """
+    check_family(config, str(path))
+    check_unquantised(config, str(path))
+    model, found = filled(path, config, state)
+    if misfits(config, found):
+        return resized(path, config, state)
+    check_complete(found, path)
+    return model
+
+
+def filled(
+    path: Path, config: Any, state: Mapping[str, Tensor]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of `config` with those of the weights `state` that fit, in their dtype.
+
+    With it goes transformers' loading info. Raises InputError, naming `path`.
+    """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     )
 
-    check_family(config, str(path))
-    check_unquantised(config, str(path))
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
     classes = MODEL_FOR_CAUSAL_LM_MAPPING
     if config.is_encoder_decoder:
@@ -227,7 +243,7 @@ def build_by_config(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.
         classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     try:
         with quiet_libraries():
-            model, found = classes[type(config)].from_pretrained(
+            return classes[type(config)].from_pretrained(
                 None,
                 config=config,
                 state_dict=dict(state),
@@ -237,17 +253,12 @@ def build_by_config(path: Path, config: Any, state: Mapping[str, Tensor]) -> nn.
             )
     except Exception as error:  # unknown types, unreadable values
         raise refusal(path, "does not load", error) from error
-    if misfits(config, found):
-        return resized(path, config, state)
-    check_complete(found, path)
-    return model
 
 
 def misfits(config: Any, found: Mapping[str, Any]) -> bool:
     """Whether the layers of a model that can be pruned have other sizes than `config` says."""
-    family = config.model_type.removeprefix(PRUNED_PREFIX)
     return (
-        family in SUPPORTED
+        is_supported(config)
         and not found["missing_keys"]
         and any(LAYER_KEY.match(name) for name, *_ in found["mismatched_keys"])
     )

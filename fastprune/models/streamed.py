@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
 from fastprune.models.adopted import adopt, check_known, is_known
-from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import EMBEDDING, HEAD
-from fastprune.models.checks import check_complete, check_unquantised
+from fastprune.models.checks import check_complete, quantisation
+from fastprune.models.dequantised import DequantisedShards, open_shards, unquantised
 from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
-from fastprune.models.modeling import register
-from fastprune.models.multimodal import auto_class, is_multimodal, text_part
+from fastprune.models.multimodal import is_multimodal
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
+from fastprune.models.skeleton import skeleton
 from fastprune.models.states import misfits, resized_config
 
 PIECE = 64 * 2**20
@@ -52,6 +52,9 @@ class StreamedModel(FetchedLayers):
     ) -> None:
         folder = resolve_source(source)
         config = load_config(folder)
+        settings = quantisation(config)
+        if settings:
+            config = unquantised(config)
         if family is not None or not is_known(config):
             check_known(skeleton(config, torch.float32), family)
         if is_multimodal(config):
@@ -59,8 +62,7 @@ class StreamedModel(FetchedLayers):
                 f"--stream reads language models alone, and a '{config.model_type}' has more than "
                 "a decoder; leave --stream out"
             )
-        check_unquantised(config, str(folder))
-        self.shards = ShardReader(folder)
+        self.shards = open_shards(folder, settings)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):
@@ -81,7 +83,7 @@ class StreamedModel(FetchedLayers):
         return self.shards.read(name, self.dtype, self.device)
 
     def _sources(self) -> Iterator[tuple[str, Tensor | str]]:
-        for file in sorted({entry.file for entry in self.shards.entries.values()}):
+        for file in self.shards.files:
             status = file.stat()
             yield str(file), f"{status.st_size} {status.st_mtime_ns}"
         yield "dtype", str(self.dtype)
@@ -92,6 +94,8 @@ class StreamedModel(FetchedLayers):
         InputError unless the files hold every weight at its size.
         """
         model = skeleton(config, self.dtype)
+        if isinstance(self.shards, DequantisedShards):
+            self.shards.leave_zero_biases(model.state_dict())
         found = self._compared(model)
         if misfits(config, found):
             config = resized_config(self.shards.folder, config, self.shards.entries)
@@ -114,23 +118,6 @@ class StreamedModel(FetchedLayers):
                 if found[name].shape != expected[name].shape
             },
         }
-
-
-def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal language model that ``config`` describes, on the meta device, in eval mode.
-
-    Of a multimodal model it is the decoder. Raises InputError where transformers has no such model.
-    """
-    register()
-    try:
-        with torch.device("meta"), quiet_libraries():
-            model = text_part(auto_class(config).from_config(config, dtype=dtype)).eval()
-    except ValueError as error:
-        raise InputError(
-            f"a '{config.model_type}' is no language model that transformers builds"
-        ) from error
-    use_attention(model)
-    return model
 
 
 def _fill_buffers(model: nn.Module, device: torch.device) -> None:

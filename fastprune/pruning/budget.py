@@ -22,11 +22,12 @@ from fastprune.models.families import (
     Geometry,
     block_parameters,
     decoder_layers,
+    shared_norms,
     sublayers,
 )
 from fastprune.models.multimodal import outside
 from fastprune.models.shards import stored_bytes
-from fastprune.models.streamed import skeleton
+from fastprune.models.skeleton import skeleton
 from fastprune.pruning.config import ALL, PruneConfig
 from fastprune.pruning.latency import CostTable
 from fastprune.pruning.sizes import (
@@ -170,7 +171,8 @@ def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
             cost=s.unit_cost(layer) if thin else 0,
             whole=s.parameters(layer) if whole else 0,
         )
-    return LayerSize(found)
+    norms = map(layer.get_submodule, shared_norms(layer) if whole else ())
+    return LayerSize(found, sum(p.numel() for norm in norms for p in norm.parameters()))
 
 
 def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> str | None:

@@ -43,13 +43,17 @@ class Calibration:
         return distributed.share(batches(self.windows))
 
     def random_windows(self) -> Tensor:
-        """Windows (n // TEXT_PER_RANDOM, s) of tokens from all of the vocabulary.
+        """Windows (n // TEXT_PER_RANDOM, s) of tokens from all of the vocabulary, which begin with
+        what all of the text's begin with.
 
         Where the calibration text says little they hold a refit to what the dense model does.
         """
         vocabulary = self.layers.model.get_input_embeddings().num_embeddings
         shape = (len(self.windows) // TEXT_PER_RANDOM, self.windows.shape[1])
-        return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        words = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        opening = (self.windows == self.windows[:1]).all(0).cumprod(0).bool()
+        words[:, opening] = self.windows[0, opening]
+        return words
 
     def fitting(
         self, *, random: bool, batch_size: int | None = None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
-from fastprune.models.forward import batches
+from fastprune.models.forward import Head, batches
 from fastprune.models.layers import Layers
 from fastprune.precision import fast_forward
 from fastprune.pruning.calibration import Calibration
@@ -34,7 +34,7 @@ class DenseTargets:
         self._logs: list[Tensor] = []
 
     @torch.no_grad()
-    def append(self, hidden: Tensor, head: nn.Linear) -> None:
+    def append(self, hidden: Tensor, head: Head) -> None:
         """Record what the dense model's ``head`` reads (n, s, h) of the next batch."""
         indices, logs = [], []
         for logits in _logits(hidden, head):
@@ -45,7 +45,7 @@ class DenseTargets:
         self._logs.append(torch.cat(logs))
 
     @torch.no_grad()
-    def divergence(self, batch: int, hidden: Tensor, head: nn.Linear) -> float:
+    def divergence(self, batch: int, hidden: Tensor, head: Head) -> float:
         """Summed KL(dense ‖ changed) in nats over the tokens of ``batch``, given what the changed
         model's ``head`` reads."""
         start, total = 0, 0.0
@@ -83,7 +83,7 @@ class Yardstick:
         """KL divergence of the model of ``layers`` from what it was, in nats a token."""
         return self.mean(self._final(layers), layers.head)
 
-    def mean(self, finals: Iterable[Tensor], head: nn.Linear) -> float:
+    def mean(self, finals: Iterable[Tensor], head: Head) -> float:
         """The same from what a model's ``head`` reads (n, s, h), batch after batch."""
         sums = (self._dense.divergence(n, hidden, head) for n, hidden in enumerate(finals))
         return sum(sums) / self.windows.numel()
@@ -92,7 +92,7 @@ class Yardstick:
         return layers.final(self.batches, "divergence", fast=True)
 
 
-def _logits(hidden: Tensor, head: nn.Linear) -> Iterator[Tensor]:
+def _logits(hidden: Tensor, head: Head) -> Iterator[Tensor]:
     size = max(1, CHUNK_LOGITS // head.weight.shape[0])
     for states in hidden.flatten(0, -2).split(size):
         with fast_forward(hidden.device, head.weight.dtype):

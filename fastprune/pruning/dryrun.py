@@ -21,7 +21,7 @@ from fastprune.models.adopted import check_known, config_with
 from fastprune.models.checkpoint import written_form
 from fastprune.models.load import load_config
 from fastprune.models.multimodal import enclosing
-from fastprune.models.streamed import skeleton
+from fastprune.models.skeleton import skeleton
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.estimate import Estimate
 from fastprune.pruning.plan import Plan

@@ -22,7 +22,7 @@ from math import ceil
 from torch import nn
 
 from fastprune.models.families import Sublayer, decoder_layers, sublayers
-from fastprune.models.forward import BATCH_TOKENS, CHUNK_LOGITS
+from fastprune.models.forward import BATCH_TOKENS, CHUNK_LOGITS, decoder_and_head
 from fastprune.pruning.calibration import TEXT_PER_RANDOM
 from fastprune.pruning.compensation import STRENGTHS
 from fastprune.pruning.config import PruneConfig
@@ -102,7 +102,8 @@ class Sizes:
     """Bytes and operations of a causal language model, which may be on the meta device."""
 
     def __init__(self, model: nn.Module) -> None:
-        layers, head = decoder_layers(model), model.get_output_embeddings().weight
+        layers, (_, top) = decoder_layers(model), decoder_and_head(model)
+        head, self.capped = top.weight, top.cap is not None
         self.layers = [[Part(layer, s) for s in sublayers(layer)] for layer in layers]
         self.parts = [part for layer in self.layers for part in layer]
         self.vocabulary, self.hidden = head.shape
@@ -125,6 +126,10 @@ class Sizes:
     def logits(self, tokens: int) -> int:
         """Bytes of the logits that stand at a time when so many tokens are predicted."""
         return min(tokens, max(1, CHUNK_LOGITS // self.vocabulary)) * self.vocabulary * self.item
+
+    def logits_and_slopes(self, tokens: int) -> int:
+        """The same, and those of the derivatives of soft-capped logits, for a gradient."""
+        return self.logits(tokens) * (self.item + FP32 * self.capped) // self.item
 
     def live(self, tokens: int) -> int:
         """Bytes of a layer's activations at their widest, where no backward pass follows."""
@@ -216,7 +221,7 @@ class Estimate:
         m, s, n = self.model, self.s, ceil(self.n / self.config.ranks)
         saved = max(m.saved(s)) if self.stream else sum(m.saved(s))
         gradient = m.largest + 3 * s * m.widest * m.item
-        device = self._resident(m) + saved + m.states(s) + max(m.logits(s), gradient)
+        device = self._resident(m) + saved + m.states(s) + max(m.logits_and_slopes(s), gradient)
         host, read = m.states(n * s) * (self.depth + 2), 2 * (m.block + m.table)
         return self._stage("score", n * m.passes(s, 3 + self.stream, 2), device, host, read)
 

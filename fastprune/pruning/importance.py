@@ -25,6 +25,7 @@ from fastprune.models.layers import Layers
 from fastprune.precision import fast_forward
 from fastprune.progress import track
 from fastprune.pruning.calibration import Calibration, Prefix
+from fastprune.pruning.moments import outputs
 from fastprune.pruning.obs import obs
 
 TAYLOR = {
@@ -121,12 +122,15 @@ class Inputs:
     """What ``layer`` and its cut linear modules read, summed over tokens.
 
     Attributes:
-        norms: of each of those modules the L2 norms of its input columns, (in_features,).
+        behind: what lies behind each output module of a sublayer.
+        norms: of each of those modules the L2 norms of its input columns, (in_features,); what an
+            output module reads is counted as `Behind.seen` has it.
         scale: the mean over tokens of 1 / ‖h‖², h the hidden state that the layer reads.
     """
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
         self.layer = layer
+        self.behind = {behind.linear: behind for behind in outputs(layer)}
         modules = {layer.get_submodule(s.module): None for s in _slices(layer)}
         self._squares = {
             module: torch.zeros(module.in_features, dtype=torch.float64, device=device)
@@ -159,6 +163,8 @@ class Inputs:
 
     def _see_columns(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
+        if module in self.behind:
+            x, _ = self.behind[module].seen(x, None)
         self._squares[module] += x.square().sum(0).double()
 
     def _see_states(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -173,10 +179,11 @@ def activation(layer: nn.Module, seen: Inputs, method: str) -> Units:
 
     ``activation`` sums |w|·‖x‖ over the unit. ``activation-maw`` is the energy of what the unit
     adds to the hidden states, relative to theirs, so that units of all kinds and layers compare.
-    That of a KV group is the sum of ‖w‖²·‖x‖² over its o columns. That of a channel is the median
-    over the layer's channels, times (m / median m)², where m ranks them: the largest weights of the
-    gate row, up row and down column (max w + |min w|, relative to the layer's largest, summed; the
-    maximum absolute weight of optipfair) times the channel's own activation norm.
+    That of a KV group is the sum of ‖w‖²·‖x‖² over its o columns, with the norm that lies behind
+    them in some families. That of a channel is the median over the layer's channels, times
+    (m / median m)², where m ranks them: the largest weights of the gate row, up row and down column
+    (max w + |min w|, relative to the layer's largest, summed; the maximum absolute weight of
+    optipfair) times the channel's own activation norm.
     """
     if method == "activation-maw":
         return {
@@ -197,9 +204,11 @@ def _energies(layer: nn.Module, sublayer: Sublayer, seen: Inputs) -> Tensor:
 
     Where a unit is one column, the median energy, weighed by the units' largest weights.
     """
-    output = sublayer.output
-    columns = seen.norms[sublayer.linear(layer)].double()
-    _, squares = ops.taylor(layer.get_parameter(output.name).detach(), kind="l2")
+    output, linear = sublayer.output, sublayer.linear(layer)
+    columns, gain = seen.norms[linear].double(), seen.behind[linear].gain
+    weight = linear.weight.detach()
+    weight = weight if gain is None else weight * gain.to(weight.dtype)[:, None]
+    _, squares = ops.taylor(weight, kind="l2")
     energy = output.by_unit(squares.double() * columns.square()).sum(1) * seen.scale
     if output.width > 1:
         return energy

@@ -23,7 +23,7 @@ from fastprune.inspect.speed import WARM_UP, Decoding, fitting
 from fastprune.models.families import KINDS, Geometry, decoder_layers, geometries
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.quiet import quiet_libraries
-from fastprune.models.streamed import skeleton
+from fastprune.models.skeleton import skeleton
 from fastprune.progress import track
 from fastprune.pruning.sizes import Removal
 

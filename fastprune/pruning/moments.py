@@ -2,32 +2,43 @@
 
 In the pruned prefix the hidden states leave those of the dense model. Beside the second moments of
 a linear layer's inputs x, XᵀX, those with its reconstruction target t are kept, TᵀX: t is what the
-sublayer would have to add to the hidden states it gets so that they come out as the dense model's
-do.
+sublayer would have to give so that the hidden states, to which the layer adds it, come out as the
+dense model's do.
+
+Where a norm g·y / rms(y) lies behind the linear layer (Gemma, OLMo 2), each token counts as the
+norm sees it: with y the linear layer's own output, x stands for x / rms(y) and t for t / g. Without
+that the few tokens whose y is a hundred times that of the others would decide alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastprune import distributed
-from fastprune.models.families import sublayers
+from fastprune.models.families import residual_scale, sublayers
 from fastprune.models.layers import Layers
 
 ADDED = 0.1
 """A layer adds the outputs of its sublayers to the hidden states if, by the median token, so much
 of what it changes at most is anything else."""
 
+LEAST_ENERGY = 1e-12
+"""Mean square of an output below which a token counts as if it had as much."""
+SMALL_GAIN = 1e-2
+"""Of a norm's mean gain: an entry below takes no share of a reconstruction target."""
+
 ROWS = 4
 """XᵀX is symmetric: it is counted in so many rows of blocks, each from the diagonal on."""
 
 After = Mapping[nn.Linear, Sequence[Tensor]]
-"""The dense model's hidden states (n, s, hidden) behind a sublayer, by its output module, batch by
-batch."""
+"""The dense model's hidden states (n, s, hidden) after a sublayer is added to them, by its output
+module, batch by batch."""
 
 
 class Moments:
@@ -88,6 +99,39 @@ def symmetric_rows(columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, columns)) for start in range(0, columns, step)]
 
 
+class Behind:
+    """What lies between an output module of a sublayer and the hidden states.
+
+    Attributes:
+        linear: the output module.
+        added: the module whose output is added: the norm behind it, or itself.
+    """
+
+    def __init__(self, linear: nn.Linear, added: nn.Module) -> None:
+        self.linear, self.added = linear, added
+
+    @cached_property
+    def gain(self) -> Tensor | None:
+        """What the norm multiplies each entry by (out,), fp32; None without one."""
+        if self.added is self.linear:
+            return None
+        ones = self.linear.weight.new_ones(self.linear.out_features)
+        return self.added.forward(ones).float()  # not by a call, which the walks listen to
+
+    def seen(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Inputs x (..., in) of the linear layer, and ``target`` (..., out) for what is added, as
+        moments count them."""
+        if self.gain is None:
+            return x, target
+        x = x.float()
+        y = functional.linear(x, self.linear.weight.float())
+        scale = y.square().mean(-1, keepdim=True).clamp_min(LEAST_ENERGY).rsqrt()
+        if target is not None:
+            small = self.gain.abs() < SMALL_GAIN * self.gain.abs().mean()
+            target = torch.where(small, y * scale, target / self.gain)
+        return x * scale, target
+
+
 class _Stop(Exception):
     """Ends a layer's forward as soon as the wanted inputs have been seen."""
 
@@ -114,24 +158,28 @@ def collect(
         linear: tuple(Moments(linear, targets=linear in after) for _ in range(2))
         for linear in linears
     }
+    every = {behind.linear: behind for behind in outputs(layers.modules[index])}
+    scale = residual_scale(layers.modules[index])
     before = torch.empty(0)  # the hidden states that the next sublayer adds to
     dense: dict[nn.Linear, Tensor] = {}  # what they should be after it
     side = 0
 
     def see(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        target = dense[linear].to(layers.device).float() - before if linear in dense else None
-        found[linear][side].add(inputs[0], target)
+        target = None
+        if linear in dense:
+            target = (dense[linear].to(layers.device).float() - before) / scale
+        found[linear][side].add(*every[linear].seen(inputs[0], target))
         if linear is linears[-1]:
             raise _Stop
 
     def pass_by(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal before
-        before = before + output
+        before = before + scale * output
 
     handles = [linear.register_forward_pre_hook(see) for linear in linears]
     if after:
-        every = outputs(layers.modules[index])
-        handles += [linear.register_forward_hook(pass_by) for linear in every[:-1]]
+        *passed, _ = every.values()
+        handles += [behind.added.register_forward_hook(pass_by) for behind in passed]
     try:
         for number, hidden in enumerate(states):
             hidden = hidden.to(layers.device)
@@ -155,15 +203,19 @@ def advance(
     """Carry the hidden states (n, s, hidden) through layer ``index`` as it is, in their place:
     new memory for them at every layer would leave the heap in pieces.
 
-    What they are behind those sublayers whose output module is among ``targets`` comes back, for
-    `collect`: nothing where the layer does more than to add the outputs of its sublayers to its
-    input, such as to put a norm behind them, for then no weights can be fitted to a target.
+    What they are after those sublayers are added whose output module is among ``targets`` comes
+    back, for `collect`: nothing where the layer does more than to add what its sublayers give to
+    its input, for then no weights can be fitted to a target.
     """
     added: dict[nn.Module, Tensor] = {}
+    scale = residual_scale(layers.modules[index])
     watched = outputs(layers.modules[index]) if targets else []
+    places = {behind.linear: place for place, behind in enumerate(watched)}
     handles = [
-        linear.register_forward_hook(lambda module, _, output: added.__setitem__(module, output))
-        for linear in watched
+        behind.added.register_forward_hook(
+            lambda module, _, output: added.__setitem__(module, output)
+        )
+        for behind in watched
     ]
     after: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in targets}
     plain = True
@@ -172,17 +224,17 @@ def advance(
             place, hidden = hidden.device, hidden.to(layers.device)
             output = layers.run(index, hidden, fast=True).to(hidden.dtype)
             if watched and number == 0:
-                plain = _only_adds(hidden, output, list(added.values()))
+                plain = _only_adds(hidden, output, [scale * a for a in added.values()])
             states[number].copy_(output)
             for linear in targets:
-                later = watched[watched.index(linear) + 1 :]
-                behind = states[number]
+                later = watched[places[linear] + 1 :]
+                then = states[number]
                 if later:
-                    behind = output.float()
+                    then = output.float()
                     for other in later:
-                        behind = behind - added[other]
-                    behind = behind.to(place, hidden.dtype)
-                after[linear].append(behind)
+                        then = then - scale * added[other.added]
+                    then = then.to(place, hidden.dtype)
+                after[linear].append(then)
             added.clear()
     finally:
         for handle in handles:
@@ -192,9 +244,14 @@ def advance(
     return after if plain else {}
 
 
-def outputs(layer: nn.Module) -> list[nn.Linear]:
-    """The output modules of the sublayers that ``layer`` has, in their order."""
-    return [sublayer.linear(layer) for sublayer in sublayers(layer)]
+def outputs(layer: nn.Module) -> list[Behind]:
+    """The output modules of the sublayers that ``layer`` has, in their order.
+
+    A norm behind one with a bias is left out of account: such an output could not be scaled token
+    by token.
+    """
+    linears = [(sublayer, sublayer.linear(layer)) for sublayer in sublayers(layer)]
+    return [Behind(o, s.added(layer) if o.bias is None else o) for s, o in linears]
 
 
 def _only_adds(before: Tensor, after: Tensor, added: Sequence[Tensor]) -> bool:

@@ -20,7 +20,8 @@ from fastprune.models.layers import Layers, resident
 from fastprune.models.load import STATE_SUFFIXES, load_config, load_model
 from fastprune.models.multimodal import is_multimodal, text_part
 from fastprune.models.readback import check_read_back
-from fastprune.models.streamed import StreamedModel, skeleton
+from fastprune.models.skeleton import skeleton
+from fastprune.models.streamed import StreamedModel
 from fastprune.output import RECORDS, RUN_LOG, check_out, staged
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.dryrun import lacks_weights, sizes_only

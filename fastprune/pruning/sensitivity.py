@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
-from fastprune.models.forward import chunked_loss
+from fastprune.models.forward import Head, chunked_loss
 from fastprune.models.layers import Branches
 from fastprune.pruning.calibration import Calibration
 
@@ -67,7 +67,7 @@ def activation(calibration: Calibration) -> list[float]:
     return [total / calibration.windows.numel() for total in totals]
 
 
-def summed_loss(ids: Iterable[Tensor], finals: Iterable[Tensor], head: nn.Linear) -> float:
+def summed_loss(ids: Iterable[Tensor], finals: Iterable[Tensor], head: Head) -> float:
     """Negative log-likelihood of token ``ids`` (n, s) each, summed, given what the head reads."""
     losses = (chunked_loss(final, head, own)[0].item() for final, own in zip(finals, ids))
     return sum(losses, 0.0)

@@ -38,9 +38,13 @@ NOTHING = SublayerSize()
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What may be removed from one layer, by kind of sublayer; of a kind left out, nothing."""
+    """What may be removed from one layer, by kind of sublayer; of a kind left out, nothing.
+
+    ``shared`` are the parameters that go with the last of its sublayers: of a norm that all read.
+    """
 
     sublayers: Mapping[str, SublayerSize]
+    shared: int = 0
 
     def __post_init__(self) -> None:
         every = {kind: self.sublayers.get(kind, NOTHING) for kind in KINDS}
@@ -54,7 +58,8 @@ class LayerSize:
     @property
     def whole(self) -> int:
         """Parameters of the sublayers that may go as a whole."""
-        return sum(part.whole for part in self.sublayers.values())
+        parts = self.sublayers.values()
+        return sum(part.whole for part in parts) + self.shared * all(part.whole for part in parts)
 
     @property
     def finest(self) -> SublayerSize:
@@ -152,7 +157,8 @@ def unit_parameters(size: LayerSize, removal: Removal) -> int:
 
 def whole_parameters(size: LayerSize, removal: Removal) -> int:
     """Those of them that leave with whole sublayers."""
-    return sum(size.sublayers[kind].whole for kind in removal.gone)
+    last = size.shared if removal.gone >= set(KINDS) else 0
+    return sum(size.sublayers[kind].whole for kind in removal.gone) + last
 
 
 def check_align(sizes: Sequence[LayerSize], limits: Limits) -> None:

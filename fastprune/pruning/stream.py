@@ -13,7 +13,8 @@ from fastprune.models.adopted import config_with
 from fastprune.models.checkpoint import LAYER_KEY, Form, save_checkpoint
 from fastprune.models.families import geometries, sublayers
 from fastprune.models.shards import ShardWriter
-from fastprune.models.streamed import StreamedModel, skeleton
+from fastprune.models.skeleton import skeleton
+from fastprune.models.streamed import StreamedModel
 from fastprune.pruning.calibration import Calibration, Prefix
 from fastprune.pruning.compensation import refit_layer
 from fastprune.pruning.plan import LayerPlan, Plan

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.data.records import SELF, source_names
-from fastprune.data.text import load_sources, sample_mix, token_stream
+from fastprune.data.text import load_sources, opening, sample_mix, token_stream
 from fastprune.data.written import written_windows
 from fastprune.inspect.perplexity import SEQ_LEN, text_windows, window_length
 from fastprune.models.vocabulary import check_largest
@@ -41,8 +41,9 @@ def run_windows(
     check_largest(model, tokenizer, int(test.max()), config.eval)
     if not calibrate:
         return test, None
+    start = opening(tokenizer)
     tested = {}
-    left = test.numel()
+    left = test[:, len(start) :].numel()
     for name, texts in sources.items():
         tested[name] = len(token_stream(tokenizer, texts, left)) if left else 0
         left -= tested[name]
@@ -51,22 +52,25 @@ def run_windows(
     for first, name in enumerate(names):
         if name == SELF:
             share = len(range(first, config.calib_samples, len(names)))
-            streams[name] = _written(config, model, tokenizer, share)
+            streams[name] = _written(config, model, tokenizer, share, len(start))
         else:
             texts = sources.get(name) or load_sources(name)[name]
             streams[name] = token_stream(tokenizer, texts)[tested.get(name, 0) :]
-    windows = sample_mix(streams, config.calib_seq_len, config.calib_samples, config.seed)
+    windows = sample_mix(
+        streams, config.calib_seq_len, config.calib_samples, config.seed, opening=start
+    )
     check_largest(model, tokenizer, int(windows.max()), config.calib)
     return test, windows
 
 
-def _written(config: PruneConfig, model: nn.Module, tokenizer: Any, windows: int) -> Tensor:
-    """A stream of so many calibration windows that ``model`` writes; the first process has it do
-    so for all."""
+def _written(
+    config: PruneConfig, model: nn.Module, tokenizer: Any, windows: int, opened: int
+) -> Tensor:
+    """A stream of so many calibration windows, less ``opened`` tokens each, that ``model`` writes;
+    the first process has it do so for all."""
     assert config.calib_seq_len  # decided by `prune`
     written = torch.empty(0, dtype=torch.int64)
     if distributed.rank() == 0:
-        written = written_windows(
-            model, tokenizer, config.calib_seq_len, max(1, windows), seed=config.seed
-        )
+        length = config.calib_seq_len - opened
+        written = written_windows(model, tokenizer, length, max(1, windows), seed=config.seed)
     return distributed.from_first(written).flatten()

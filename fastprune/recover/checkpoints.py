@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.kernels.optim import AdamW
+from fastprune.models.checks import check_values
 from fastprune.recover.freeze import rates_of, reschedule
 from fastprune.recover.processes import barrier, is_first_process, world_size
 from fastprune.report.run import write_json
@@ -46,6 +47,11 @@ BEST = "best.safetensors"
 def own_state(checkpoint: Path) -> dict[str, Any]:
     """The figures in `checkpoint`."""
     return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer steps done where `checkpoint` was written; 0 without one."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def last_words(checkpoint: Path) -> str | None:
@@ -73,7 +79,7 @@ def damage(checkpoint: Path) -> str | None:
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if (p / OWN_STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=step_of)
 
 
 class CheckpointFolder:
@@ -130,6 +136,7 @@ class CheckpointFolder:
                 f"{checkpoint}: it holds {len(weights)} weights, this run learns "
                 f"{len(expected)} others; was it begun from another model or method?"
             )
+        check_values(weights, checkpoint)
         self._put(weights)
         # Mapped, for it is whole: a process may need a part of it only.
         read = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)

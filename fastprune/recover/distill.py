@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fastprune.errors import InputError
 from fastprune.kernels.ops import cross_entropy
 from fastprune.models import forward
-from fastprune.models.forward import decoder_and_head
+from fastprune.models.forward import Head, decoder_and_head
 from fastprune.models.load import STATE_SUFFIXES, load_model
 from fastprune.recover.align import align_layers
 from fastprune.recover.loss import head_loss, product_dtype, scored_tokens
@@ -126,7 +126,7 @@ class Distiller:
     def loss(
         self,
         hidden: Tensor,
-        head: nn.Linear,
+        head: Head | nn.Linear,
         inputs: Mapping[str, Any],
         *,
         hidden_states: Sequence[Tensor] | None = None,
@@ -136,7 +136,7 @@ class Distiller:
 
         Args:
             hidden: the student's final hidden states (n, s, h).
-            head: its output layer.
+            head: its head.
             inputs: `input_ids` and `labels` (n, s), optionally `attention_mask`; labels as in
                 `next_token_loss`. The divergence is taken where they are scored.
             hidden_states: those of all layers, as transformers gives them with
@@ -178,7 +178,7 @@ class Distiller:
         output = inside(self.teacher, call)
         return output.last_hidden_state, output.hidden_states
 
-    def _check_vocabulary(self, head: nn.Module) -> None:
+    def _check_vocabulary(self, head: Head | nn.Module) -> None:
         own, other = head.weight.shape[0], self.head.weight.shape[0]
         if own != other:
             raise InputError(
@@ -217,9 +217,9 @@ def _relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Te
 class _Divergence:
     """Criterion of `head_loss`: labels and KL mixed, their gradient in place of the logits."""
 
-    def __init__(self, states: Tensor, head: nn.Module, weight: float, temperature: float) -> None:
+    def __init__(self, states: Tensor, head: Head, weight: float, temperature: float) -> None:
         self.states = states.reshape(-1, states.shape[-1])
-        self.weight, self.temperature = weight, temperature
+        self.head, self.weight, self.temperature = head, weight, temperature
         dtype = product_dtype(head.weight)  # read here: inside the loss autocast is off
         self.matrix = whole(head.weight).to(dtype)
         self.bias = None if head.bias is None else whole(head.bias).to(dtype)
@@ -230,8 +230,8 @@ class _Divergence:
         self, logits: Tensor, targets: Tensor, positions: Tensor, gradient: bool
     ) -> Tensor:
         states = self.states[positions.to(self.states.device)].to(self.matrix.dtype)
-        teacher = self._log_probabilities(F.linear(states, self.matrix, self.bias))
-        teacher = teacher.to(logits.device)
+        others = self.head.logits(F.linear(states, self.matrix, self.bias))
+        teacher = self._log_probabilities(others).to(logits.device)
         student = self._log_probabilities(logits)
         # d/dz of T² KL is T (softmax(z / T) − softmax(z_teacher / T))
         divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

@@ -146,7 +146,7 @@ def make_schedule(stage: Stage, optimizer: Any, steps: int) -> torch.optim.lr_sc
             raise InputError(f"--schedule one-cycle needs at least 4 steps, this run has {steps}")
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            max_lr=[group["lr"] for group in optimizer.param_groups],
+            max_lr=[group.get("max_lr", group["lr"]) for group in optimizer.param_groups],
             total_steps=steps,
             pct_start=min(max(warmup, 2), steps - 2) / steps,
             div_factor=stage.div_factor,

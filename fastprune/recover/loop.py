@@ -30,7 +30,7 @@ from fastprune.recover.batches import Batch, Counted, load_batches, shuffled
 from fastprune.recover.checkpoints import CheckpointFolder, own_state
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.evaluation import Evaluation, Samples
-from fastprune.recover.freeze import make_optimizer, make_schedule, pace
+from fastprune.recover.freeze import make_optimizer, make_schedule, pace, rates_of, reschedule
 from fastprune.recover.guard import LOSS_LIMIT, Guard, poison
 from fastprune.recover.interrupt import Interrupt
 from fastprune.recover.loggers import Logger, open_logger, perplexity_key
@@ -53,12 +53,18 @@ GradientHook = Callable[[int, nn.Module], None]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls: with every line of the training log, with the step when prompts are due,
-    and with step and model to look at or tamper with gradients, for tests and experiments."""
+    """What the loop calls.
+
+    ``line`` takes every line of the training log; ``sample`` the step when prompts are due;
+    ``gradients`` step and model, to look at or tamper with them in tests and experiments; ``steps``
+    the step and the seconds of training so far, and returns how many steps it is to be in all from
+    now on, None where that does not change.
+    """
 
     line: Callable[[dict[str, Any]], None] = lambda line: None
     sample: Callable[[int], None] = lambda step: None
     gradients: GradientHook | None = None
+    steps: Callable[[int, float], int | None] = lambda step, seconds: None
 
 
 class Loop:
@@ -249,6 +255,9 @@ class Loop:
     def _between_steps(self) -> None:
         """The guard looks; lines, evaluations, prompts and checkpoints fall due."""
         stage, step = self.stage, self.state.step
+        steps = self.hooks.steps(step, self.elapsed())
+        if steps is not None:
+            self._replan(steps)
         last = step >= self.steps
         save = last or step % stage.save_steps == 0
         try:
@@ -275,6 +284,15 @@ class Loop:
             self._save()
             if self._sound():
                 self.guard.keep(step)  # what a resumed run begins with, too
+
+    def _replan(self, steps: int) -> None:
+        """Make it `steps` in all; the learning rate goes on from its place in their schedule."""
+        begun = self.schedule.state_dict()
+        self.steps, self.pace = steps, pace(self.stage, steps)
+        self.schedule = make_schedule(self.stage, self.optimizer, steps)
+        reschedule(self.schedule, self.optimizer, rates_of(self.optimizer), begun)
+        self.guard.schedule = self.checkpoints.schedule = self.schedule
+        self.reporter.plan(steps, self.state.step)
 
     def _sound(self) -> bool:
         """Whether the state is worth coming back to."""

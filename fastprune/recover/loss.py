@@ -3,8 +3,9 @@
 Logits and their gradient are the largest tensors of a training step (8 windows of 1,024 tokens of a
 128,000-word vocabulary: 4 GB each in fp32). Here the output layer is applied to a few tokens at a
 time; the gradient of their logits is known at once, takes the logits' own place, and is multiplied
-on to the hidden states and to the output layer's weight before the next tokens come. The backward
-pass only scales what the forward pass has found.
+on to the hidden states and to the output layer's weight before the next tokens come; where a model
+scales or soft-caps its logits, first by the derivative of that. The backward pass only scales what
+the forward pass has found.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from fastprune.errors import InputError
 from fastprune.kernels.ops import cross_entropy
 from fastprune.kernels.reference import IGNORED
-from fastprune.models.forward import scored_chunks
+from fastprune.models.forward import Head, scored_chunks
 
 PRODUCT_ELEMENTS = 1 << 20
 """Of the output layer's gradient, computed at a time on the CPU."""
@@ -35,20 +36,20 @@ overwritten by the gradient of the summed loss.
 
 
 def next_token_loss(
-    hidden: Tensor, head: nn.Linear, labels: Tensor, items: int | Tensor | None = None
+    hidden: Tensor, head: Head | nn.Linear, labels: Tensor, items: int | Tensor | None = None
 ) -> Tensor:
     """Mean negative log-likelihood in nats of the next token: a fp32 scalar to call backward on.
 
     Args:
         hidden: final hidden states (n, s, h), what the output layer reads.
-        head: the output layer; its weight gets a gradient where it asks for one, tied or not.
-            Under autocast the products run in the autocast dtype.
+        head: the output layer, or a model's `Head`; its weight gets a gradient where it asks for
+            one, tied or not. Under autocast the products run in the autocast dtype.
         labels: token ids (n, s); position t predicts label t+1, and -100 is not scored.
         items: divide by this many instead of by the scored tokens, so that the losses of several
             micro-batches add up to the mean over all of them.
 
     With nothing scored the loss is 0, and so is its gradient. The result can be differentiated
-    once. Raises InputError when `head` is not a plain linear layer.
+    once. Raises InputError when the output layer is not a plain linear layer.
     """
     return head_loss(hidden, head, labels, _likelihood, items)
 
@@ -60,7 +61,7 @@ def _likelihood(logits: Tensor, targets: Tensor, positions: Tensor, gradient: bo
 
 def head_loss(
     hidden: Tensor,
-    head: nn.Linear,
+    head: Head | nn.Linear,
     labels: Tensor,
     criterion: Criterion,
     items: int | Tensor | None = None,
@@ -71,10 +72,11 @@ def head_loss(
     Arguments and result as of `next_token_loss`; `chunk_logits` is the number of logits computed at
     a time.
     """
-    if not isinstance(head, nn.Linear):
+    head = Head.of(head)
+    if not isinstance(head.linear, nn.Linear):
         raise InputError(
-            f"the output layer is a {type(head).__name__}; the loss needs a plain linear layer, so "
-            "leave it out of the adapted modules"
+            f"the output layer is a {type(head.linear).__name__}; the loss needs a plain linear "
+            "layer, so leave it out of the adapted modules"
         )
     if items is None:
         items = max(1, scored_tokens(labels))
@@ -99,7 +101,7 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 class _Scoring:
     """What `head_loss` was asked for, beside the tensors that may get gradients."""
 
-    head: nn.Linear
+    head: Head
     labels: Tensor
     criterion: Criterion
     chunk_logits: int | None
@@ -129,8 +131,11 @@ class _HeadLoss(torch.autograd.Function):
             chunks = scored_chunks(hidden, scoring.head, scoring.labels, scoring.chunk_logits)
             for states, targets, positions in chunks:
                 states = states.to(dtype)
-                logits = F.linear(states, cast_weight, cast_bias)
+                logits = scoring.head.logits(F.linear(states, cast_weight, cast_bias))
+                slope = scoring.head.slope(logits) if gradient else None
                 total += scoring.criterion(logits, targets, positions, gradient)
+                if slope is not None:
+                    logits.mul_(slope)
                 _accumulate(grads, logits, states, cast_weight, positions)
         ctx.grads = grads
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprune.progress import log as progress_log
-from fastprune.recover.folder import RunFolder
 from fastprune.recover.objective import Objective
-from fastprune.recover.processes import is_first_process
+from fastprune.recover.processes import total, world_size
 from fastprune.recover.recipes import Stage
 from fastprune.report.format import duration
 
@@ -22,25 +21,72 @@ PASSES = 3
 """Timed after the first one where a number of steps depends on it; the median counts."""
 BESIDE = 1.08
 """A step takes longer than its passes: the optimizer, the guard, the batches."""
+CORRECTED_AFTER = (0.15, 0.5)
+"""Shares of the steps decided at first after which their number is decided again."""
+FEWEST = 3
+"""Steps from which on their mean is worth more than the passes before them."""
+WORTH_CORRECTING = 0.03
+"""Of the steps; smaller changes are left."""
 
 
-def stage_within(
-    objective: Objective, stage: Stage, batch: dict[str, Any], number: int, folder: RunFolder
-) -> Stage:
-    """`stage` with as many steps as `stage.minutes` have room for; a resumed run takes as many as
-    it began with, so that it ends alike."""
-    assert stage.minutes is not None
-    decided = folder.record.setdefault("timed_steps", {})
-    if str(number) not in decided:
-        seconds = seconds_per_step(objective, stage, batch, passes=PASSES) * BESIDE
-        steps = max(1, int(60 * stage.minutes / seconds))
-        decided[str(number)] = steps
-        progress_log.info(
-            "%s: %d steps of %s in %g minutes", stage.name, steps, duration(seconds), stage.minutes
-        )
-        if is_first_process():
-            folder.save()
-    return replace(stage, max_steps=decided[str(number)])
+class Timetable:
+    """How many steps of a stage fit into its `minutes`.
+
+    A few passes before the first step decide it. The steps themselves correct it on the way, since
+    the machine may have been busier or idler during those passes. `decided` is what was decided so
+    far, as (step, steps in all from then on, seconds of training until then). It belongs to the
+    record of the run, which `save` writes, and a resumed run decides alike.
+    """
+
+    def __init__(self, minutes: float, decided: list[list[float]], save: Callable[[], None]):
+        self.minutes, self.decided, self._save = minutes, decided, save
+
+    def begin(self, measure: Callable[[], float]) -> None:
+        """Decide by the seconds of a step that `measure` returns, unless that was done before."""
+        if not self.decided:
+            seconds = _mean(measure() * BESIDE)
+            steps = max(1, int(60 * self.minutes / seconds))
+            self._decide(0, steps, 0.0)
+            progress_log.info(
+                "%d steps of %s in %g minutes", steps, duration(seconds), self.minutes
+            )
+
+    def steps(self, step: int) -> int:
+        """The steps of the stage, as decided when `step` of them were done."""
+        return next(int(total) for at, total, _ in reversed(self.decided) if at <= step)
+
+    def look(self, step: int, seconds: float) -> int | None:
+        """The steps of the stage from now on, where `step` of them, done in `seconds`, change it.
+
+        All processes must call it.
+        """
+        before = self.steps(step - 1)
+        if step > self.decided[-1][0] and step in self._due():
+            at, _, then = self.decided[-1]
+            each = (_mean(seconds) - then) / (step - at)
+            left = int((60 * self.minutes - _mean(seconds)) / max(each, 1e-9))
+            steps = step + max(1, left)
+            if abs(steps - before) < WORTH_CORRECTING * before:
+                steps = before
+            self._decide(step, steps, _mean(seconds))
+            if steps != before:
+                message = "%d steps instead of %d fit into %g minutes: a step takes %s"
+                progress_log.info(message, steps, before, self.minutes, duration(each))
+        after = self.steps(step)
+        return None if after == before else after
+
+    def _due(self) -> list[int]:
+        first = self.decided[0][1]
+        return [round(share * first) for share in CORRECTED_AFTER if share * first >= FEWEST]
+
+    def _decide(self, step: int, steps: int, seconds: float) -> None:
+        self.decided.append([step, steps, seconds])
+        self._save()
+
+
+def _mean(seconds: float) -> float:
+    """The mean of `seconds` over the processes, who so decide alike."""
+    return float(total(torch.tensor(seconds, dtype=torch.float64))) / world_size()
 
 
 def seconds_per_step(

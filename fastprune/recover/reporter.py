@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from fastprune.progress import log as progress_log
@@ -22,17 +22,25 @@ class Reporter:
     """
 
     def __init__(self, name: str, steps: int, step: int, skipped: int) -> None:
-        self.name, self.steps = name, steps
-        self._tenth = TENTHS * step // max(1, steps)
+        self.name = name
         self._skipped = skipped
         self._since: list[float] = []  # losses since the last line
         self._rate: float | None = None
-        self._bar: Iterator[int] = track(range(step, steps), name, steps, step)
+        self._bar: Iterator[int] = iter(())
+        self.plan(steps, step)
+
+    def plan(self, steps: int, step: int) -> None:
+        """There are `steps` in all, of which `step` are done."""
+        self.close()
+        self.steps = steps
+        self._tenth = TENTHS * step // max(1, steps)
+        self._bar = track(range(step, steps), self.name, steps, step)
         next(self._bar, None)
 
     def close(self) -> None:
         """Take the bar away."""
-        self._bar.close()  # type: ignore[attr-defined]
+        if isinstance(self._bar, Generator):
+            self._bar.close()
 
     def step(self) -> None:
         """A step is done."""

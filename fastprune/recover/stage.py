@@ -23,7 +23,7 @@ from fastprune.inspect.record import Origin
 from fastprune.models.families import PRUNED_PREFIX
 from fastprune.models.script_optimizer import Moments
 from fastprune.progress import log as progress_log
-from fastprune.recover.checkpoints import checkpoints
+from fastprune.recover.checkpoints import checkpoints, step_of
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import Distiller
 from fastprune.recover.evaluation import Samples
@@ -34,7 +34,7 @@ from fastprune.recover.loop import GradientHook, Hooks, Loop
 from fastprune.recover.lora import attach
 from fastprune.recover.monitor import Monitor
 from fastprune.recover.objective import Objective, autocast_dtype
-from fastprune.recover.pace import seconds_per_step, stage_within
+from fastprune.recover.pace import PASSES, Timetable, seconds_per_step
 from fastprune.recover.processes import (
     first_of_node_first,
     is_first_process,
@@ -169,27 +169,29 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if stage.find_lr:
         stage, found = _find_rate(objective, stage, data, collate, course, number)
     batch = _first_batch(data, collate, stage, course.device)
-    if stage.minutes is not None:
-        stage = stage_within(objective, stage, batch, number, course.folder)
     checkpoint = course.folder.checkpoint
-    course.folder.checkpoint = None  # the stages that follow begin at their beginning
-    samples = Samples(data.train, collate, data.validation, course.windows, course.tokenizer)
     hooks = Hooks(
         _line_writer(course.folder, number),
         lambda step: course.sample(trained, step),
         course.gradient_hook,
     )
+    if stage.minutes is not None:
+        timetable = _timetable(objective, stage, batch, number, course.folder)
+        stage = replace(stage, max_steps=timetable.steps(step_of(checkpoint)))
+        hooks = replace(hooks, steps=timetable.look)
+    course.folder.checkpoint = None  # the stages that follow begin at their beginning
+    samples = Samples(data.train, collate, data.validation, course.windows, course.tokenizer)
     moments = course.moments if number == 0 and stage.method == "full" else None
     loop = Loop(objective, stage, course.config, samples, folder, hooks, moments)
-    steps = total_steps(stage, len(data.train))
     if checkpoint is None:
-        seconds = seconds_per_step(objective, stage, batch) * steps if world_size() == 1 else None
+        each = seconds_per_step(objective, stage, batch) if world_size() == 1 else None
+        seconds = None if each is None else each * loop.steps
         _announce(stage, len(data.train), learning, seconds)
         unusual = unusual_for_answers(stage, len(data.train)) if data.kind != "text" else []
         if unusual:
             progress_log.info("usual for learning answers: %s", "; ".join(unusual))
     if is_first_process():
-        course.folder.cut_log(number, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
+        course.folder.cut_log(number, step_of(checkpoint) if checkpoint else -1)
     before = bits(p for p in trained.parameters() if p.requires_grad)
     _train(loop, checkpoint, folder if course.folder.lasting else None)
     if not loop.interrupted:
@@ -200,7 +202,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         bring_back(trained, model)
     if not loop.interrupted:
         _check_size(model, stage, max(LARGE, GROWTH * largest))
-    return StageRun(model, _result(loop, stage, steps, learning, found, best), loop.interrupted)
+    return StageRun(model, _result(loop, stage, learning, found, best), loop.interrupted)
 
 
 def _distiller(model: nn.Module, stage: Stage, course: Course) -> Distiller | None:
@@ -285,7 +287,6 @@ def _check_size(model: nn.Module, stage: Stage, limit: float) -> None:
 def _result(
     loop: Loop,
     stage: Stage,
-    steps: int,
     learning: int,
     found: dict[str, Any] | None,
     best: int | None,
@@ -300,7 +301,7 @@ def _result(
         "lr": list(stage.layer_lrs) or stage.lr,
         "range_test": found,
         "steps": state.step,
-        "planned_steps": steps,
+        "planned_steps": loop.steps,
         "stopped": state.stopped,
         "tokens": state.tokens,
         "seconds": loop.elapsed(),
@@ -361,6 +362,22 @@ def _find_rate(
         if is_first_process():
             course.folder.save()
     return replace(stage, lr=found["chosen"]), found
+
+
+def _timetable(
+    objective: Objective, stage: Stage, batch: dict[str, Any], number: int, folder: RunFolder
+) -> Timetable:
+    """How many steps of stage `number` fit into its minutes, as the run's record goes on."""
+    assert stage.minutes is not None
+    decided = folder.record.setdefault("timed_steps", {}).setdefault(str(number), [])
+
+    def save() -> None:
+        if is_first_process():
+            folder.save()
+
+    timetable = Timetable(stage.minutes, decided, save)
+    timetable.begin(lambda: seconds_per_step(objective, stage, batch, passes=PASSES))
+    return timetable
 
 
 def _train(loop: Loop, checkpoint: Path | None, folder: Path | None) -> None:

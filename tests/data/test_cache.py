@@ -30,13 +30,13 @@ def tokenizer():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The texts that tokenizers were given."""
+    """The texts that tokenizers were given, but for the letter that shows how they open one."""
     given = []
     kind = type(tiny_tokenizer())
     original = kind.__call__
 
     def counting(self, text, *arguments, **options):
-        given.extend([text] if isinstance(text, str) else text)
+        given.extend(t for t in ([text] if isinstance(text, str) else text) if t != "a")
         return original(self, text, *arguments, **options)
 
     monkeypatch.setattr(kind, "__call__", counting)

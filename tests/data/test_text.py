@@ -1,5 +1,6 @@
 """Sources of text, and windows cut from them."""
 
+import copy
 import json
 import sys
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ import pytest
 import torch
 from pyarrow import parquet
 from tiny import TEXT, tiny_tokenizer
+from tokenizers import processors
 
 from fastprune.data.records import SHORT_NAMES
 from fastprune.data.text import (
     eval_windows,
     load_documents,
     load_sources,
+    opening,
     sample_mix,
     sample_windows,
     token_stream,
@@ -195,6 +198,32 @@ def test_sampled_windows_are_distinct_and_reproducible():
     assert torch.equal(windows, sample_windows(stream, 10, 50, seed=3, skip=105))
     assert torch.equal(windows[:20], sample_windows(stream, 10, 20, seed=3, skip=105))
     assert not torch.equal(windows, sample_windows(stream, 10, 50, seed=4, skip=105))
+
+
+def with_bos(tokenizer):
+    """`tokenizer`, which puts a BOS token before every text by itself from now on."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def test_windows_open_as_the_tokenizer_opens_a_text():
+    assert opening(tiny_tokenizer()).tolist() == []
+    tokenizer = with_bos(copy.deepcopy(tiny_tokenizer()))
+    bos = opening(tokenizer)
+    assert bos.tolist() == [tokenizer.bos_token_id]
+    stream = torch.arange(1000, 1100)
+    windows = eval_windows(stream, 8, 3, bos)
+    assert windows.shape == (3, 8)
+    assert windows[:, 0].tolist() == 3 * bos.tolist()
+    assert torch.equal(windows[:, 1:].flatten(), stream[:21])
+    drawn = sample_mix({"a": stream}, 8, 5, seed=3, opening=bos)
+    assert torch.equal(drawn, sample_windows(stream, 8, 5, 3, opening=bos))
+    assert drawn.shape == (5, 8)
+    assert drawn[:, 0].tolist() == 5 * bos.tolist()
+    assert not ((drawn[:, 1] - 1000) % 7).any()
+    assert torch.equal(drawn[:, 1:] - drawn[:, 1:2], torch.arange(7).expand(5, 7))
 
 
 def test_sources_keep_their_names_and_count_once(tmp_path):

@@ -210,6 +210,25 @@ def test_a_tokenizer_that_begins_every_text_does_so_once(tmp_path, tokenizer):
     assert whole(tokenizer, item) == f"<|begin|>one{END}<|begin|>two{END}"
 
 
+def test_every_window_of_a_text_begins_as_a_text_does(tmp_path, tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+    )
+    path = write(tmp_path / "a.jsonl", [json.dumps(TEXT), json.dumps(TEXT[::-1])])
+    data = training_data(path, tokenizer, seq_len=16).train
+    windows = [data[n]["input_ids"].tolist() for n in range(len(data))]
+    assert all(window[0] == begin for window in windows)
+    assert len(windows[0]) == 15, "it has its own"
+    assert {len(window) for window in windows[1:]} == {16}
+    assert [len(window) for window in windows] == data.lengths.tolist()
+    read = [token for window in windows for token in window]
+    text = tokenizer(f"{TEXT}{END}<|begin|>{TEXT[::-1]}{END}", add_special_tokens=False).input_ids
+    rest = [token for token in text if token != begin]
+    assert [token for token in read if token != begin] == rest[: len(read) - read.count(begin)]
+
+
 @pytest.mark.parametrize("template", [None, TEMPLATE, MARKED])
 def test_a_tokenizer_without_offsets_masks_the_same(tmp_path, template):
     tokenizer = ByT5Tokenizer(extra_ids=0)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from fastprune.errors import InputError
 from fastprune.inspect.perplexity import EvalConfig, evaluate, run_eval
 from fastprune.models import forward
-from fastprune.models.forward import chunked_loss, decoder_and_head, loss_and_hidden_grad
+from fastprune.models.forward import chunked_loss, loss_and_hidden_grad
 
 CHUNKS = [2**24, 300 * 7, 1]
 """Logits at a time: all, 7 tokens (which divides no row), one token."""
@@ -106,13 +106,6 @@ def test_adapters_are_evaluated_through():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     assert evaluate(adapted, token_ids()).perplexity != before
-
-
-def test_models_that_scale_their_logits_are_refused():
-    model = tiny_model("llama")
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(InputError, match="final_logit_softcapping"):
-        decoder_and_head(model)
 
 
 def test_run_eval_reports_every_key(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import (
     EVERY_FAMILY,
+    EVERY_KIND,
     TEXT,
     tiny_checkpoint,
     tiny_model,
@@ -21,11 +23,20 @@ from fastprune import ExportConfig, cli, export
 from fastprune.errors import InputError
 from fastprune.models import modeling
 from fastprune.models.checkpoint import save_checkpoint
-from fastprune.models.families import FAMILIES, decoder_layers, geometries, sublayers
+from fastprune.models.families import (
+    FAMILIES,
+    block_parameters,
+    decoder_layers,
+    geometries,
+    shared_norms,
+    sublayers,
+)
 from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
 from fastprune.pruning.masking import mask
 from fastprune.pruning.plan import LayerPlan, Plan
+from fastprune.pruning.planning import parameters_removed
+from fastprune.pruning.sublayers import without
 from fastprune.pruning.surgery import apply_plan
 from fastprune.recover.lora import attach
 
@@ -33,6 +44,8 @@ IDS = token_ids(2, 24)
 SMALL_ADAPTER = SimpleNamespace(lora_r=2, lora_alpha=4, lora_dropout=0.0, lora_target_modules=())
 SCALED = ("olmo2",)
 """Families whose query and key norms run over all heads: they change with the heads that go."""
+FULL = ("stablelm",)
+"""Families whose stock attention has heads that fill the hidden size."""
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -59,7 +72,7 @@ def test_declarations_and_shipped_code_agree():
         assert modeling.STOCK[name].layer == family.layer_class
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_every_parameter_of_a_layer_is_owned_shared_or_a_norm(family):
     model = tiny_model(family)
     layer = decoder_layers(model)[0]
@@ -70,7 +83,7 @@ def test_every_parameter_of_a_layer_is_owned_shared_or_a_norm(family):
     assert inside == sum(layer.get_parameter(name).numel() for name in owned)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_adapters_are_beside_every_projection(family):
     adapted = attach(tiny_model(family), SMALL_ADAPTER)
     layer = adapted.get_base_model().model.layers[0]
@@ -82,13 +95,40 @@ def test_adapters_are_beside_every_projection(family):
     assert found == expected
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_surgery_computes_what_masking_does(family):
     masked, cut = tiny_model(family), tiny_model(family)
     plan = uneven(cut, groups=family not in SCALED)
     mask(Layers(masked), plan, None)
     apply_plan(cut, plan)
     torch.testing.assert_close(logits(cut), logits(masked), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", EVERY_KIND)
+def test_sublayers_leave_with_their_norms(family):
+    """A norm that both read goes with the second of them."""
+    masked, cut = tiny_model(family), tiny_model(family)
+    every = tuple(range(4)), tuple(range(96))
+    kept = [every, ((), ()), ((), every[1]), (every[0], ())]
+    layers = (LayerPlan(i, {"attention": a, "mlp": m}) for i, (a, m) in enumerate(kept))
+    plan = Plan(tuple(geometries(cut)), tuple(layers))
+    removed, before = parameters_removed(cut, plan), block_parameters(cut)
+    mask(Layers(masked), plan, None)
+    with ExitStack() as stack:
+        dense = tiny_model(family)
+        for layer, own in zip(decoder_layers(dense), plan.layers, strict=True):
+            for sublayer in sublayers(layer):
+                if not own.kept[sublayer.kind]:
+                    stack.enter_context(without(layer, sublayer))
+        torch.testing.assert_close(logits(dense), logits(masked), rtol=1e-4, atol=1e-4)
+    apply_plan(cut, plan)
+    torch.testing.assert_close(logits(cut), logits(masked), rtol=1e-4, atol=1e-4)
+    assert before - block_parameters(cut) == removed
+    assert not list(decoder_layers(cut)[1].parameters())
+    whole = decoder_layers(cut)[0]
+    assert not {name for s in sublayers(whole) for name in s.norms} & {*shared_norms(whole)}
+    cut(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in cut.parameters())
 
 
 @pytest.mark.parametrize("family", SCALED)
@@ -105,11 +145,12 @@ def test_norms_over_all_heads_are_cut_and_keep_their_scale(family):
     assert abs(ratio.median().item() - 1) < 0.1
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_KIND)
 @pytest.mark.parametrize("alike", [True, False], ids=["uniform", "per-layer"])
 def test_a_cut_model_is_read_again_by_transformers(family, alike, tmp_path):
     model = tiny_model(family)
-    same = (LayerPlan(i, {"attention": (0, 2), "mlp": tuple(range(64))}) for i in range(4))
+    groups = (0, 1, 2, 3) if family.startswith(FULL) else (0, 2)
+    same = (LayerPlan(i, {"attention": groups, "mlp": tuple(range(64))}) for i in range(4))
     plan = Plan(tuple(geometries(model)), tuple(same)) if alike else uneven(model)
     apply_plan(model, plan)
     save_checkpoint(model, None, tmp_path)
@@ -121,7 +162,7 @@ def test_a_cut_model_is_read_again_by_transformers(family, alike, tmp_path):
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_zeros_fill_up_layers_or_the_form_is_refused(family, tmp_path):
     model = tiny_model(family)
     expected = uneven(model)
@@ -136,6 +177,18 @@ def test_zeros_fill_up_layers_or_the_form_is_refused(family, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "setting"), [("cohere", "use_qk_norm"), ("stablelm", "qk_layernorm")]
+)
+def test_settings_that_cannot_be_pruned_are_refused_and_yet_saved(family, setting, tmp_path):
+    model = tiny_model(family, **{setting: True})
+    with pytest.raises(InputError, match=f"{family} models with {setting} cannot be pruned"):
+        geometries(model)
+    save_checkpoint(model, None, tmp_path)  # as finetuning does
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("family", [f for f in EVERY_FAMILY if f not in FAMILIES_OF_ENGINES])
 @pytest.mark.parametrize("form", ["gguf", "nemotron-nas"])
 def test_forms_of_other_engines_are_refused_by_family(family, form, tmp_path):
@@ -144,7 +197,7 @@ def test_forms_of_other_engines_are_refused_by_family(family, form, tmp_path):
         export(tiny_model(family), tiny_tokenizer(), settings)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_every_command_takes_the_family(family, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 40)

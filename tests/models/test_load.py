@@ -145,9 +145,6 @@ def wrap_twice(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -169,7 +166,6 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
         (point("model.safetensors"), r"model\.safetensors: a Git LFS pointer, .*git lfs pull"),
         (point("tokenizer.json"), r"tokenizer\.json: a Git LFS pointer"),
         (point("config.json"), r"config\.json: a Git LFS pointer"),
-        (configure(quantization_config=GPTQ), "quantised with gptq; give the unquantised model"),
         (configure(num_attention_heads=7), r"hidden size \(64\) is not a multiple of .* \(7\)"),
         (configure(num_hidden_layers=3), r"9 weights of its layers are not used, .*layers\.3\."),
         (

@@ -14,7 +14,7 @@ from fastprune.models.families import geometries
 from fastprune.models.layers import Layers
 from fastprune.pruning import calibration, compensation
 from fastprune.pruning.compensation import PROPAGATED, compensate, solve
-from fastprune.pruning.moments import Moments, advance
+from fastprune.pruning.moments import Moments, advance, collect, outputs
 from fastprune.pruning.plan import Plan, keep_all
 
 WINDOWS = token_ids(64, 32)
@@ -167,6 +167,71 @@ def test_a_layer_that_does_more_than_add_has_no_targets() -> None:
     assert advance(layers, 0, states, both) == {}
     refits = compensate(calibrated(model, WINDOWS), half_plan(model))
     assert all(r.error_after <= r.error_before for r in refits)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
+def test_tokens_count_as_a_norm_behind_the_output_sees_them(family: str) -> None:
+    """What a refit fits, put through the norm, is what the layer adds."""
+    layers = Layers(tiny_model(family, layers=2))
+    layer = layers.modules[0]
+    for behind in outputs(layer):
+        assert behind.added is not behind.linear and behind.gain is not None
+        x = (
+            torch.randn(3, 5, behind.linear.in_features)
+            * torch.tensor([0.1, 1.0, 50.0])[:, None, None]
+        )
+        norm = behind.added(behind.linear(x))
+        seen, target = behind.seen(x, norm)
+        torch.testing.assert_close(behind.linear(seen) * behind.gain, norm, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(target * behind.gain, norm, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "llama"])
+def test_the_dense_states_lack_nothing(family: str) -> None:
+    """Where the hidden states are the dense model's, the target is the layer's own output."""
+    layers = Layers(tiny_model(family, layers=2))
+    linears = [behind.linear for behind in outputs(layers.modules[0])]
+    states = layers.embed([WINDOWS[:8], WINDOWS[8:16]], torch.device("cpu"))
+    after = advance(layers, 0, [hidden.clone() for hidden in states], linears)
+    assert list(after) == linears
+    found = collect(layers, 0, linears, states, [False, True], after)
+    for linear, (moments, _) in found.items():
+        lacking = moments.cross - linear.weight @ moments.squares
+        assert lacking.norm() < 1e-3 * moments.cross.norm()
+
+
+@pytest.mark.parametrize(("family", "scale"), [("llama", 1.0), ("granite", 0.6), ("cohere2", 1.0)])
+def test_targets_lead_to_the_hidden_states_of_the_dense_model(family: str, scale: float) -> None:
+    """One sublayer behind the other, both side by side, and outputs that are scaled."""
+    model = tiny_model(family)
+    layers = Layers(model)
+    layer = model.model.layers[0]
+    both = [layer.self_attn.o_proj, layer.mlp.down_proj]
+    (dense,) = layers.embed([WINDOWS[:4]])
+    changed = dense + torch.randn_like(dense) / 4
+    after = advance(layers, 0, [dense.clone()], both)
+    found = collect(layers, 0, both, [changed], [False], after)
+    seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = [
+        m.register_forward_hook(lambda m, inputs, output: seen.update({m: (inputs[0], output)}))
+        for m in both
+    ]
+    with torch.no_grad():
+        end = layers.run(0, dense)
+        middle = dense + scale * seen[both[0]][1]
+        layers.run(0, changed)
+    for handle in handles:
+        handle.remove()
+    start = changed
+    for linear, goal in zip(both, (middle, end)):
+        x, output = (t.flatten(0, 1) for t in seen[linear])
+        target = ((goal - start) / scale).flatten(0, 1)
+        cross = found[linear][0].cross
+        # 128 products of order 1 to 100 in fp32
+        torch.testing.assert_close(
+            cross, target.T @ x, rtol=1e-4, atol=1e-5 * cross.abs().max().item()
+        )
+        start = start + scale * output.view_as(start)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 10, 64])

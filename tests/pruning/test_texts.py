@@ -16,6 +16,11 @@ def number_words(text, **_):
     return {"input_ids": [ord(word[0]) * WORDS + int(word[1:] or 0) for word in text.split()]}
 
 
+def opened(text, add_special_tokens=True, **_):
+    """The same, which puts a token before every text."""
+    return {"input_ids": [1] * add_special_tokens + number_words(text)["input_ids"]}
+
+
 @pytest.fixture
 def files(tmp_path):
     names = {}
@@ -36,7 +41,8 @@ def files(tmp_path):
         ("cb", "abc", 45),
     ],
 )
-def test_a_window_that_is_tested_never_calibrates(files, calib, tested, windows):
+@pytest.mark.parametrize("tokenizer", [number_words, opened])
+def test_a_window_that_is_tested_never_calibrates(files, calib, tested, windows, tokenizer):
     config = PruneConfig(
         ratio=0.2,
         calib=",".join(str(files[letter]) for letter in calib),
@@ -47,8 +53,12 @@ def test_a_window_that_is_tested_never_calibrates(files, calib, tested, windows)
         eval_windows=windows,
     )
     model = tiny_model("llama", layers=1, vocab_size=100 * WORDS)
-    test, calibration = run_windows(config, model, number_words, calibrate=True)
+    test, calibration = run_windows(config, model, tokenizer, calibrate=True)
     assert test.shape == (windows, 32)
+    assert calibration.shape == (8, 32)
+    if tokenizer is opened:
+        assert set(test[:, 0].tolist()) == set(calibration[:, 0].tolist()) == {1}
+        test, calibration = test[:, 1:], calibration[:, 1:]
     assert not set(test.flatten().tolist()) & set(calibration.flatten().tolist())
     letters = [chr(int(window[0]) // WORDS) for window in calibration]
     assert letters == list(calib) * (8 // len(calib)), "equal shares, in turn"

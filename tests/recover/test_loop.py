@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,13 +30,14 @@ def samples(n, s=16, seed=0, masked=()):
 def loop(tmp_path):
     """The loop of a tiny model; `lines` are those of its log."""
 
-    def make(train, *, validation=None, model=None, config=None, hook=None, **settings):
+    def make(train, *, validation=None, model=None, config=None, hook=None, steps=None, **settings):
         stage = Stage(**{"schedule": "constant", "warmup_steps": 0, "lr": 1e-3} | settings)
         config = config or FinetuneConfig(log_steps=1)
         objective = Objective(model or tiny_model("llama", layers=2))
         data = Samples(train, Collator(0), validation)
         lines = []
         hooks = Hooks(line=lines.append, gradients=hook)
+        hooks = replace(hooks, steps=steps) if steps else hooks
         made = Loop(objective, stage, config, data, tmp_path, hooks)
         made.lines = lines
         return made
@@ -174,3 +176,26 @@ def test_recomputed_activations_give_the_same_gradients(loop):
         loop(samples(2), model=model, hook=look, batch_size=2, grad_accum=1, max_steps=1).run()
     for name in found[0]:
         assert torch.equal(found[0][name], found[1][name]), name
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "one-cycle"])
+@pytest.mark.parametrize("total", [6, 14])
+def test_another_number_of_steps_on_the_way(loop, schedule, total):
+    """From then on the rates are those of a run that was planned so from the first step."""
+
+    def steps(step, seconds):
+        return total if step == 4 else None
+
+    common = {"batch_size": 2, "grad_accum": 1, "schedule": schedule, "warmup_steps": 2}
+    first = loop(samples(30), max_steps=10, **common)
+    first.run()
+    changed = loop(samples(30), max_steps=10, steps=steps, **common)
+    changed.run()
+    planned = loop(samples(30), max_steps=total, **common)
+    planned.run()
+    rates, before, after = (
+        [line["lr"] for line in made.lines] for made in (changed, first, planned)
+    )
+    assert len(rates) == changed.steps == total
+    assert rates[:4] == before[:4]
+    assert rates[4:] == pytest.approx(after[4:], rel=1e-9)

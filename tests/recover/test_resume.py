@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastprune.recover import pipeline
+from fastprune.recover import pipeline, stage
 from fastprune.recover.folder import RunFolder
+from fastprune.recover.loop import Loop
+from fastprune.recover.pace import BESIDE
 
 KILLED = """
 import os, signal, sys
@@ -99,6 +101,24 @@ def test_interrupt_saves_the_state(finetune, hooked, tmp_path, monkeypatch):
     hooked(None)
     assert finetune(*flags)[0] == 0
     assert_same(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("killed_at", [1, 5])
+def test_a_run_by_the_minutes_goes_on_with_its_steps(
+    finetune, hooked, tmp_path, monkeypatch, killed_at
+):
+    """The passes before the first step make it 20; steps of half that time make it 40 at step 3."""
+    monkeypatch.setattr(stage, "seconds_per_step", lambda *a, **o: 6.0 / BESIDE)
+    monkeypatch.setattr(Loop, "elapsed", lambda loop: 3.0 * loop.state.step)
+    flags = ["--minutes", "2", "--save-steps", "100"]
+    assert finetune(*flags, out="whole")[0] == 0
+    assert len(losses(tmp_path / "whole")) == 40
+    interrupt = {killed_at: lambda: os.kill(os.getpid(), signal.SIGINT)}
+    hooked(lambda step, model: interrupt.get(step, int)())
+    assert finetune(*flags)[0] == 130
+    hooked(None)
+    assert finetune(*flags)[0] == 0
+    assert_same(tmp_path / "whole", tmp_path / "out")
 
 
 def test_an_interrupted_overwrite_goes_on(finetune, hooked, tmp_path):
