@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from fastprune import distributed
 from fastprune.config import CommonConfig, apply
 from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
+from fastprune.messages import reason, shown
 from fastprune.progress import console
 from fastprune.progress import log as progress_log
 from fastprune.report.run import check_result, write_result
@@ -111,6 +113,12 @@ COMMANDS = {
         "fastprune.inspect.info:run_info",
         "fastprune.report.tables:show_info",
     ),
+    "completion": Command(
+        "a script that makes a shell complete commands and options",
+        "fastprune.completion:CompletionConfig",
+        "fastprune.completion:run_completion",
+        "fastprune.completion:show_completion",
+    ),
 }
 
 
@@ -142,7 +150,7 @@ def _status(args: list[str]) -> int:
     except SystemExit as end:  # --help has been printed; rich ends with 1 where stdout is closed
         return STDOUT_CLOSED if end.code else 0
     except FastpruneError as error:
-        _complain("error: " + " ".join(str(error).split()), verbose)
+        _complain("error: " + " ".join(reason(error).split()), verbose)
         return error.exit_status
     except KeyboardInterrupt:
         _complain("interrupted", verbose=False)
@@ -236,6 +244,17 @@ def _colourful() -> bool:
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
 
+class _Shown(logging.Formatter):
+    """The message alone, in the user's language."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record = copy(record)  # other handlers have it in English
+        record.msg = shown(record.msg)
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(shown, record.args))
+        return super().format(record)
+
+
 def _log_to_stderr(config: CommonConfig) -> None:
     """Progress and warnings by default, everything under --verbose, errors only under --quiet.
 
@@ -249,7 +268,7 @@ def _log_to_stderr(config: CommonConfig) -> None:
         )
     else:
         handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Shown())
     if quiet:
         handler.setLevel(logging.ERROR)
     elif not config.verbose:

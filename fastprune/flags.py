@@ -14,6 +14,7 @@ import textwrap
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -45,7 +46,7 @@ def parse(config_class: type[C], args: Sequence[str], prog: str) -> C:
     if {"-h", "--help"}.intersection(args):
         print(_help(config_class, values, prog), end="")
         raise SystemExit(0)
-    options = _options(config_class)
+    options = options_of(config_class)
     try:
         values |= _given(options, args)
         for option in options.values():
@@ -68,7 +69,7 @@ def group_of(hint: Any) -> Group | None:
 
 
 @dataclass(frozen=True)
-class _Option:
+class Option:
     """One field of a configuration, as it stands on a command line."""
 
     name: str
@@ -95,6 +96,24 @@ class _Option:
         return f"{self.shown} {_metavar(self.hint)}"
 
     @property
+    def words(self) -> list[str]:
+        """The flag, both forms of it where it is a switch."""
+        return self.usage.split(", ") if self.switch else [self.shown]
+
+    @property
+    def switch(self) -> bool:
+        """Whether it takes no value."""
+        return self.hint is bool and not self.positional
+
+    @property
+    def choices(self) -> list[str]:
+        """What its value may be, or each of its values; nothing where that is not a choice."""
+        hint = self.hint
+        while get_origin(hint) in (Union, types.UnionType, tuple, list):
+            hint = _members(hint)[0]
+        return [str(choice) for choice in get_args(hint)] if get_origin(hint) is Literal else []
+
+    @property
     def about(self) -> str:
         """The docstring under the field."""
         return _about(self.owner, self.name)
@@ -116,13 +135,13 @@ class _Option:
             raise InputError(f"{self.shown}: {error}") from error
 
 
-def _options(config_class: type[Any]) -> dict[str, _Option]:
+def options_of(config_class: type[Any]) -> dict[str, Option]:
     """The fields of a configuration by name."""
     plain, annotated = (
         get_type_hints(config_class, include_extras=extras) for extras in (False, True)
     )
     return {
-        field.name: _Option(
+        field.name: Option(
             field.name,
             plain[field.name],
             POSITIONAL in getattr(annotated[field.name], "__metadata__", ()),
@@ -133,7 +152,7 @@ def _options(config_class: type[Any]) -> dict[str, _Option]:
     }
 
 
-def _given(options: dict[str, _Option], args: Sequence[str]) -> dict[str, Any]:
+def _given(options: dict[str, Option], args: Sequence[str]) -> dict[str, Any]:
     """The values that `args` give, by field name. Raises InputError."""
     flags = {o.shown: o for o in options.values() if not o.positional}
     switches = {
@@ -165,7 +184,7 @@ def _given(options: dict[str, _Option], args: Sequence[str]) -> dict[str, Any]:
     return values | _placed([o for o in options.values() if o.positional], loose)
 
 
-def _placed(options: Sequence[_Option], words: list[str]) -> dict[str, Any]:
+def _placed(options: Sequence[Option], words: list[str]) -> dict[str, Any]:
     """The values of positional options; one that is a list takes all the words that are left."""
     values: dict[str, Any] = {}
     for option in options:
@@ -218,7 +237,7 @@ def _converted(hint: Any, text: str) -> Any:
 
 def _help(config_class: type[Any], values: dict[str, Any], prog: str) -> str:
     """The help text of a command: a box for each group of its options, `values` as defaults."""
-    options = _options(config_class)
+    options = options_of(config_class)
     hints = get_type_hints(config_class, include_extras=True)
     boxes: dict[str, list[tuple[str, str]]] = {
         "positional arguments": [],
@@ -276,13 +295,21 @@ def _listed(values: Iterable[Any]) -> str:
 def _about(config_class: type[Any], name: str) -> str:
     """The docstring under the field `name`, on one line."""
     owner = next(c for c in config_class.__mro__ if name in vars(c).get("__annotations__", {}))
+    return _abouts(owner).get(name, "")
+
+
+@cache
+def _abouts(owner: type[Any]) -> dict[str, str]:
+    """The docstrings under the fields that the class ``owner`` defines itself, by field name."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
     assert isinstance(definition, ast.ClassDef)
+    found = {}
     for field, text in pairwise(definition.body):
-        named = isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == name
-        if named and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            return _one_line(str(text.value.value))
-    return ""
+        if not (isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)):
+            continue
+        if isinstance(text.value, ast.Constant):
+            found[ast.unparse(field.target)] = _one_line(str(text.value.value))
+    return found
 
 
 # ---------------------------------------------------------------------------- files
@@ -327,7 +354,7 @@ def typed_values(
     They are converted and checked as flags are. `where` names
     the file in an error, `prog` the command that lists the fields. Raises InputError.
     """
-    options = _options(config_class)
+    options = options_of(config_class)
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")

@@ -16,7 +16,7 @@ LINES = 500
 
 # Top to bottom. A file may import from its own level and from those below it.
 LEVELS = (
-    ("cli", "__main__"),
+    ("cli", "__main__", "completion"),
     ("compression",),
     ("exporting",),
     ("pruning", "recover"),
@@ -25,7 +25,7 @@ LEVELS = (
     ("kernels",),
     (
         *("flags", "config", "cache", "precision", "progress", "distributed", "sharding"),
-        *("output", "files", "errors"),
+        *("output", "files", "messages", "errors"),
     ),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -23,6 +23,7 @@ from fastprune.inspect.perplexity import (
 )
 from fastprune.inspect.speed import SHORT, measure_speeds
 from fastprune.inspect.tasks import evaluate_tasks
+from fastprune.messages import Message
 from fastprune.models.families import block_parameters
 from fastprune.models.vocabulary import check_largest
 from fastprune.precision import fast_forward
@@ -56,7 +57,7 @@ def figures(model: nn.Module, tokenizer: Any, config: CompressConfig) -> dict[st
         check_largest(model, tokenizer, int(windows.max()), name)
         with fast_forward(device, model.dtype):
             found = evaluate(model, windows)
-        found = sound(found, model, "the loss of the model")
+        found = sound(found, model, Message("the loss of the model"))
         texts.append({"text": name, **found.to_dict()})
     peak = peak_memory_bytes(device)
     tasks = {}

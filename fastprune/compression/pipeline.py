@@ -27,6 +27,7 @@ from fastprune.data.records import source_files, source_names
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
+from fastprune.messages import Message
 from fastprune.models.adopted import check_known
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.layers import Layers
@@ -39,6 +40,7 @@ from fastprune.pruning.run import PruneRun
 from fastprune.recover.merge import MergeConfig, run_merge
 from fastprune.recover.pipeline import run_finetune
 from fastprune.recover.recipes import load_recipe
+from fastprune.report import format
 from fastprune.report.compress import write_compress_report
 from fastprune.report.record import CompressRecord, write_record
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions
@@ -234,9 +236,16 @@ class CompressRun:
         before, after = (f["perplexity"][0]["perplexity"] for f in (dense, small))
         gate = config.gate_ppl_ratio
         if gate is not None and not after <= gate * before:
+            went = Message(
+                "perplexity went from {before} to {after}, a factor of {factor:.3g}",
+                before=format.perplexity(before),
+                after=format.perplexity(after),
+                factor=after / before,
+            )
             raise GateError(
-                f"perplexity went from {before:.2f} to {after:.2f}, a factor of "
-                f"{after / before:.2f}; the gate is {gate:g}; no checkpoint was written"
+                Message(
+                    "{went}; the gate is {gate:g}; no checkpoint was written", went=went, gate=gate
+                )
             )
         better = after <= pruned["figures"]["perplexity"][0]["perplexity"]
         return CompressRecord(

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastprune.inspect.health import TensorHealth
+from fastprune.messages import Message
 from fastprune.models.families import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE
 
 LAYER = re.compile(r"((?:.*?\.)?(?:layers?|h|blocks?)\.\d+)\.(.+)")
@@ -45,7 +46,7 @@ class LayerHealth:
     channels: int | None = None
     dead_heads: tuple[int, ...] = ()
     dead_channels: int = 0
-    problem: str | None = None
+    problem: Message | None = None
 
     @property
     def finite(self) -> bool:
@@ -125,7 +126,7 @@ def _layer(name: str, tensors: Mapping[str, TensorHealth], heads: Heads) -> Laye
         name=name,
         params=sum(t.numel for t in tensors.values()),
         absmax=max(largest, default=0.0),
-        problem="; ".join(filter(None, (complaint, other))) or None,
+        problem=_both(complaint, other),
         **totals,
         **attention,
         **mlp,
@@ -134,7 +135,7 @@ def _layer(name: str, tensors: Mapping[str, TensorHealth], heads: Heads) -> Laye
 
 def _attention(
     tensors: Mapping[str, TensorHealth], heads: Heads
-) -> tuple[dict[str, Any], str | None]:
+) -> tuple[dict[str, Any], Message | None]:
     names = (QUERY, KEY, VALUE, OUTPUT)
     shapes = _shapes(tensors, names)
     if not shapes:
@@ -142,35 +143,48 @@ def _attention(
     if fused := _shapes(tensors, [FUSED_QKV]):
         return _fused_attention(fused[FUSED_QKV][0], shapes[OUTPUT][1], heads)
     if missing := [name for name in names if name not in shapes]:
-        return {}, f"{' and '.join(missing)} missing"
+        return {}, _missing(missing)
     q, k, v, o = shapes[QUERY][0], shapes[KEY][0], shapes[VALUE][0], shapes[OUTPUT][1]
     if k != v or q != o:
-        return {}, f"q, k, v have {q}, {k}, {v} rows and o {o} columns, which do not fit together"
+        return {}, Message(
+            "q, k, v have {q}, {k}, {v} rows and o {o} columns, which do not fit together",
+            q=q, k=k, v=v, o=o,
+        )  # fmt: skip
     if heads.size is None:
         return {}, None
     if q % heads.size or k % heads.size:
-        return {}, f"{q} query and {k} key rows are not whole heads of {heads.size}"
+        return {}, Message(
+            "{q} query and {k} key rows are not whole heads of {size}", q=q, k=k, size=heads.size
+        )
     query, kv = q // heads.size, k // heads.size
     sizes = {"query_heads": query, "kv_heads": kv}
     if not kv or query % kv:
-        return sizes, f"{query} query heads cannot share {kv} KV heads evenly"
+        return sizes, Message(
+            "{query} query heads cannot share {kv} KV heads evenly", query=query, kv=kv
+        )
     sizes["ratio"] = query // kv
     dead = {"dead_heads": _dead_heads(tensors, query // kv, heads.size)}
     if heads.ratio is not None and query // kv != heads.ratio:
-        return sizes | dead, f"{query // kv} query heads to a KV head; the model has {heads.ratio}"
+        return sizes | dead, _another_ratio(query // kv, heads.ratio)
     return sizes | dead, None
 
 
-def _fused_attention(rows: int, columns: int, heads: Heads) -> tuple[dict[str, Any], str | None]:
+def _fused_attention(
+    rows: int, columns: int, heads: Heads
+) -> tuple[dict[str, Any], Message | None]:
     """Sizes where queries, keys and values are one projection of so many ``rows``."""
     if heads.size is None:
         return {}, None
     query, kv = columns // heads.size, (rows - columns) // 2 // heads.size
     if not kv or query % kv or (query + 2 * kv) * heads.size != rows:
-        return {}, f"{rows} rows of q, k, v and {columns} columns of o do not fit together"
+        return {}, Message(
+            "{rows} rows of q, k, v and {columns} columns of o do not fit together",
+            rows=rows,
+            columns=columns,
+        )
     sizes = {"query_heads": query, "kv_heads": kv, "ratio": query // kv}
     if heads.ratio is not None and query // kv != heads.ratio:
-        return sizes, f"{query // kv} query heads to a KV head; the model has {heads.ratio}"
+        return sizes, _another_ratio(query // kv, heads.ratio)
     return sizes, None
 
 
@@ -184,7 +198,7 @@ def _dead_heads(tensors: Mapping[str, TensorHealth], ratio: int, size: int) -> t
     return tuple((silent | unread).nonzero().flatten().tolist())
 
 
-def _mlp(tensors: Mapping[str, TensorHealth]) -> tuple[dict[str, Any], str | None]:
+def _mlp(tensors: Mapping[str, TensorHealth]) -> tuple[dict[str, Any], Message | None]:
     names = (GATE, UP, DOWN)
     shapes = _shapes(tensors, names)
     if not shapes:
@@ -192,18 +206,41 @@ def _mlp(tensors: Mapping[str, TensorHealth]) -> tuple[dict[str, Any], str | Non
     if fused := _shapes(tensors, [FUSED_GATE_UP]):
         rows, down = fused[FUSED_GATE_UP][0], shapes[DOWN][1]
         fits = rows == 2 * down
-        complaint = f"gate and up have {rows} rows, down {down} columns, which do not fit together"
+        complaint = Message(
+            "gate and up have {rows} rows, down {down} columns, which do not fit together",
+            rows=rows,
+            down=down,
+        )
         return ({"channels": down}, None) if fits else ({}, complaint)
     if missing := [name for name in names if name not in shapes]:
-        return {}, f"{' and '.join(missing)} missing"
+        return {}, _missing(missing)
     gate, up, down = shapes[GATE][0], shapes[UP][0], shapes[DOWN][1]
     if not gate == up == down:
-        return {}, f"gate, up, down have {gate}, {up}, {down} channels, which do not fit together"
+        return {}, Message(
+            "gate, up, down have {gate}, {up}, {down} channels, which do not fit together",
+            gate=gate,
+            up=up,
+            down=down,
+        )
     ways = (_zero_rows(tensors, GATE), _zero_rows(tensors, UP))
     dead = tensors[f"{DOWN}.weight"].zero_columns
     for zero in ways:
         dead = zero if dead is None else dead if zero is None else dead | zero
     return {"channels": gate, "dead_channels": 0 if dead is None else int(dead.sum())}, None
+
+
+def _missing(names: Sequence[str]) -> Message:
+    return Message("{names} missing", names=" and ".join(names))
+
+
+def _another_ratio(here: int, ratio: int) -> Message:
+    return Message("{here} query heads to a KV head; the model has {ratio}", here=here, ratio=ratio)
+
+
+def _both(one: Message | None, other: Message | None) -> Message | None:
+    if one is None or other is None:
+        return one or other
+    return Message("{one}; {other}", one=one, other=other)
 
 
 def _shapes(

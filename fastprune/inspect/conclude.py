@@ -17,6 +17,7 @@ from fastprune.inspect.verdict import (
     judged,
     worse_than_guessing,
 )
+from fastprune.messages import Message
 from fastprune.report import format
 
 UNCHANGED = 1e-3
@@ -31,7 +32,7 @@ class Conclusion:
     """The verdict of a run. ``bad``: the model is worse than before, or broken."""
 
     band: Band
-    what: str
+    what: Message
     bad: bool
     advice: tuple[Advice, ...]
 
@@ -108,29 +109,36 @@ def of_training(trained: Trained, training: Training) -> Conclusion:
     judgement = judge(trained.after, trained.figures.dense, trained.removed)
     what = judged(trained.after, judgement)
     if trained.worse:
-        what = f"worse than before the training: {change(trained)}; {what}"
+        what = Message(
+            "worse than before the training: {change}; {what}", change=change(trained), what=what
+        )
     bad = trained.worse or judgement.band == "broken"
     return Conclusion(
         judgement.band, what, bad, (_after_training(trained, training, judgement.band),)
     )
 
 
-def before_training(trained: Trained, vocabulary: int) -> str | None:
+def before_training(trained: Trained, vocabulary: int) -> Message | None:
     """A warning where the model is broken before its first step; ``after`` does not count."""
     figure = trained.before
     judgement = judge(figure, trained.figures.dense, trained.removed)
     if judgement.band == "broken":
-        return f"the model is broken before any training: {judged(figure, judgement)}"
+        what = judged(figure, judgement)
+        return Message("the model is broken before any training: {what}", what=what)
     return worse_than_guessing(figure, vocabulary)
 
 
-def change(trained: Trained) -> str:
+def change(trained: Trained) -> Message:
     """The figure that the training is judged by, before and after."""
     if trained.validation is not None and trained.unlearnt:
         before, after = trained.validation
-        return f"validation loss {before:.4g} → {after:.4g}"
-    figures = f"{format.perplexity(trained.before)} → {format.perplexity(trained.after)}"
-    return f"perplexity {figures} ({format.factor(trained.before, trained.after)})"
+        return Message("validation loss {before:.4g} → {after:.4g}", before=before, after=after)
+    return Message(
+        "perplexity {before} → {after} ({factor})",
+        before=format.perplexity(trained.before),
+        after=format.perplexity(trained.after),
+        factor=format.factor(trained.before, trained.after),
+    )
 
 
 def _after_training(trained: Trained, training: Training, band: Band) -> Advice:
@@ -138,27 +146,29 @@ def _after_training(trained: Trained, training: Training, band: Band) -> Advice:
     again = ("--data", training.data, "--out", f"{out}-again")
     if trained.worse:
         return Advice(
-            "Keep the model as it was and finetune it at a rate that suits it",
+            Message("Keep the model as it was and finetune it at a rate that suits it"),
             command("finetune", model, *again, "--find-lr"),
         )
     if training.adapter:
         return Advice(
-            "Write the adapter into the model",
+            Message("Write the adapter into the model"),
             command("merge", model, "--adapter", out, "--out", f"{out}-merged"),
         )
     if band == "good":
-        return Advice("It is as good as can be expected; try it",
+        return Advice(Message("It is as good as can be expected; try it"),
                       command("generate", out, "--prompt", "The river"))  # fmt: skip
     if band == "unknown":
         compared = trained.dense is not None and trained.dense != out
         return Advice(
-            "Compare it with the dense model",
+            Message("Compare it with the dense model"),
             command("diagnose", out, "--dense", str(trained.dense)) if compared else None,
         )
     if trained.dense is not None and not training.taught:
         return Advice(
-            "Finetune it on, with the dense model as the teacher",
+            Message("Finetune it on, with the dense model as the teacher"),
             command("finetune", out, *again, "--recipe", "distill", "--teacher", trained.dense),
         )
-    return Advice("Finetune it on, with more tokens; what is still missing then was removed",
-                  command("finetune", out, *again))  # fmt: skip
+    return Advice(
+        Message("Finetune it on, with more tokens; what is still missing then was removed"),
+        command("finetune", out, *again),
+    )

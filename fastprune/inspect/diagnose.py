@@ -31,7 +31,7 @@ from fastprune.inspect.health import (
     model_weights,
     scan_weights,
     stored_weights,
-    unsound,
+    why_unsound,
 )
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import (
@@ -54,6 +54,7 @@ from fastprune.inspect.verdict import (
     verdict,
     worse_than_guessing,
 )
+from fastprune.messages import Message
 from fastprune.models.dequantised import open_shards
 from fastprune.models.load import STATE_SUFFIXES, load_model, resolve_source
 from fastprune.models.shards import FILE, INDEX, ShardReader
@@ -123,14 +124,17 @@ class Diagnosis:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Message:
         return verdict(self.findings)
 
     @property
     def failure(self) -> FastpruneError | None:
         """The error that the command ends with; None unless the model is unhealthy."""
         broken = [finding.what for finding in self.findings if finding.severity == "broken"]
-        return NumericalError(f"{self.model} is not healthy: {broken[0]}") if broken else None
+        if not broken:
+            return None
+        what = Message("{model} is not healthy: {what}", model=self.model, what=broken[0])
+        return NumericalError(what)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data; None where there is no finite figure."""
@@ -197,7 +201,9 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
                 if _fits(found, reader, config):
                     model, tokenizer = _load(config, config.model)
             except InputError as error:
-                found.findings.append(Finding("broken", f"it does not load: {error}"))
+                found.findings.append(
+                    Finding("broken", Message("it does not load: {error}", error=str(error)))
+                )
     if config.forward and model is not None:
         with clock("forward"):
             ids = _first_tokens(tokenizer, documents)
@@ -239,11 +245,13 @@ def _measure(
     with clock("perplexity"):
         measured = found.perplexity = evaluate(model, windows)
         if math.isnan(measured.perplexity):
-            found.findings.append(Finding("broken", str(unsound(model, "the loss"))))
+            found.findings.append(Finding("broken", why_unsound(model, Message("the loss"))))
             return
         known = None
         if dense is not None:
-            known = sound(evaluate(dense, windows), dense, f"the loss of {config.dense}").perplexity
+            known = sound(
+                evaluate(dense, windows), dense, Message("the loss of {model}", model=config.dense)
+            ).perplexity
     removed = origin.removed if origin else 0.0
     if dense is not None and known is not None:
         with clock("compare"):
@@ -358,7 +366,9 @@ def _fits(found: Diagnosis, reader: ShardReader | None, config: DiagnoseConfig) 
     if size < available or config.text or config.dense:
         return True
     log.warning("%s is larger than this machine's memory: not run", config.model)
-    found.findings.append(Finding("note", "larger than this machine's memory, so it was not run"))
+    found.findings.append(
+        Finding("note", Message("larger than this machine's memory, so it was not run"))
+    )
     return False
 
 

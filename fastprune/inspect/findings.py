@@ -9,6 +9,7 @@ from fastprune.inspect.anatomy import Heads, LayerHealth
 from fastprune.inspect.forward import ForwardTest
 from fastprune.inspect.health import TensorHealth, describe_broken, named
 from fastprune.inspect.verdict import Finding
+from fastprune.messages import Message
 from fastprune.report import format
 
 LARGE = 1000.0
@@ -26,43 +27,61 @@ def of_weights(tensors: Sequence[TensorHealth]) -> Iterator[Finding]:
         yield Finding("broken", describe_broken(bad))
     if skipped := [t for t in tensors if t.scan is None]:
         dtypes = ", ".join(sorted({t.dtype for t in skipped}))
-        yield Finding("note", f"not scanned: {len(skipped)} tensors of dtype {dtypes}")
+        what = Message(
+            "not scanned: {count} tensors of dtype {dtypes}", count=len(skipped), dtypes=dtypes
+        )
+        yield Finding("note", what)
     scans = [(t, t.scan) for t in tensors if t.scan is not None and t.numel]
     empty = [t.name for t, s in scans if s.zeros == t.numel and not t.name.endswith("bias")]
     if empty:
-        yield Finding("warning", f"zero throughout: {named(empty)}")
+        yield Finding("warning", Message("zero throughout: {names}", names=named(empty)))
     masked = [t.name for t, s in scans if MOSTLY * t.numel <= s.zeros < t.numel]
     if masked:
-        yield Finding("warning", f"more than half zeros: {named(masked)}")
+        yield Finding("warning", Message("more than half zeros: {names}", names=named(masked)))
     if large := [(s.absmax, t.name) for t, s in scans if s.absmax >= LARGE]:
         largest, _ = max(large)
         where = named([name for _, name in large])
-        yield Finding("warning", f"unusually large values, up to {largest:.3g}: {where}")
+        what = Message(
+            "unusually large values, up to {largest:.3g}: {names}", largest=largest, names=where
+        )
+        yield Finding("warning", what)
     far = [t.name for t, s in scans if t.numel >= ENOUGH and s.outliers > FAR * t.numel]
     if far:
-        yield Finding("warning", f"over {format.percent(FAR)} beyond 6 sigma: {named(far)}")
+        share = format.percent(FAR)
+        what = Message("over {share} beyond 6 sigma: {names}", share=share, names=named(far))
+        yield Finding("warning", what)
 
 
 def of_layers(layers: Sequence[LayerHealth], heads: Heads) -> Iterator[Finding]:
     """Sizes that do not fit, the query:KV ratio, dead heads and channels."""
     if wrong := [layer for layer in layers if layer.problem]:
-        more = f" (and {len(wrong) - 1} more layers)" if len(wrong) > 1 else ""
-        yield Finding("broken", f"{wrong[0].name}: {wrong[0].problem}{more}")
+        what = Message("{layer}: {problem}", layer=wrong[0].name, problem=wrong[0].problem)
+        if len(wrong) > 1:
+            what = Message("{what} (and {more} more layers)", what=what, more=len(wrong) - 1)
+        yield Finding("broken", what)
     ratios = sorted({layer.ratio for layer in layers if layer.ratio})
     if len(ratios) > 1 and heads.ratio is None:
-        words = " and ".join(f"{ratio}:1" for ratio in ratios)
-        yield Finding("broken", f"layers differ in their query:KV ratio: {words}")
-    for what, dead, alive in (
-        ("heads", "dead_heads", "query_heads"),
-        ("channels", "dead_channels", "channels"),
+        words = ", ".join(f"{ratio}:1" for ratio in ratios)
+        what = Message("layers differ in their query:KV ratio: {ratios}", ratios=words)
+        yield Finding("broken", what)
+    for units, dead, alive in (
+        (Message("heads"), "dead_heads", "query_heads"),
+        (Message("channels"), "dead_channels", "channels"),
     ):
         count = {layer.name: _count(getattr(layer, dead)) for layer in layers}
         size = {layer.name: getattr(layer, alive) for layer in layers}
         if some := [name for name, n in count.items() if n]:
             total = sum(count.values())
-            yield Finding("note", f"{total:,} dead {what}, which add nothing, in {named(some)}")
+            what = Message(
+                "{total:,} dead {units}, which add nothing, in {names}",
+                total=total,
+                units=units,
+                names=named(some),
+            )
+            yield Finding("note", what)
         if all_dead := [name for name, n in count.items() if n and n == size[name]]:
-            yield Finding("warning", f"all {what} are dead in {named(all_dead)}")
+            what = Message("all {units} are dead in {names}", units=units, names=named(all_dead))
+            yield Finding("warning", what)
 
 
 def of_forward(test: ForwardTest, sound_weights: bool = False) -> Iterator[Finding]:
@@ -71,19 +90,31 @@ def of_forward(test: ForwardTest, sound_weights: bool = False) -> Iterator[Findi
     With ``sound_weights`` every weight is known to be finite.
     """
     shape = " × ".join(map(str, test.shape))
-    broken = test.broken_at is not None or test.nan or test.inf
+    broken = bool(test.broken_at is not None or test.nan or test.inf)
     if broken and sound_weights:
-        remedy = "; use --dtype bfloat16 or float32" if test.dtype == "float16" else ""
-        where = test.broken_at or "the logits"
-        yield Finding("broken", f"it overflows in {test.dtype}{remedy} (in {where})")
+        dtype, where = test.dtype, test.broken_at or Message("the logits")
+        what = Message("it overflows in {dtype} (in {where})", dtype=dtype, where=where)
+        if dtype == "float16":
+            what = Message(
+                "it overflows in float16; use --dtype bfloat16 or float32 (in {where})", where=where
+            )
     elif test.broken_at is not None:
-        yield Finding("broken", f"the output is not finite from {test.broken_at} on")
+        what = Message("the output is not finite from {module} on", module=test.broken_at)
     elif test.nan or test.inf:
-        yield Finding("broken", f"logits {shape}: {test.nan:,} NaN, {test.inf:,} Inf")
+        what = Message(
+            "logits {shape}: {nan:,} NaN, {inf:,} Inf", shape=shape, nan=test.nan, inf=test.inf
+        )
     elif test.constant:
-        yield Finding("broken", f"logits {shape}: all the same, {test.min:.3g}")
+        broken = True
+        what = Message("logits {shape}: all the same, {value:.3g}", shape=shape, value=test.min)
     else:
-        yield Finding("note", f"logits {shape} from {test.min:.3g} to {test.max:.3g}, all finite")
+        what = Message(
+            "logits {shape} from {min:.3g} to {max:.3g}, all finite",
+            shape=shape,
+            min=test.min,
+            max=test.max,
+        )
+    yield Finding("broken" if broken else "note", what)
 
 
 def of_comparison(found: Comparison, heads: Heads) -> Iterator[Finding]:
@@ -91,15 +122,21 @@ def of_comparison(found: Comparison, heads: Heads) -> Iterator[Finding]:
     if heads.ratio is not None and heads.ratio != found.queries_per_kv:
         yield Finding(
             "broken",
-            f"{heads.ratio} query heads to a KV head; the dense model has {found.queries_per_kv}",
+            Message(
+                "{here} query heads to a KV head; the dense model has {dense}",
+                here=heads.ratio,
+                dense=found.queries_per_kv,
+            ),
         )
-    text = f"divergence from {found.dense}: {found.kl:.3g} nats a token"
+    what = Message("divergence from {dense}: {kl:.3g} nats a token", dense=found.dense, kl=found.kl)
     if worst := found.worst():
         layers = ", ".join(f"{loss.layer} ({loss.kl:.2g})" for loss in worst)
-        text += f"; the layers that cost most: {layers}"
+        what = Message("{what}; the layers that cost most: {layers}", what=what, layers=layers)
     elif not found.layers:
-        text += "; which layers correspond is not known, so none is compared"
-    yield Finding("note", text)
+        what = Message(
+            "{what}; which layers correspond is not known, so none is compared", what=what
+        )
+    yield Finding("note", what)
 
 
 def _count(dead: int | tuple[int, ...]) -> int:

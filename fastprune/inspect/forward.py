@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastprune.inspect.anatomy import LAYER
 from fastprune.inspect.health import unsound
+from fastprune.messages import Message
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def finite_logits(model: nn.Module) -> Iterator[None]:
 
     def check(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if not math.isfinite(output.logits[:, -1].amax().item()):  # the largest: some are masked
-            raise unsound(inner, "the output of the model")
+            raise unsound(inner, Message("the output of the model"))
 
     handle = inner.register_forward_hook(check)
     try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastprune.errors import NumericalError
 from fastprune.kernels.ops import FLOATS, ScanResult, scan, scan_all, taylor
 from fastprune.kernels.reference import SIGMAS
+from fastprune.messages import Message
 from fastprune.models.shards import DTYPES, ShardReader
 from fastprune.progress import track
 
@@ -89,13 +90,21 @@ def check_weights(model: nn.Module) -> None:
     bad = [health for health in scan_model(model) if not health.finite]
     if bad:
         raise NumericalError(
-            f"the weights are broken: {describe_broken(bad)}; nothing can be computed with them, "
-            "go back to the last good checkpoint"
+            Message(
+                "the weights are broken: {what}; nothing can be computed with them, go back to the "
+                "last good checkpoint",
+                what=describe_broken(bad),
+            )
         )
 
 
 def unsound(model: nn.Module, what: str, autocast: torch.dtype | None = None) -> NumericalError:
-    """The error to raise when ``what``, computed by ``model``, is NaN or Inf: why, and what to do.
+    """The error to raise when ``what``, computed by ``model``, is NaN or Inf."""
+    return NumericalError(why_unsound(model, what, autocast))
+
+
+def why_unsound(model: nn.Module, what: str, autocast: torch.dtype | None = None) -> Message:
+    """Why ``what``, computed by ``model``, is NaN or Inf, and what to do.
 
     Weights that are NaN or Inf are to blame where there are any, else the range of the dtype that
     was computed in: that of ``autocast`` where one was in force, else the weights'.
@@ -104,37 +113,58 @@ def unsound(model: nn.Module, what: str, autocast: torch.dtype | None = None) ->
     bad = [health for health in scan_model(model) if not health.finite]
     half = torch.float16 in (autocast, *(p.dtype for p in parameters))
     dtype = "float16" if half else _name(parameters[0].dtype)
-    remedy = "use --dtype bfloat16 or float32"
+    remedy = Message("use --dtype bfloat16 or float32")
     if autocast == torch.float16:
-        remedy = "use --precision bf16 or fp32"
+        remedy = Message("use --precision bf16 or fp32")
     if bad and not (half and all(h.scan is not None and not h.scan.nan for h in bad)):
-        why = f"the weights hold {describe_broken(bad)}; go back to the last good checkpoint"
+        why = Message(
+            "the weights hold {what}; go back to the last good checkpoint",
+            what=describe_broken(bad),
+        )
     elif bad:
-        why = f"the weights overflow in float16; {remedy} ({describe_broken(bad)})"
+        why = Message(
+            "the weights overflow in float16; {remedy} ({what})",
+            remedy=remedy,
+            what=describe_broken(bad),
+        )
     elif any(p.is_meta for p in parameters):
-        why = f"the weights are broken, or the model overflows in {dtype}"
-        why += f"; {remedy}" if half else "; fastprune diagnose MODEL tells which"
+        why = Message(
+            "the weights are broken, or the model overflows in {dtype}; {remedy}",
+            dtype=dtype,
+            remedy=remedy if half else Message("fastprune diagnose MODEL tells which"),
+        )
     elif half:
-        why = f"the model overflows in float16; {remedy} (every weight is finite, but some "
-        why += "activations exceed 65504)"
+        why = Message(
+            "the model overflows in float16; {remedy} (every weight is finite, but some "
+            "activations exceed 65504)",
+            remedy=remedy,
+        )
     else:
-        why = f"the model overflows in {dtype}, though every weight is finite; "
-        why += "fastprune diagnose MODEL names the layer"
-    return NumericalError(f"{what} came out as NaN or Inf: {why}")
+        why = Message(
+            "the model overflows in {dtype}, though every weight is finite; fastprune diagnose "
+            "MODEL names the layer",
+            dtype=dtype,
+        )
+    return Message("{what} came out as NaN or Inf: {why}", what=what, why=why)
 
 
-def describe_broken(tensors: Sequence[TensorHealth]) -> str:
+def describe_broken(tensors: Sequence[TensorHealth]) -> Message:
     """The ``tensors``, which hold NaN or Inf, in one line: how much of it, and where."""
     scans = [health.scan for health in tensors if health.scan is not None]
     nan, inf = (sum(getattr(s, kind) for s in scans) for kind in ("nan", "inf"))
-    what = " and ".join(f"{n:,} {kind}" for n, kind in ((nan, "NaN"), (inf, "Inf")) if n)
-    return f"{what} in {named([health.name for health in tensors])}"
+    what = f"{nan:,} NaN" if nan else f"{inf:,} Inf"
+    if nan and inf:
+        what = Message("{nan:,} NaN and {inf:,} Inf", nan=nan, inf=inf)
+    names = named([health.name for health in tensors])
+    return Message("{what} in {names}", what=what, names=names)
 
 
 def named(names: Sequence[str]) -> str:
     """The first few of ``names``, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    few = ", ".join(names[:NAMED])
+    if len(names) <= NAMED:
+        return few
+    return Message("{few} and {more} more", few=few, more=len(names) - NAMED)
 
 
 def scan_model(model: nn.Module) -> list[TensorHealth]:

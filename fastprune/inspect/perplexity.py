@@ -22,6 +22,7 @@ from fastprune.inspect.health import unsound
 from fastprune.inspect.memory import forget_peak, peak_memory_bytes
 from fastprune.inspect.speed import FULL, Speed, measure_speeds
 from fastprune.inspect.tasks import TaskOptions, evaluate_tasks
+from fastprune.messages import Message
 from fastprune.models.checks import layer_parameters
 from fastprune.models.forward import batches, chunked_loss, decoder_and_head
 from fastprune.models.layers import Layers
@@ -138,7 +139,7 @@ def run_eval(config: EvalConfig) -> Evaluation:
     check_largest(model, tokenizer, int(windows.max()), config.text)
     speed = _speeds(config, model) if config.speed else {}
     result = evaluate(model, windows, batch_size=config.batch_size)
-    sound(result, model, f"the loss of {config.model}")
+    sound(result, model, Message("the loss of {model}", model=config.model))
     tasks = {}
     if config.tasks:
         tasks = evaluate_tasks(

@@ -18,6 +18,7 @@ from typing import Literal
 
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.inspect.record import Windows
+from fastprune.messages import Message
 from fastprune.report import format
 
 Severity = Literal["broken", "warning", "note"]
@@ -26,6 +27,12 @@ Band = Literal["good", "careful", "too high", "broken", "unknown"]
 REMOVED = ((0.0, 1.0, 3.0), (0.15, 1.1, 3.0), (0.20, 1.3, 4.0), (0.25, 1.5, 5.0), (0.30, 1.8, 7.0))
 """Share of the block parameters removed; perplexity, in multiples of the dense one, up to which the
 result is normal; and beyond which it is broken. Straight lines between, and on beyond the last."""
+WORDS: dict[Band, Message] = {
+    "good": Message("good"),
+    "careful": Message("careful"),
+    "too high": Message("too high"),
+    "broken": Message("broken"),
+}
 ABSOLUTE: tuple[tuple[float, Band], ...] = ((15.0, "good"), (25.0, "careful"), (50.0, "too high"))
 SAME = 1.02
 """A ratio to the dense perplexity that is good whatever was removed."""
@@ -41,14 +48,14 @@ class Finding:
     """One thing that was seen. ``broken`` makes the model unhealthy."""
 
     severity: Severity
-    what: str
+    what: Message
 
 
 @dataclass(frozen=True)
 class Advice:
     """What to do next and, where one command does it, that command."""
 
-    text: str
+    text: Message
     command: str | None = None
 
 
@@ -57,7 +64,7 @@ class Judgement:
     """The band a perplexity lies in, and by what it was judged."""
 
     band: Band
-    by: str
+    by: Message
 
 
 def judge(perplexity: float, dense: float | None, removed: float) -> Judgement:
@@ -83,8 +90,14 @@ def judge_ratio(factor: float, removed: float) -> Judgement:
     band: Band = next((band for limit, band in steps if factor <= limit), "broken")
     return Judgement(
         band,
-        f"×{factor:.3g} of the dense one; with {format.percent(removed)} of the blocks removed "
-        f"×{normal:.2g} is normal, beyond ×{broken:.2g} something is broken",
+        Message(
+            "×{factor:.3g} of the dense one; with {removed} of the blocks removed ×{normal:.2g} is "
+            "normal, beyond ×{broken:.2g} something is broken",
+            factor=factor,
+            removed=format.percent(removed),
+            normal=normal,
+            broken=broken,
+        ),
     )
 
 
@@ -93,18 +106,22 @@ def judge_absolute(perplexity: float) -> Judgement:
     band: Band = next((band for limit, band in ABSOLUTE if perplexity < limit), "broken")
     return Judgement(
         "unknown",
-        "cannot judge without the dense model: fastprune diagnose MODEL --dense DENSE "
-        f"(by the absolute bands of large models it would be {band})",
+        Message(
+            "cannot judge without the dense model: fastprune diagnose MODEL --dense DENSE "
+            "(by the absolute bands of large models it would be {band})",
+            band=WORDS[band],
+        ),
     )
 
 
-def worse_than_guessing(perplexity: float, vocabulary: int) -> str | None:
+def worse_than_guessing(perplexity: float, vocabulary: int) -> Message | None:
     """A sentence where every token of the ``vocabulary`` by turns would be as good a guess."""
     if perplexity < vocabulary:
         return None
-    return (
-        f"perplexity {format.perplexity(perplexity)} is no better than guessing among all "
-        f"{vocabulary:,} tokens"
+    return Message(
+        "perplexity {figure} is no better than guessing among all {vocabulary:,} tokens",
+        figure=format.perplexity(perplexity),
+        vocabulary=vocabulary,
     )
 
 
@@ -117,12 +134,12 @@ def expected(removed: float) -> tuple[float, float]:
     return normal, broken
 
 
-def verdict(findings: Sequence[Finding]) -> str:
+def verdict(findings: Sequence[Finding]) -> Message:
     """healthy, careful, or unhealthy: as bad as the worst finding."""
     severities = {finding.severity for finding in findings}
     if "broken" in severities:
-        return "unhealthy"
-    return "careful" if "warning" in severities else "healthy"
+        return Message("unhealthy")
+    return Message("careful") if "warning" in severities else Message("healthy")
 
 
 @dataclass(frozen=True)
@@ -152,15 +169,15 @@ class Case:
 def advise(case: Case) -> list[Advice]:
     """What to do next, the most urgent first; commands can be run as they stand."""
     if not case.finite:
-        return [_remake(case, "Values that are NaN or Inf cannot be trained away")]
+        return [_remake(case, Message("Values that are NaN or Inf cannot be trained away"))]
     if case.overflows == "float16":
-        text = "Nothing is wrong with the weights: run it in a dtype of larger range"
+        text = Message("Nothing is wrong with the weights: run it in a dtype of larger range")
         return [Advice(text, _command(case, "diagnose", case.model, "--dtype", "bfloat16"))]
     if not case.whole:
-        return [_remake(case, "The checkpoint is damaged or was cut wrongly")]
+        return [_remake(case, Message("The checkpoint is damaged or was cut wrongly"))]
     advice = [_by_band(case) if case.measured else _measure(case)]
     if case.masked:
-        text = "Dead heads and channels cost time and add nothing: prune them away"
+        text = Message("Dead heads and channels cost time and add nothing: prune them away")
         advice.append(Advice(text, None))
     return advice
 
@@ -168,7 +185,7 @@ def advise(case: Case) -> list[Advice]:
 def _measure(case: Case) -> Advice:
     against = ["--dense", case.dense] if case.dense else []
     return Advice(
-        "Sound weights say little about quality: measure it",
+        Message("Sound weights say little about quality: measure it"),
         _command(case, "diagnose", case.model, "--text", EVALUATION_TEXT, *against),
     )
 
@@ -177,30 +194,33 @@ def _by_band(case: Case) -> Advice:
     out = f"{case.model.rstrip('/')}-recovered"
     recover = ("finetune", case.model, "--out", out)
     if case.band == "careful":
-        return Advice("Usable, but it lost quality: finetune it", _command(case, *recover))
+        text = Message("Usable, but it lost quality: finetune it")
+        return Advice(text, _command(case, *recover))
     if case.band == "too high":
         if case.dense is None:
-            return Advice("Finetune it in stages, with a gate after each",
+            return Advice(Message("Finetune it in stages, with a gate after each"),
                           _command(case, *recover, "--recipe", "staged"))  # fmt: skip
         return Advice(
-            "It lost much: finetune it with the dense model as the teacher",
+            Message("It lost much: finetune it with the dense model as the teacher"),
             _command(case, *recover, "--recipe", "distill", "--teacher", case.dense),
         )
     if case.band == "broken":
-        text = "Too much was lost for finetuning to be the first remedy"
+        text = Message("Too much was lost for finetuning to be the first remedy")
         if case.dense is None or case.removed is None:
             return _remake(case, text)
         careful = ("--allocation", "search", "--compensate", "least-squares")
         done = case.made_by is not None and all(word in case.made_by for word in careful)
         ratio = max(0.05, round(case.removed / 2 if done else case.removed, 2))
+        less = Message("remove less")
+        remedy = less if done else Message("prune again, with search and compensation")
         return Advice(
-            f"{text}: {'remove less' if done else 'prune again, with search and compensation'}",
+            Message("{why}: {remedy}", why=text, remedy=remedy),
             _command(case, "prune", case.dense, "--out", f"{case.model.rstrip('/')}-again",
                      "--ratio", f"{ratio:g}", *careful),
         )  # fmt: skip
     if case.band == "unknown":
         return _judgeable(case)
-    return Advice("Nothing needs to be done; try it",
+    return Advice(Message("Nothing needs to be done; try it"),
                   _command(case, "generate", case.model, "--prompt", "The river"))  # fmt: skip
 
 
@@ -209,23 +229,27 @@ def _judgeable(case: Case) -> Advice:
     if case.known is not None:
         text, seq_len, windows = case.known
         return Advice(
-            "The dense model was measured in other windows: measure in those",
+            Message("The dense model was measured in other windows: measure in those"),
             _command(case, "diagnose", case.model, "--text", text, "--seq-len", str(seq_len),
                     "--windows", str(windows)),
         )  # fmt: skip
     compared = case.dense is not None and case.dense != case.model
     return Advice(
-        "Only beside the dense model can it be judged: name that one",
+        Message("Only beside the dense model can it be judged: name that one"),
         _command(case, "diagnose", case.model, "--dense", str(case.dense)) if compared else None,
     )
 
 
-def _remake(case: Case, why: str) -> Advice:
+def _remake(case: Case, why: Message) -> Advice:
     if case.made_by:
-        return Advice(f"{why}: check the dense model, then make it again", case.made_by)
+        text = Message("{why}: check the dense model, then make it again", why=why)
+        return Advice(text, case.made_by)
     if case.dense and case.dense != case.model:
-        return Advice(f"{why}: check what it was made of", _command(case, "diagnose", case.dense))
-    return Advice(f"{why}: go back to the last good checkpoint, or fetch the model again", None)
+        text = Message("{why}: check what it was made of", why=why)
+        return Advice(text, _command(case, "diagnose", case.dense))
+    return Advice(
+        Message("{why}: go back to the last good checkpoint, or fetch the model again", why=why)
+    )
 
 
 def _command(case: Case, *words: str) -> str:
@@ -254,9 +278,10 @@ def band_finding(perplexity: float, judgement: Judgement) -> Finding:
     return Finding(severity, judged(perplexity, judgement))
 
 
-def judged(perplexity: float, judgement: Judgement) -> str:
+def judged(perplexity: float, judgement: Judgement) -> Message:
     """A perplexity and its judgement as a sentence."""
-    figure = f"perplexity {format.perplexity(perplexity)}"
+    figure, by = format.perplexity(perplexity), judgement.by
     if judgement.band == "unknown":
-        return f"{figure}: {judgement.by}"
-    return f"{figure} is {judgement.band}: {judgement.by}"
+        return Message("perplexity {figure}: {by}", figure=figure, by=by)
+    band = WORDS[judgement.band]
+    return Message("perplexity {figure} is {band}: {by}", figure=figure, band=band, by=by)

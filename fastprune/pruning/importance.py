@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.inspect.health import unsound
 from fastprune.kernels import ops
+from fastprune.messages import Message
 from fastprune.models.families import KINDS, Slice, Sublayer, sublayers
 from fastprune.models.forward import loss_and_hidden_grad
 from fastprune.models.layers import Layers
@@ -109,7 +110,7 @@ def score(calibration: Calibration, method: str, *, seed: int = 0) -> Scores:
         )
     scores = Scores(found)
     if not scores.finite():
-        raise unsound(layers.model, f"the {method} scores")
+        raise unsound(layers.model, Message("the {method} scores", method=method))
     return scores
 
 

@@ -15,6 +15,7 @@ from fastprune.errors import InputError
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import Perplexity, evaluate_layers, sound
 from fastprune.inspect.record import Origin
+from fastprune.messages import Message
 from fastprune.models.checkpoint import one_size_only, settle_enclosing
 from fastprune.models.decilm import obstacle
 from fastprune.models.families import (
@@ -152,7 +153,7 @@ class PruneRun:
             return
         with self.clock("evaluate"):
             found = evaluate_layers(self.layers, self.test)
-            self.dense = sound(found, self.model, "the loss of the model")
+            self.dense = sound(found, self.model, Message("the loss of the model"))
 
     def make_plan(self, planning: PruneConfig | None = None) -> None:
         """Take the plan that was given, or make one: by ``planning`` where that is given."""
@@ -204,7 +205,9 @@ class PruneRun:
         if self.pruned is None:
             with self.clock("evaluate"):
                 found = evaluate_layers(self.layers, self.test)
-                self.pruned = sound(found, self.layers.model, "the loss of the pruned model")
+                self.pruned = sound(
+                    found, self.layers.model, Message("the loss of the pruned model")
+                )
         written = self.directory is not None
         check_worth(self.config, self.dense, self.pruned, self.earlier, written=written)
         if self.yardstick is not None:

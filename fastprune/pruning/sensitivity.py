@@ -14,6 +14,7 @@ from torch import Tensor
 from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
+from fastprune.messages import Message
 from fastprune.models.forward import Head, chunked_loss
 from fastprune.models.layers import Branches
 from fastprune.pruning.calibration import Calibration
@@ -63,7 +64,7 @@ def activation(calibration: Calibration) -> list[float]:
             states = after
     totals = distributed.sums(totals)
     if not all(map(math.isfinite, totals)):
-        raise unsound(layers.model, "the hidden states")
+        raise unsound(layers.model, Message("the hidden states"))
     return [total / calibration.windows.numel() for total in totals]
 
 
@@ -88,7 +89,7 @@ def _increases(totals: Sequence[float], calibration: Calibration) -> tuple[list[
     totals = distributed.sums(totals)
     n, length = calibration.windows.shape
     if not all(map(math.isfinite, totals)):
-        raise unsound(calibration.layers.model, "the loss with a layer skipped")
+        raise unsound(calibration.layers.model, Message("the loss with a layer skipped"))
     perplexities = [math.exp(min(total / (n * (length - 1)), 100.0)) for total in totals]
     return [p - perplexities[-1] for p in perplexities[:-1]], perplexities[-1]
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastprune import distributed
 from fastprune.inspect.health import unsound
+from fastprune.messages import Message
 from fastprune.models.families import KINDS, Sublayer, sublayers
 from fastprune.models.layers import Branches, replaced
 from fastprune.models.modeling import RemovedAttention, RemovedMLP
@@ -54,7 +55,7 @@ def sublayer_losses(calibration: Calibration) -> list[dict[str, float]]:
             totals[key] += losses.get(key, losses[None])
     dense, *values = distributed.sums([totals[key] for key in (None, *keys)])
     if not all(map(math.isfinite, [dense, *values])):
-        raise unsound(layers.model, "the loss with a sublayer skipped")
+        raise unsound(layers.model, Message("the loss with a sublayer skipped"))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     found: list[dict[str, float]] = [{} for _ in layers.modules]
     for (index, kind), value in zip(keys, values, strict=True):

@@ -7,6 +7,7 @@ from fastprune.inspect.conclude import hopeless, of_pruning, risen
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.record import Origin
 from fastprune.inspect.verdict import HOPELESS, Case
+from fastprune.messages import Message
 from fastprune.pruning.config import PruneConfig
 from fastprune.report import format
 from fastprune.report.record import PruneRecord
@@ -25,24 +26,40 @@ def check_worth(
     ``given`` is that of the model as it came, whose origin is ``earlier``; ``written`` says that a
     folder was to be made.
     """
-    kept = "nothing was written" if written else "the model in memory is cut, so load it again"
+    kept = Message("the model in memory is cut, so load it again")
+    if written:
+        kept = Message("nothing was written")
     before, after = given.perplexity, pruned.perplexity
-    grown = (
-        f"perplexity grew from {format.perplexity(before)} to {format.perplexity(after)}, "
-        f"a factor of {after / before:.3g}"
+    grown = Message(
+        "perplexity grew from {before} to {after}, a factor of {factor:.3g}",
+        before=format.perplexity(before),
+        after=format.perplexity(after),
+        factor=after / before,
     )
     if config.gate_ppl_ratio is not None:
         if risen(before, after, config.gate_ppl_ratio):
-            raise GateError(f"{grown}; the gate is {config.gate_ppl_ratio:g}; {kept}")
+            raise GateError(
+                Message(
+                    "{grown}; the gate is {gate:g}; {kept}",
+                    grown=grown,
+                    gate=config.gate_ppl_ratio,
+                    kept=kept,
+                )
+            )
         return
     known = None
     if earlier is not None:
         known = earlier.figures((config.eval, given.seq_len, given.windows)).dense
     if hopeless(after, known or before) and not config.keep_worse:
         raise GateError(
-            f"{grown}: beyond any use (more than {HOPELESS:g} times the dense model's); {kept}. "
-            "Lower --ratio, leave --importance and --allocation at their defaults, or "
-            "give --keep-worse to write it all the same"
+            Message(
+                "{grown}: beyond any use (more than {limit:g} times the dense model's); {kept}. "
+                "Lower --ratio, leave --importance and --allocation at their defaults, or give "
+                "--keep-worse to write it all the same",
+                grown=grown,
+                limit=HOPELESS,
+                kept=kept,
+            )
         )
 
 

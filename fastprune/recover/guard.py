@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import NumericalError
+from fastprune.messages import Message
 from fastprune.recover.freeze import halve_rates
 from fastprune.sharding import local
 
@@ -134,28 +135,39 @@ class Guard:
         self._readings.clear()
         culprits = self.optimizer.culprits()
         log.warning(
-            "%d steps in a row had a non-finite loss or gradient (%s)",
-            state.in_a_row,
-            _names(culprits) or "every gradient was finite by itself, their norm was not",
+            Message(
+                "{count} steps in a row had a non-finite loss or gradient ({where})",
+                count=state.in_a_row,
+                where=_names(culprits),
+            )
         )
         returned_to = self._restore()
         if state.rollbacks >= self.limit:
             raise NumericalError(
-                f"step {step}: {state.in_a_row} steps in a row had a non-finite loss or gradient, "
-                f"after {state.rollbacks} returns to a good state, the last at "
-                f"{state.rate_factor:g} of the learning rate. Lower --lr, use --precision "
-                "fp32, or look at the data and at the model: fastprune diagnose MODEL"
+                Message(
+                    "step {step}: {count} steps in a row had a non-finite loss or gradient, after "
+                    "{rollbacks} returns to a good state, the last at {factor:g} of the learning "
+                    "rate. Lower --lr, use --precision fp32, or look at the data and at the model: "
+                    "fastprune diagnose MODEL",
+                    step=step,
+                    count=state.in_a_row,
+                    rollbacks=state.rollbacks,
+                    factor=state.rate_factor,
+                )
             )
         state.rollbacks += 1
         state.rate_factor *= 0.5
         state.in_a_row = 0
         halve_rates(self.optimizer, self.schedule)
         log.warning(
-            "back to the state of step %d, learning rate halved to %.3g (return %d of %d)",
-            returned_to,
-            max(group["lr"] for group in self.optimizer.param_groups),
-            state.rollbacks,
-            self.limit,
+            Message(
+                "back to the state of step {step}, learning rate halved to {rate:.3g} (return "
+                "{count} of {limit})",
+                step=returned_to,
+                rate=max(group["lr"] for group in self.optimizer.param_groups),
+                count=state.rollbacks,
+                limit=self.limit,
+            )
         )
         return True
 
@@ -201,9 +213,14 @@ class Guard:
 
 
 def _names(culprits: dict[str, int], shown: int = 3) -> str:
+    """The first few of the parameters whose gradients were not finite, and how many more."""
     names = list(culprits)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    if not names:
+        return Message("every gradient was finite by itself, their norm was not")
+    few = ", ".join(names[:shown])
+    if len(names) <= shown:
+        return few
+    return Message("{few} and {more} more", few=few, more=len(names) - shown)
 
 
 def _host(value: Any) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from fastprune.errors import NumericalError
+from fastprune.messages import Message
 from fastprune.models.script_optimizer import Moments
 from fastprune.progress import log as progress_log
 from fastprune.recover.batches import Batch, Counted, load_batches, shuffled
@@ -35,7 +36,7 @@ from fastprune.recover.guard import LOSS_LIMIT, Guard, poison
 from fastprune.recover.interrupt import Interrupt
 from fastprune.recover.loggers import Logger, open_logger, perplexity_key
 from fastprune.recover.moments import take_over
-from fastprune.recover.monitor import ADVICE
+from fastprune.recover.monitor import ADVICE, NAMES
 from fastprune.recover.objective import Objective, synchronised, unsynchronised
 from fastprune.recover.processes import total, world_size
 from fastprune.recover.recipes import Stage
@@ -195,7 +196,14 @@ class Loop:
     def stop(self, reason: str) -> None:
         """End the stage after this step."""
         self.state.stopped = reason
-        progress_log.info("%s: stopped at step %d: %s", self.stage.name, self.state.step, reason)
+        progress_log.info(
+            Message(
+                "{stage}: stopped at step {step}: {reason}",
+                stage=self.stage.name,
+                step=self.state.step,
+                reason=reason,
+            )
+        )
 
     # ------------------------------------------------------------------------ a step
 
@@ -223,8 +231,10 @@ class Loop:
             state.masked_batches += 1
             if state.masked_batches == 1:
                 log.warning(
-                    "a batch has no token to learn from (all labels are masked) and is skipped; "
-                    "is --seq-len too short for the prompts?"
+                    Message(
+                        "a batch has no token to learn from (all labels are masked) and is "
+                        "skipped; is --seq-len too short for the prompts?"
+                    )
                 )
         if world_size() == 1:
             return items
@@ -325,7 +335,7 @@ class Loop:
         self._say(monitor.train(state.step, loss))
         limit, smooth = self.stage.stop_loss, monitor.smooth
         if limit is not None and smooth is not None and smooth < limit:
-            self.stop(f"the mean loss is below {limit:g}")
+            self.stop(Message("the mean loss is below {limit:g}", limit=limit))
         figures = {"loss": math.nan if loss is None else loss, "grad_norm": norm}
         figures |= {"learning_rate": self.rate, "epoch": self.passes}
         self._logger.log({f"train/{name}": x for name, x in figures.items()}, state.step)
@@ -333,7 +343,14 @@ class Loop:
 
     def _say(self, finding: str | None) -> None:
         if finding is not None:
-            log.warning("%s, step %d: %s", finding, self.state.step, ADVICE[finding])
+            log.warning(
+                Message(
+                    "{finding}, step {step}: {advice}",
+                    finding=NAMES[finding],
+                    step=self.state.step,
+                    advice=ADVICE[finding],
+                )
+            )
 
     def _report_epoch(self) -> None:
         """Say what the pass over the data came to; torch's random state stays as it was."""
@@ -370,7 +387,7 @@ class Loop:
         self._logger.log({name.replace("_", "/", 1): x for name, x in logged.items()}, step)
         patience = stage.early_stop
         if patience is not None and state.monitor.since_best >= patience:
-            self.stop(f"no improvement in {patience} evaluations")
+            self.stop(Message("no improvement in {patience} evaluations", patience=patience))
         return figures
 
     # ------------------------------------------------------------------------ the state

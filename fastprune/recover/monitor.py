@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import mean, pstdev
 from typing import Any
 
+from fastprune.messages import Message
 from fastprune.report import format
 
 SMOOTHING = 0.9  # weight of the past in the running mean of the loss
@@ -19,12 +20,24 @@ HIGH = 3.0  # nats: a flat loss above this is not a finished one (perplexity 20)
 OSCILLATION = 0.15  # spread around the trend, relative to the mean
 BROKEN = 2.0  # times the lowest running mean: not a state to come back to
 
+NAMES = {
+    "flat": Message("flat"),
+    "jump": Message("jump"),
+    "oscillation": Message("oscillation"),
+    "overfitting": Message("overfitting"),
+}
 ADVICE = {
-    "flat": "the loss is flat and high: raise --lr, shorten the warm-up, or use a smaller batch",
-    "jump": "the loss jumped: lower --lr or --max-grad-norm, or lengthen the warm-up",
-    "oscillation": "the loss oscillates: use a larger batch (--grad-accum) or a lower --lr",
-    "overfitting": "validation gets worse while training gets better: the best weights are kept; "
-    "train fewer steps, or on more data",
+    "flat": Message(
+        "the loss is flat and high: raise --lr, shorten the warm-up, or use a smaller batch"
+    ),
+    "jump": Message("the loss jumped: lower --lr or --max-grad-norm, or lengthen the warm-up"),
+    "oscillation": Message(
+        "the loss oscillates: use a larger batch (--grad-accum) or a lower --lr"
+    ),
+    "overfitting": Message(
+        "validation gets worse while training gets better: the best weights are kept; train fewer "
+        "steps, or on more data"
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from fastprune.inspect.conclude import (
     risen,
 )
 from fastprune.inspect.record import Figures
+from fastprune.messages import Message
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.guard import bits
@@ -36,8 +37,12 @@ def check_changed(model: nn.Module, given: list[int], results: list[dict[str, An
     steps = sum(r["steps"] for r in results)
     dtype = str(model.dtype).removeprefix("torch.")
     raise NumericalError(
-        f"0 of {steps} steps changed the weights by as much as {dtype} can hold. Raise --lr, or "
-        "keep the result in --dtype float32; no checkpoint was written"
+        Message(
+            "0 of {steps} steps changed the weights by as much as {dtype} can hold. Raise --lr, or "
+            "keep the result in --dtype float32; no checkpoint was written",
+            steps=steps,
+            dtype=dtype,
+        )
     )
 
 
@@ -52,17 +57,32 @@ def check_gates(config: FinetuneConfig, folder: RunFolder) -> None:
     failed = results[-1]
     p = failed["perplexity"]
     before, after = format.perplexity(p["before"]), format.perplexity(p["after"])
-    message = (
-        f"{failed['name']}: perplexity went from {before} to {after}, its gate is "
-        f"{failed['gate']:g} times; nothing was written"
+    message = Message(
+        "{stage}: perplexity went from {before} to {after}, its gate is {gate:g} times; nothing "
+        "was written",
+        stage=failed["name"],
+        before=before,
+        after=after,
+        gate=failed["gate"],
     )
-    if kept := [r["name"] for r in results if r["kept"]]:
-        message += f". The weights from before it (perplexity {before}, {', '.join(kept)} kept)"
-        if folder.lasting:
-            start = folder.state / f"start-{folder.record['stage']}.safetensors"
-            message += f" are in {start}: the same command with --keep-worse makes them the result"
-        else:
-            message += " are the result with --keep-worse"
+    kept = ", ".join(r["name"] for r in results if r["kept"])
+    if kept and folder.lasting:
+        message = Message(
+            "{failed}. The weights from before it (perplexity {before}, {kept} kept) are in "
+            "{file}: the same command with --keep-worse makes them the result",
+            failed=message,
+            before=before,
+            kept=kept,
+            file=folder.state / f"start-{folder.record['stage']}.safetensors",
+        )
+    elif kept:
+        message = Message(
+            "{failed}. The weights from before it (perplexity {before}, {kept} kept) are the "
+            "result with --keep-worse",
+            failed=message,
+            before=before,
+            kept=kept,
+        )
     raise GateError(message)
 
 
@@ -72,29 +92,39 @@ def check_gain(course: Course, after: float | None) -> None:
     config, before = course.config, course.folder.record.get("before")
     if before is None or after is None:
         return
-    went = (
-        f"perplexity went from {format.perplexity(before)} to {format.perplexity(after)}, a factor "
-        f"of {after / before:.3g}"
+    went = Message(
+        "perplexity went from {before} to {after}, a factor of {factor:.3g}",
+        before=format.perplexity(before),
+        after=format.perplexity(after),
+        factor=after / before,
     )
     trained = _trained(course, before, after)
     if config.gate_ppl_ratio is not None:
         if risen(before, after, config.gate_ppl_ratio):
             raise GateError(
-                f"{went}; the gate is {config.gate_ppl_ratio:g}; no checkpoint was written"
+                Message(
+                    "{went}; the gate is {gate:g}; no checkpoint was written",
+                    went=went,
+                    gate=config.gate_ppl_ratio,
+                )
             )
     elif trained.worse and not config.keep_worse:
         raise GateError(
-            f"{change(trained) if trained.unlearnt else went}: the training made the model worse. "
-            "MODEL is as it was and no checkpoint was "
-            "written; lower --lr or let --find-lr choose it, or give the same command with "
-            "--keep-worse to have the result all the same"
+            Message(
+                "{went}: the training made the model worse. MODEL is as it was and no checkpoint "
+                "was written; lower --lr or let --find-lr choose it, or give the same command with "
+                "--keep-worse to have the result all the same",
+                went=change(trained) if trained.unlearnt else went,
+            )
         )
     elif trained.answers and risen(before, after):
         log.warning(
-            "%s on %s, which is not what was taught: the result is written; --gate-ppl-ratio 1 "
-            "would forbid it",
-            went,
-            config.eval,
+            Message(
+                "{went} on {text}, which is not what was taught: the result is written; "
+                "--gate-ppl-ratio 1 would forbid it",
+                went=went,
+                text=config.eval,
+            )
         )
 
 
@@ -102,7 +132,12 @@ def warn_of_broken(model: nn.Module, course: Course, before: float) -> None:
     """Say before the first step that ``model``, whose perplexity is ``before``, is broken."""
     found = before_training(_trained(course, before, before), model.config.vocab_size)
     if found is not None:
-        log.warning("%s. Finetuning seldom mends that; fastprune diagnose says what would", found)
+        log.warning(
+            Message(
+                "{found}. Finetuning seldom mends that; fastprune diagnose says what would",
+                found=found,
+            )
+        )
 
 
 def outcome(course: Course, after: float | None, total: int, *, adapter: bool) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from fastprune.inspect.perplexity import (
     window_length,
 )
 from fastprune.inspect.record import Origin
+from fastprune.messages import Message
 from fastprune.models.adapter import fold
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.checks import layer_parameters
@@ -248,7 +249,9 @@ def _measure_before(model: nn.Module, course: Course, stage: Stage, clock: Clock
         return
     with clock("evaluate"):
         measured = evaluate(course.placed(model), windows)
-        record["before"] = sound(measured, model, "the loss before any training").perplexity
+        record["before"] = sound(
+            measured, model, Message("the loss before any training")
+        ).perplexity
     warn_of_broken(model, course, record["before"])
 
 
@@ -409,17 +412,20 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         result["kept"] = kept
         if kept:
             if course.windows is not None:
-                sound(measured, run.model, f"the loss after {stage.name}")
+                sound(measured, run.model, Message("the loss after {stage}", stage=stage.name))
             alone = last and all(not r["kept"] for r in record["results"])
             # Another stage follows, or another one came before: a whole model goes on.
             model = run.model if stage.method == "full" or alone else fold(run.model)
         else:
             log.warning(
-                "%s: perplexity %.2f after, %.2f before, gate %g: rolled back",
-                stage.name,
-                result["perplexity"]["after"],
-                standing,
-                stage.gate,
+                Message(
+                    "{stage}: perplexity {after:.2f} after, {before:.2f} before, gate {gate:g}: "
+                    "rolled back",
+                    stage=stage.name,
+                    after=result["perplexity"]["after"],
+                    before=standing,
+                    gate=stage.gate,
+                )
             )
             if before is None:
                 model = run.model.unload()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastprune.inspect.health import unsound
+from fastprune.messages import Message
 from fastprune.progress import track
 from fastprune.recover.freeze import make_optimizer
 from fastprune.recover.guard import poison
@@ -98,7 +99,9 @@ def range_test(
         probe = _batch(collate, samples, order[:PROBE_SAMPLES], device)
         before = _loss(objective, probe)
         if not math.isfinite(before):
-            raise unsound(objective.model, "the loss before the first step", objective.dtype)
+            raise unsound(
+                objective.model, Message("the loss before the first step"), objective.dtype
+            )
         batches = _batches(collate, samples, order[PROBE_SAMPLES:] or order, stage, device)
         try:
             rates, losses = _climb(objective, stage, batches, probe, before, master)

@@ -128,9 +128,9 @@ def settings(config: Any) -> dict[str, Any]:
     return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    packages = ("fastprune", "torch", "transformers", "safetensors")
+def versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of Python, of the packages that decide a result, and of ``more`` packages."""
+    packages = dict.fromkeys(("fastprune", "torch", "transformers", "safetensors", *more))
     found = {"python": platform.python_version()}
     for package in packages:
         try:

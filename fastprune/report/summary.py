@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastprune.messages import Message
 from fastprune.report import format
 
 WORTH = 0.2
@@ -35,9 +36,9 @@ def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
     verdict = metrics.get("verdict")
     if not verdict:
         return []
-    lines = [f"verdict: {verdict['what']}"]
+    lines: list[str] = [Message("verdict: {what}", what=verdict["what"])]
     for advice in verdict["advice"]:
-        lines.append(f"next: {advice['text']}")
+        lines.append(Message("next: {advice}", advice=advice["text"]))
         if advice["command"]:
             lines.append(f"  {advice['command']}")
     return lines

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastprune.messages import shown
 from fastprune.report import format
 from fastprune.report.costs import show_costs
 from fastprune.report.speed import speed_rows
@@ -52,13 +53,13 @@ def _verdict(out: Console, result: dict[str, Any]) -> None:
     if not verdict:
         return
     style = "bold red" if verdict["bad"] else "bold"
-    out.print(Text(verdict["what"], style=style), soft_wrap=True)
+    out.print(Text(shown(verdict["what"]), style=style), soft_wrap=True)
     _advice(out, verdict["advice"])
 
 
 def _advice(out: Console, advice: list[dict[str, Any]]) -> None:
     for one in advice:
-        out.print(Text(f"→ {one['text']}"), soft_wrap=True)
+        out.print(Text(f"→ {shown(one['text'])}"), soft_wrap=True)
         if one["command"]:
             out.print(Text(f"  {one['command']}"), soft_wrap=True)
 
@@ -165,8 +166,8 @@ def show_diagnose(result: dict[str, Any]) -> None:
         out.print(_losses(result["dense"]))
     marks = {"broken": "✗", "warning": "!", "note": "·"}
     for finding in result["findings"]:
-        out.print(Text(f"{marks[finding['severity']]} {finding['what']}"), soft_wrap=True)
-    out.print(Text(f"{result['verdict']}"), style="bold")
+        out.print(Text(f"{marks[finding['severity']]} {shown(finding['what'])}"), soft_wrap=True)
+    out.print(Text(shown(result["verdict"])), style="bold")
     _advice(out, result["advice"])
 
 
@@ -264,6 +265,11 @@ def show_info(result: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in result["versions"].items():
         table.add_row(name, Text(value))
+    for name, value in result["system"].items():
+        if name == "memory_bytes":
+            table.add_row("memory", format.size(value))
+        else:
+            table.add_row(name, Text(str(value)))
     table.add_row("threads", str(result["threads"]))
     for kernels in result["kernels"]:
         words = ["on" if kernels["usable"] else "off", kernels["detail"], kernels["reason"]]

@@ -18,7 +18,7 @@ COMMAND = re.compile(r"fastprune ([a-z]+) ")
 ELSEWHERE = {"nproc-per-node", "version"}
 """Flags of other programs, and of fastprune without a command."""
 EVERY = set(COMMANDS)
-MODEL = EVERY - {"compare", "info"}
+MODEL = EVERY - {"compare", "info", "completion"}
 WRITING = {"compress", "prune", "finetune", "merge", "export"}
 TRAINING = {"compress", "finetune"}
 REACHED_BY = {

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -282,3 +283,21 @@ def test_another_broken_pipe_is_a_bug(capsys, monkeypatch):
     monkeypatch.setitem(ERRORS, "bug", BrokenPipeError("of a worker"))
     assert cli.main(["echo", "--fail", "bug"]) == 1
     assert "BrokenPipeError: of a worker" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastprune {version('fastprune')}\n"
+
+
+def test_info_holds_what_a_report_of_a_fault_needs(tmp_path):
+    file = tmp_path / "info.json"
+    assert cli.main(["info", "--quiet", "--json", str(file)]) == 0
+    found = result_in(file.read_text())
+    assert {"python", "fastprune", "torch", "transformers", "peft", "numpy"} <= set(
+        found["versions"]
+    )
+    assert set(found["system"]) == {"platform", "processor", "cores", "memory_bytes"}
+    assert [kernels["name"] for kernels in found["kernels"]] == ["cpu", "cuda"]
+    for private in (Path.home(), platform.node(), sys.prefix):
+        assert str(private) not in file.read_text()

@@ -84,6 +84,7 @@ def test_info_shows_long_reasons_whole(capsys):
     show_info(
         {
             "versions": {"torch": "2.13.0"},
+            "system": {"platform": "Linux-6.1-x86_64", "cores": 8, "memory_bytes": 64 * 1024**3},
             "threads": 2,
             "kernels": [
                 {"name": "cpu", "usable": True, "detail": "level v4", "reason": ""},
@@ -95,6 +96,7 @@ def test_info_shows_long_reasons_whole(capsys):
         }
     )
     text = "".join(capsys.readouterr().out.split())
+    assert "platformLinux-6.1-x86_64cores8memory64GiB" in text
     assert "cpukernelson;levelv4" in text
     assert f"cudakernelsoff;{path}:nodriver" in text
     assert "cuda:0H200,139GiB,computecapability9.0" in text
