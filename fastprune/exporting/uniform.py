@@ -11,6 +11,7 @@ from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.exporting.padding import added_bytes, padded_state
+from fastprune.models.adopted import config_with
 from fastprune.models.checkpoint import (
     Form,
     has_stock_form,
@@ -19,7 +20,6 @@ from fastprune.models.checkpoint import (
     write_weights,
 )
 from fastprune.models.families import Geometry, declaration, geometries
-from fastprune.models.modeling import per_layer_config
 from fastprune.models.readback import check_read_back
 from fastprune.models.skeleton import skeleton
 
@@ -44,7 +44,7 @@ def write(model: nn.Module, tokenizer: Any, path: Path, config: ExportConfig) ->
     settle_tie(model)
     nothing = replace(size, query_heads=0, kv_heads=0, channels=0)
     sizes = [size if own.kv_heads or own.channels else nothing for own in geometries(model)]
-    shape = skeleton(per_layer_config(model.config, sizes), model.dtype)
+    shape = skeleton(config_with(model.config, sizes), model.dtype)
     if getattr(model, "generation_config", None) is not None:
         shape.generation_config = model.generation_config
 

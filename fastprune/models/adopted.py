@@ -54,7 +54,7 @@ def adopt(model: nn.Module, family: str | None = None) -> None:
     name = family or getattr(model.config, ADOPTED_AS, None) or TEXT_PARTS.get(kind)
     if name is None:
         return
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"--family {name}: not one of {', '.join(SUPPORTED)}")
     if problem := misfit(model, FAMILIES[name]):
         raise InputError(f"--family {name}: the layers of this {kind} differ from it: {problem}")
@@ -72,6 +72,8 @@ def check_known(model: nn.Module, family: str | None = None) -> None:
     try:
         family_of_config(model.config)
     except InputError as error:
+        if is_known(model.config):
+            raise
         names = ("llama", *SUPPORTED)  # several families have Llama's layers
         alike = next((name for name in names if misfit(model, FAMILIES[name]) is None), None)
         if alike is None:
@@ -158,6 +160,9 @@ def _layer_misfit(layer: nn.Module, family: Family) -> str | None:
     size = geometry(layer, family)
     if not all(size.units[kind] for kind in KINDS) or size.query_heads % size.kv_heads:
         return f"{size.query_heads} query heads do not share {size.kv_heads} KV heads of equal size"
+    for name in filter(None, {other.residual for other in FAMILIES.values()}):
+        if hasattr(layer, name) != (name == family.residual):
+            return f"what its sublayers add is multiplied in one of the two ({name})"
     known = set()
     for sublayer in sublayers(layer, family):
         for name, slices in sublayer.owned.items():

@@ -390,7 +390,7 @@ def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: b
     if settings := quantisation(config):
         if is_multimodal(config):
             raise InputError(
-                f"{folder}: a quantised '{config.model_type}', which is more than a decoder, is "
+                f"{folder}: a quantised '{config.model_type}', which has more than a decoder, is "
                 "not read; give the model that it was made from"
             )
         return _read_quantised(folder, unquantised(config), settings, dtype)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.errors import InputError
-from fastprune.models.families import FINEST, Sublayer, sublayers
+from fastprune.models.families import FINEST, sublayers
 from fastprune.models.layers import Branches
+from fastprune.models.units import Sublayer
 from fastprune.pruning.calibration import HELD_OUT, Calibration, Prefix
 from fastprune.pruning.compensation import PROPAGATED, STRENGTHS, refit
 from fastprune.pruning.divergence import TOP, Yardstick

@@ -21,8 +21,9 @@ from math import ceil
 
 from torch import nn
 
-from fastprune.models.families import Sublayer, decoder_layers, sublayers
+from fastprune.models.families import decoder_layers, sublayers
 from fastprune.models.forward import BATCH_TOKENS, CHUNK_LOGITS, decoder_and_head
+from fastprune.models.units import Sublayer
 from fastprune.pruning.calibration import TEXT_PER_RANDOM
 from fastprune.pruning.compensation import STRENGTHS
 from fastprune.pruning.config import PruneConfig

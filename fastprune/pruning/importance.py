@@ -20,9 +20,10 @@ from fastprune import distributed
 from fastprune.inspect.health import unsound
 from fastprune.kernels import ops
 from fastprune.messages import Message
-from fastprune.models.families import KINDS, Slice, Sublayer, sublayers
+from fastprune.models.families import KINDS, sublayers
 from fastprune.models.forward import loss_and_hidden_grad
 from fastprune.models.layers import Layers
+from fastprune.models.units import Slice, Sublayer
 from fastprune.precision import fast_forward
 from fastprune.progress import track
 from fastprune.pruning.calibration import Calibration, Prefix

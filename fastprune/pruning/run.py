@@ -45,7 +45,7 @@ from fastprune.pruning.planning import Planned, Request, parameters_removed
 from fastprune.pruning.stream import write_cut
 from fastprune.pruning.surgery import apply_plan
 from fastprune.pruning.texts import run_windows, with_lengths
-from fastprune.pruning.trial import check_surgery
+from fastprune.pruning.trial import check_decoder, check_surgery
 from fastprune.pruning.vocabulary import Vocabulary, trim, twin
 from fastprune.pruning.worth import check_worth, conclude
 from fastprune.report.record import PruneRecord
@@ -172,6 +172,7 @@ class PruneRun:
             self.test, windows = run_windows(
                 self.config, self.model, self.tokenizer, calibrate=calibrate
             )
+            check_decoder(self.model, self.test)
             if windows is not None:
                 self.calibration = Calibration(self.layers, windows)
 

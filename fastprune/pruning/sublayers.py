@@ -12,9 +12,10 @@ from torch import nn
 from fastprune import distributed
 from fastprune.inspect.health import unsound
 from fastprune.messages import Message
-from fastprune.models.families import KINDS, Sublayer, sublayers
+from fastprune.models.families import KINDS, sublayers
 from fastprune.models.layers import Branches, replaced
 from fastprune.models.modeling import RemovedAttention, RemovedMLP
+from fastprune.models.units import Sublayer
 from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.sensitivity import summed_loss
 

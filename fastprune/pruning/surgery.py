@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastprune.kernels import ops
 from fastprune.models.conform import conform
-from fastprune.models.families import Slice, decoder_layers, geometries, sublayers
+from fastprune.models.families import decoder_layers, geometries, sublayers
+from fastprune.models.units import Slice
 from fastprune.progress import track
 from fastprune.pruning.plan import LayerPlan, Plan
 

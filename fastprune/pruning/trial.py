@@ -1,8 +1,9 @@
-"""Whether a model of an adopted type can be cut: masking and surgery tried on a small one.
+"""Whether a model that is not declared can be cut: masking and surgery tried on a small one.
 
 That modules have the names and shapes of a family does not say that they compute the same. So a
 small random model of the same class loses half of its units twice: once they are zeroed, once cut
 out. Both must compute the same, and so must a stock model that is built anew with the cut weights.
+A decoder inside a multimodal model must compute of a text what that model does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastprune.models.adopted import adopted_config
 from fastprune.models.checks import reason
 from fastprune.models.families import UNITS, geometries
 from fastprune.models.layers import Layers
+from fastprune.models.multimodal import enclosing
 from fastprune.models.quiet import quiet_libraries
 from fastprune.pruning.masking import mask
 from fastprune.pruning.plan import LayerPlan, Plan
@@ -30,6 +32,8 @@ TOLERANCE = 1e-4
 """Relative error of the logits that rounding in fp32 explains."""
 MOST_PARAMETERS = 10**8
 """Of the small model."""
+HALF_TOLERANCE = 2e-2
+"""The same in half precision."""
 SPREAD = 0.2
 """Standard deviation of the random weights: a wrong unit shows in the logits."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -61,6 +65,28 @@ def _tried(model: nn.Module, structure: str) -> str | None:
             return _problem(small_model(model), structure)
     except Exception as error:  # a class that is not known may raise whatever it likes
         return f"it ended in an error ({reason(error)})"
+
+
+@torch.no_grad()
+def check_decoder(model: nn.Module, windows: Tensor) -> None:
+    """InputError unless the multimodal model around `model`, if there is one, computes of a text
+    what `model` does. The beginning of the first of the `windows` (n, s) of token ids is read."""
+    around = enclosing(model)
+    if around is None:
+        return
+    kind = around.model.config.model_type
+    ids = windows[:1, :LENGTH].to(next(model.parameters()).device)
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        whole = around.model(input_ids=ids, use_cache=False).logits.float()
+    except Exception as error:  # a class that is not known may raise whatever it likes
+        raise InputError(f"a '{kind}' does not read a text alone: {reason(error)}") from error
+    tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
+    if not (difference := _relative(own, whole)) <= tolerance:
+        raise InputError(
+            f"a '{kind}' computes something else of a text than its decoder with its head (logits "
+            f"differ by {difference:.1e} of their size), so its decoder cannot be pruned by itself"
+        )
 
 
 def small_model(model: nn.Module) -> Any:

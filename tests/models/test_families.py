@@ -17,7 +17,6 @@ from fastprune.models.families import (
     Declaration,
     Family,
     Geometry,
-    Slice,
     block_parameters,
     decoder_layers,
     geometries,
@@ -25,6 +24,7 @@ from fastprune.models.families import (
     register_family,
     sublayers,
 )
+from fastprune.models.units import Slice
 from fastprune.pruning.allocation import allocate
 from fastprune.pruning.budget import layer_size
 from fastprune.pruning.importance import score

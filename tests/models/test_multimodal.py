@@ -19,6 +19,7 @@ from fastprune.models.load import load_model
 from fastprune.models.multimodal import outside, text_part
 from fastprune.pruning.masking import mask
 from fastprune.pruning.surgery import apply_plan
+from fastprune.pruning.trial import check_decoder
 
 WHOLE_HEADS = ("gemma3", "llava")
 """Those whose stock class takes fewer heads of the same size."""
@@ -144,6 +145,15 @@ def test_a_dry_run_without_weights_counts_all_of_it(tmp_path, capsys):
     total = sum(p.numel() for p in tiny_multimodal("gemma3").parameters())
     assert metrics["params"]["before"] == total
     assert metrics["layout"]["architecture"] == "Gemma3ForConditionalGeneration"
+
+
+def test_a_model_that_reads_texts_otherwise_than_its_decoder_is_refused():
+    whole = tiny_multimodal("llava")
+    decoder = text_part(whole)
+    check_decoder(decoder, token_ids(1, 16).clamp(max=250))
+    whole.lm_head = torch.nn.Linear(64, 300)
+    with pytest.raises(InputError, match="computes something else of a text"):
+        check_decoder(decoder, token_ids(1, 16).clamp(max=250))
 
 
 def test_layers_of_different_sizes_have_no_place_in_it(tmp_path):

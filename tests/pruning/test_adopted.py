@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from fastprune import PruneConfig, cli, prune
+from fastprune import ExportConfig, PruneConfig, cli, export, prune
 from fastprune.errors import InputError
 from fastprune.models.adopted import adopt, check_known
 from fastprune.models.families import geometries
@@ -126,6 +126,18 @@ def test_a_model_in_memory_keeps_its_class_and_is_written_as_stock(text, tmp_pat
     ids = token_ids()
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("form", ["hf", "hf-uniform", "gguf", "nemotron-nas"])
+def test_forms_are_written_as_stock_or_refused_by_type(form, tmp_path):
+    model = undeclared("ernie4_5")
+    adopt(model, "llama")
+    settings = ExportConfig(model="", format=(form,), out=tmp_path / "out", quiet=True)
+    if form.startswith("hf"):
+        export(model, tiny_tokenizer(), settings)  # reads it again and compares the logits
+        return
+    with pytest.raises(InputError, match="ernie4_5"):
+        export(model, tiny_tokenizer(), settings)
 
 
 def test_heads_that_the_stock_class_cannot_have_stay():
