@@ -16,17 +16,14 @@ from torch import nn
 from fastprune.data.describe import describe
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import has_template, template_of
-from fastprune.data.text import characters_for, load_documents
 from fastprune.data.training import TrainingData
 from fastprune.errors import InputError
 from fastprune.inspect.generate import generate, read_prompts, stop_at_end_of_turn
 from fastprune.inspect.health import check_weights
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import (
-    SEQ_LEN,
     evaluate,
     sound,
-    text_windows,
     window_length,
 )
 from fastprune.inspect.record import Origin
@@ -44,6 +41,7 @@ from fastprune.progress import log as progress_log
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
 from fastprune.recover.early import check_inputs
+from fastprune.recover.evaluation import perplexity_windows
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.guard import bits
 from fastprune.recover.held_out import held_out_figures
@@ -213,7 +211,7 @@ def _finetune(
     else:
         check_weights(model)
     with clock("evaluate"):
-        windows = _windows(config, model, tokenizer)
+        windows = perplexity_windows(config, model, tokenizer)
     course = Course(
         config,
         tokenizer,
@@ -450,24 +448,6 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         if is_first_process():
             folder.next_stage(model)
     return model
-
-
-def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.Tensor | None:
-    """The evaluation windows; says so when the text is among the training data."""
-    if not config.eval_windows:
-        return None
-    seq_len = window_length(model, "--eval-seq-len", config.eval_seq_len, SEQ_LEN)
-    names = {name.strip() for name in config.data.split(",")}
-    if shared := sorted(names & {name.strip() for name in config.eval.split(",")}):
-        log.warning(
-            "%s is both training data and evaluation text: its perplexity will say how well it was "
-            "learnt by heart; give another --eval",
-            shared[0],
-        )
-    documents = load_documents(config.eval, characters_for(seq_len * config.eval_windows))
-    windows = text_windows(tokenizer, documents, seq_len, config.eval_windows)
-    check_largest(model, tokenizer, int(windows.max()), config.eval)
-    return windows
 
 
 def _continue(model: nn.Module, course: Course, step: int | None) -> None:
