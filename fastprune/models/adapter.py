@@ -155,7 +155,7 @@ def fold(adapted: nn.Module) -> nn.Module:
     `adapted` is taken apart. Each weight is added to in fp32 and returns to its own dtype before
     the next, so that little more memory is taken than the model has. Tied embeddings that the
     adapter makes differ from the head are no longer tied. Raises NumericalError when a merged
-    weight is not finite.
+    weight is not finite, InputError for a kind of LoRA that cannot be merged.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -177,6 +177,8 @@ def fold(adapted: nn.Module) -> nn.Module:
                 "the merged weights hold NaN or Inf: the adapter or the model is broken; nothing "
                 "was written"
             ) from error
+        except (NotImplementedError, TypeError, AttributeError) as error:
+            raise InputError(f"the adapter cannot be merged: {error}; use it unmerged") from error
         layer.to(dtype)
     with quiet_libraries():
         model = adapted.unload()

@@ -1,6 +1,7 @@
 """Thousands of malformed inputs, each of which must end in one line and exit status 2.
 
-    python tools/bad_inputs [--seed N] [--workers N] [--only WORDS] [--count N] [--keep FILE.json]
+    python tools/bad_inputs [--seed N] [--count N] [--only WORDS] [--minutes M] [--workers N]
+                             [--keep FILE.json]
 
 Every case calls `fastprune.cli.main` in a worker process that has torch loaded, with a limit on its
 address space and on its time. Checked are the exit status, what stands on stderr (one line of an
@@ -29,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=5.0, help="begin no case after so long")
     parser.add_argument("--only", default="", help="only cases whose names hold these words")
     parser.add_argument("--count", type=int, default=2400, help="cases, drawn by the seed")
     parser.add_argument("--keep", type=Path, help="write what was found of every case as JSON")
@@ -42,11 +44,11 @@ def main() -> int:
         base = make_base(Path(name) / "base")
         cases = [case for case in all_cases(base, args.seed) if args.only in case.name]
         random.Random(args.seed).shuffle(cases)
-        found = run_all(cases[: args.count], Path(name) / "work", args.workers)
+        found = run_all(cases[: args.count], Path(name) / "work", args.workers, 60 * args.minutes)
     problems = collections.Counter(one.problem for one in found if one.problem)
     statuses = collections.Counter(one.status for one in found)
     print(
-        f"{len(found)} cases in {time.monotonic() - start:.0f} s, by exit status: {dict(statuses)}"
+        f"{len(found)} of {min(args.count, len(cases))} cases in {time.monotonic() - start:.0f} s, by exit status: {dict(statuses)}"
     )
     print(f"{sum(problems.values())} fail: {dict(problems)}")
     if args.keep:

@@ -42,19 +42,24 @@ class Found:
     """what is wrong with that, in a word or two; empty where nothing is"""
 
 
-def run_all(cases: list[Case], work: Path, workers: int) -> list[Found]:
-    """Run `cases` in so many `workers`, each in a folder of its own in `work`."""
+def run_all(cases: list[Case], work: Path, workers: int, seconds: float) -> list[Found]:
+    """Run `cases` in so many `workers`, each in a folder of its own in `work`.
+
+    After so many `seconds` no further case is begun, and what was found so far is returned.
+    """
     work.mkdir()
     context = multiprocessing.get_context("fork")  # torch is loaded once, and cases need no copies
     import peft  # noqa: F401
 
     found: dict[int, Found] = {}
-    numbers = iter(range(len(cases)))
+    numbers, end = iter(range(len(cases))), time.monotonic() + seconds
     crew = [_Worker(context, cases, work, place) for place in range(workers)]
     idle = list(crew)
     while len(found) < len(cases):
-        while idle and (number := next(numbers, None)) is not None:
+        while idle and time.monotonic() < end and (number := next(numbers, None)) is not None:
             idle.pop().begin(number)
+        if len(idle) == len(crew):
+            break
         busy = [worker for worker in crew if worker.number is not None]
         ready = wait([worker.pipe for worker in busy], timeout=1.0)
         for worker in busy:
@@ -67,7 +72,7 @@ def run_all(cases: list[Case], work: Path, workers: int) -> list[Found]:
                 idle.append(worker)
     for worker in crew:
         worker.process.kill()
-    return [found[number] for number in range(len(cases))]
+    return [found[number] for number in sorted(found)]
 
 
 class _Worker:
