@@ -21,6 +21,7 @@ from fastprune.models.modeling import (
     family_classes,
     per_layer_config,
     remove_sublayer,
+    settle_experts,
     settle_heads,
 )
 
@@ -43,6 +44,8 @@ def conform(model: nn.Module, sizes: Sequence[Sizes]) -> None:
             remove_sublayer(layer, ATTENTION, family)
         if not size.channels:
             remove_sublayer(layer, MLP, family)
+        elif size.experts:
+            settle_experts(layer.mlp, size)
         elif hasattr(layer.mlp, "intermediate_size"):
             layer.mlp.intermediate_size = size.channels
     model.__class__ = family_classes(family).causal_lm

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastprune.models.families import sublayers
+from fastprune.models.families import Sublayer, sublayers
 from fastprune.pruning.calibration import Calibration, Prefix
 from fastprune.pruning.moments import Moments
 from fastprune.pruning.plan import LayerPlan, Plan
-from fastprune.pruning.surgery import kept_entries
+from fastprune.pruning.surgery import kept_entries, take_out
 
 log = logging.getLogger("fastprune")
 
@@ -76,22 +76,18 @@ def refit_layer(prefix: Prefix, plan: LayerPlan) -> list[Refit]:
     """Refit the layer at the front of ``prefix`` in place by ``plan``, and step past it."""
     index = plan.index
     layer = prefix.layers.modules[index]
-    parts = [
-        (sublayer.kind, sublayer.linear(layer), kept_entries(sublayer.output, kept))
-        for sublayer in sublayers(layer)
-        for kept in [plan.kept[sublayer.kind]]
-    ]
-    thinned = [linear for _, linear, columns in parts if len(columns) < linear.in_features]
-    if thinned:
+    changed = [s for s in sublayers(layer) if _loses(s, plan)]
+    if changed:
         prefix.part_from_dense()
-    after = prefix.advance_dense(index, thinned)
+    thinned = {s.kind: s.linear(layer) for s in changed if s.mixture is None}
+    after = prefix.advance_dense(index, list(thinned.values()))
     refits: list[Refit] = []
-    for kind, linear, columns in parts:
-        if not len(columns):
-            linear.weight.zero_()
-            if linear.bias is not None:
-                linear.bias.zero_()
-        elif linear in thinned:
+    for sublayer in changed:
+        kind, kept = sublayer.kind, plan.kept[sublayer.kind]
+        if kind not in thinned or not kept:
+            take_out(sublayer, layer, plan)
+        else:
+            linear, columns = thinned[kind], kept_entries(sublayer.output, kept)
             fit, test = prefix.moments(index, [linear], after)[linear]
             solution = refit(linear, columns.to(linear.weight.device), fit, test)
             solution.write(linear)
@@ -100,6 +96,12 @@ def refit_layer(prefix: Prefix, plan: LayerPlan) -> list[Refit]:
             log.debug("%s", refits[-1])
     prefix.advance(index)
     return refits
+
+
+def _loses(sublayer: Sublayer, plan: LayerPlan) -> bool:
+    """Whether ``plan`` removes anything of ``sublayer``."""
+    inside = plan.inside if sublayer.mixture is not None else ()
+    return len(plan.kept[sublayer.kind]) < sublayer.units or bool(inside)
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,12 @@ class PruneConfig(CommonConfig):
     effort: Literal["fast", "balanced", "thorough"] = "balanced"
     """time against quality: chooses what is not said of structures, allocation, layers, limits,
     calibration and alignment, by the ratio and the model"""
-    structures: Annotated[tuple[Literal["attention", "mlp", "sublayer"], ...], Group.SELECTION] = ()
-    """what may be removed: KV groups, channels, whole attentions and MLPs (default: by --effort,
-    channels as long as they suffice)"""
+    structures: Annotated[
+        tuple[Literal["attention", "experts", "mlp", "sublayer"], ...], Group.SELECTION
+    ] = ()
+    """what may be removed: KV groups, experts, channels (of MLPs, and of experts unless those go),
+    whole attentions and MLPs (default: by --effort, channels as long as they suffice; of a mixture
+    experts)"""
     importance: Annotated[Importance, Group.SELECTION] = "activation-maw"
     """criterion that ranks the units of a layer"""
     allocation: Annotated[Allocation, Group.SELECTION] = "auto"

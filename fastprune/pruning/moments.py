@@ -192,9 +192,10 @@ def advance(
     return after if plain else {}
 
 
-def outputs(layer: nn.Module) -> list[nn.Linear]:
-    """The output modules of the sublayers that ``layer`` has, in their order."""
-    return [sublayer.linear(layer) for sublayer in sublayers(layer)]
+def outputs(layer: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs ``layer`` adds to the hidden states, in the order of its sublayers:
+    output modules, and mixtures of experts as a whole."""
+    return [sublayer.adds(layer) for sublayer in sublayers(layer)]
 
 
 def _only_adds(before: Tensor, after: Tensor, added: Sequence[Tensor]) -> bool:

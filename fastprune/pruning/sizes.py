@@ -8,7 +8,7 @@ enough to fill up any budget, and go by the alignment; those of the others are c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastprune.errors import InputError
 from fastprune.models.families import FINEST, KINDS, UNITS
@@ -19,12 +19,13 @@ class SublayerSize:
     """What may be removed from one sublayer: ``units`` of ``cost`` parameters each.
 
     ``whole`` are the parameters of a sublayer that may go as a whole, norms and biases included; 0
-    where it may not.
+    where it may not. Of a sublayer that is thinned at least ``least`` units stay.
     """
 
     units: int = 0
     cost: int = 0
     whole: int = 0
+    least: int = 1
 
     @property
     def prunable(self) -> int:
@@ -113,8 +114,8 @@ class Limits:
     def counts(self, size: LayerSize, kind: str) -> range:
         """Numbers of units of ``kind`` that may go: a thinned sublayer keeps at least one step, and
         as many units as a multiple of it."""
-        units, step = size.sublayers[kind].units, self.step(kind)
-        return range(units % step, units, step) or range(1)
+        part, step = size.sublayers[kind], self.step(kind)
+        return range(part.units % step, part.units - part.least + 1, step) or range(1)
 
 
 def remaining(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> list[LayerSize]:
@@ -122,12 +123,17 @@ def remaining(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> list[L
     return [
         LayerSize(
             {
-                kind: SublayerSize(0 if kind in r.gone else part.units, part.cost)
+                kind: replace(part, units=0 if _is_gone(kind, r) else part.units, whole=0)
                 for kind, part in s.sublayers.items()
             }
         )
         for s, r in zip(sizes, removals, strict=True)
     ]
+
+
+def _is_gone(kind: str, removal: Removal) -> bool:
+    """Whether ``removal`` leaves no sublayer of ``kind``; experts take their channels along."""
+    return kind in removal.gone or (kind == FINEST and "experts" in removal.gone)
 
 
 def merged(whole: Sequence[Removal], thinned: Sequence[Removal]) -> list[Removal]:

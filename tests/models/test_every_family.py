@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import (
     EVERY_FAMILY,
+    MIXTURES,
     TEXT,
     tiny_checkpoint,
     tiny_model,
@@ -53,7 +54,7 @@ def uneven(model: torch.nn.Module, *, groups: bool = True) -> Plan:
 
 
 def test_declarations_and_shipped_code_agree():
-    assert FAMILIES.keys() == modeling.STOCK.keys() == set(EVERY_FAMILY)
+    assert FAMILIES.keys() == modeling.STOCK.keys() == {*EVERY_FAMILY, *MIXTURES}
     for name, family in FAMILIES.items():
         assert modeling.STOCK[name].norms == tuple(s.norms for s in family.sublayers)
         assert modeling.STOCK[name].layer == family.layer_class
