@@ -51,7 +51,7 @@ class Thinning:
             removals = allocate_same(chosen, target, limits, self.fits)
         elif config.allocation == "global":
             scores = [
-                {kind: self.scores.layers[i][kind].tolist() for kind in _thinnable(sizes[i])}
+                {kind: self.scores.ascending(i, kind) for kind in _thinnable(sizes[i])}
                 for i in self.selected
             ]
             removals = allocate_global(chosen, scores, target, limits, config.alpha)

@@ -194,8 +194,11 @@ def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> st
         why += "--max-layer-ratio comes nearer"
     else:
         coarse = " and ".join(UNITS[kind] for kind in COARSE if kind in config.structures)
-        coarse = f"{coarse} and sublayers" if coarse else "sublayers"
-        why = f"{coarse} go as a whole; --structures with {FINEST} comes nearer"
+        if "sublayer" in config.structures or not coarse:
+            coarse = f"{coarse} and sublayers" if coarse else "sublayers"
+        why = f"{coarse} go as a whole"
+        if "experts" not in config.structures:
+            why += f"; --structures with {FINEST} comes nearer"
     asked, gone = budget.need / block, removed / block
     return f"asked to remove {asked:.1%} of the block parameters, {gone:.1%} go: {why}"
 

@@ -24,6 +24,7 @@ Importance = Literal[
     "magnitude-l2",
     "activation",
     "activation-maw",
+    "routed-output",
     "obs",
     "random",
 ]
@@ -71,7 +72,8 @@ class PruneConfig(CommonConfig):
     whole attentions and MLPs (default: by --effort, channels as long as they suffice; of a mixture
     experts)"""
     importance: Annotated[Importance, Group.SELECTION] = "activation-maw"
-    """criterion that ranks the units of a layer"""
+    """criterion that ranks the units of a layer; routed-output ranks experts by what they add to
+    the tokens routed to them"""
     allocation: Annotated[Allocation, Group.SELECTION] = "auto"
     """how the ratio is spread over the layers (auto: by --effort)"""
     exchange_rounds: Annotated[int | None, Group.SELECTION] = None

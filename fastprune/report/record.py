@@ -45,6 +45,9 @@ class PruneRecord(Record):
     """text, seq_len, windows, before, after"""
     layers: list[dict[str, int]]
     processes: int
+    routing: dict[str, Any] | None = None
+    """of a mixture: layers (layer; of its kept experts their numbers, and the part of the tokens
+    that each gets before and after) and findings, sentences"""
     divergence: dict[str, float | None] | None = None
     """after a search: predicted and actual, in nats a token"""
     latency: dict[str, float | int | None] | None = None

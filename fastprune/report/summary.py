@@ -21,6 +21,7 @@ def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
         f"parameters: {params['before']:,} -> {params['after']:,}",
         gqa_line(metrics["layers"]),
         *filter(None, [budget_line(metrics), divergence_line(metrics)]),
+        *routing_lines(metrics),
         *(
             f"perplexity on {p['text']} ({p['windows']} windows of {p['seq_len']}): "
             f"{format.perplexity(p['before'])} -> {format.perplexity(p['after'])}"
@@ -28,6 +29,11 @@ def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
         ),
         *verdict_lines(metrics),
     ]
+
+
+def routing_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """What is to be said of experts that take most tokens, or hardly any, since others are gone."""
+    return list((metrics.get("routing") or {}).get("findings", []))
 
 
 def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
