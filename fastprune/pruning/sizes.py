@@ -216,6 +216,13 @@ def half_unit(sizes: Sequence[LayerSize], limits: Limits) -> float:
     return min(next(filter(None, ways))) / 2
 
 
+def coarsest_step(sizes: Sequence[LayerSize], limits: Limits) -> int:
+    """Parameters of the largest units that go at a time in a layer that has no finest ones to fill
+    up what they leave; 0 where every layer has some."""
+    without = [size for size in sizes if not size.finest.units]
+    return max((cost for kind in KINDS for cost in _steps(without, limits, kind)), default=0)
+
+
 def _steps(sizes: Sequence[LayerSize], limits: Limits, kind: str) -> list[int]:
     """Parameters of the units of ``kind`` that go at a time, of the layers that have some."""
     parts = (size.sublayers[kind] for size in sizes)
