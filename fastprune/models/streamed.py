@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.config import resolve_device, resolve_dtype
+from fastprune.errors import InputError
 from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, check_unquantised
-from fastprune.models.families import family_of_config
+from fastprune.models.families import FAMILIES, family_of_config
 from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
 from fastprune.models.modeling import register
@@ -48,7 +49,11 @@ class StreamedModel(FetchedLayers):
     ) -> None:
         folder = resolve_source(source)
         config = load_config(folder)
-        family_of_config(config)
+        if FAMILIES[family_of_config(config)].mixture is not None:
+            raise InputError(
+                f"{folder}: --stream reads a layer from its files as it is, and experts are put "
+                "together on loading; prune a mixture of experts without --stream"
+            )
         check_unquantised(config, str(folder))
         self.shards = ShardReader(folder)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)

@@ -68,11 +68,6 @@ def check_mixture(model: nn.Module, config: PruneConfig) -> None:
             f"--align {config.align}: experts are computed together, which takes multiples of "
             f"{MULTIPLE} channels; use --align {MULTIPLE} or a multiple of it"
         )
-    if config.stream:
-        raise InputError(
-            "--stream reads a layer from its files as it is, and those of a mixture of experts "
-            "are put together on loading; prune it without --stream (--dtype bfloat16 halves fp32)"
-        )
     if config.target_latency is not None:
         raise InputError(
             "--target-latency: a token takes as many experts as before, however many there are to "
