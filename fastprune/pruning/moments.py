@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
+from fastprune.models.experts import Visit, observed
 from fastprune.models.families import sublayers
 from fastprune.models.layers import Layers
 
@@ -146,6 +147,37 @@ def collect(
         for m in moments:
             m.complete()
     return {linear: (a, b) if a.count else (b, b) for linear, (a, b) in found.items()}
+
+
+@torch.no_grad()
+def collect_routed(
+    layers: Layers,
+    index: int,
+    experts: nn.Module,
+    linears: Mapping[int, nn.Linear],
+    states: Sequence[Tensor],
+    held_out: Sequence[bool],
+) -> dict[int, tuple[Moments, Moments]]:
+    """Moments of what some ``experts`` of layer ``index`` read, times the gates, of the tokens
+    routed to them: to fit, and held out.
+
+    ``linears`` are their output matrices by number; the rest is as for `collect`.
+    """
+    found = {expert: (Moments(linear), Moments(linear)) for expert, linear in linears.items()}
+    side = 0
+
+    def see(visit: Visit) -> None:
+        if visit.expert in found:
+            found[visit.expert][side].add(visit.inner * visit.gates)
+
+    with observed(experts, see):
+        for number, hidden in enumerate(states):
+            side = int(held_out[number])
+            layers.run(index, hidden.to(layers.device), fast=True)
+    for pair in found.values():
+        for m in pair:
+            m.complete()
+    return {expert: (a, b) if a.count else (b, b) for expert, (a, b) in found.items()}
 
 
 @torch.no_grad()
