@@ -316,7 +316,8 @@ def _sizes_of(settings: Mapping[str, Any], state: Mapping[str, Any]) -> list[Geo
     family = FAMILIES[settings["model_type"].removeprefix(PRUNED_PREFIX)]
 
     def shape(index: int, path: str) -> tuple[int, int]:
-        weight = state.get(f"{family.layers}.{index}.{path}.weight")
+        name = f"{family.layers}.{index}.{path}"
+        weight = state.get(f"{name}.weight", state.get(name))
         return (0, 0) if weight is None else (weight.shape[0], weight.shape[-1])
 
     return [family.geometry(partial(shape, index), head_dim) for index in range(count)]

@@ -379,8 +379,8 @@ def per_layer_config(config: Any, sizes: Sequence[Sizes]) -> Any:
         values = {layer[name] for layer in fields if layer.get(name)}
         if len(values) == 1:
             settings[name] = values.pop()
-    if "output_router_logits" in settings:
-        # the loss that it asks for needs as many router logits in every layer
+    if len({size.experts for size in sizes if size.experts}) > 1:
+        # the loss that this asks for needs as many router logits in every layer
         settings["output_router_logits"] = False
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the library's own checks read global sizes, and it warns of it

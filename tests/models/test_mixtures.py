@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fastprune import ExportConfig, cli, export
 from fastprune.errors import InputError
-from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.checkpoint import rebuild, save_checkpoint
 from fastprune.models.families import decoder_layers, geometries, sublayers
 from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
@@ -250,6 +250,16 @@ def test_files_name_every_expert_as_published_ones_do(family, tmp_path):
     reference = tmp_path / "reference"
     AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(reference)
     assert keys(tmp_path) == keys(reference)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_sizes_are_read_off_the_weights(family):
+    model = tiny_model(family)
+    settings = model.config.to_dict()
+    apply_plan(model, plan_for(model, "experts"))
+    again = rebuild(settings, model.state_dict()).eval()
+    assert geometries(again) == geometries(model)
+    torch.testing.assert_close(logits(again), logits(model))
 
 
 def keys(folder: Path) -> set[str]:
