@@ -33,7 +33,8 @@ INSTEAD = {
     "allocation": ("search", "uniform or global"),
     "importance": ("obs", "routed-output or activation-maw"),
 }
-"""Settings that go by the columns of one output matrix, which a mixture has not, and what does."""
+"""Values of settings that need one output matrix for a sublayer, which a mixture does not have, and
+what to use instead."""
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -112,8 +112,8 @@ class Limits:
         return self.align if kind == FINEST else 1
 
     def counts(self, size: LayerSize, kind: str) -> range:
-        """Numbers of units of ``kind`` that may go: a thinned sublayer keeps at least one step, and
-        as many units as a multiple of it."""
+        """Numbers of units of ``kind`` that may go: a thinned sublayer keeps at least one step and
+        its ``least`` units, and as many as a multiple of the step."""
         part, step = size.sublayers[kind], self.step(kind)
         return range(part.units % step, part.units - part.least + 1, step) or range(1)
 
