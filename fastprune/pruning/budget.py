@@ -183,7 +183,7 @@ def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> st
     they are near, or where it is one of milliseconds."""
     if budget.table is not None or abs(removed - budget.need) <= NEAR * block:
         return None
-    if config.align is not None and config.align > 1:
+    if FINEST in config.structures and config.align is not None and config.align > 1:
         align = config.align
         why = f"--align {align} keeps {UNITS[FINEST]} in multiples of {align} in every layer"
         why += "; a smaller --align comes nearer"

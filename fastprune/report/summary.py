@@ -32,8 +32,15 @@ def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def routing_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """What is to be said of experts that take most tokens, or hardly any, since others are gone."""
-    return list((metrics.get("routing") or {}).get("findings", []))
+    """What is to be said of experts that take most tokens, or hardly any, since others are gone,
+    and of what a refit leaves out."""
+    found = list((metrics.get("routing") or {}).get("findings", []))
+    gone = any(la.get("experts", 0) < la.get("experts_before", 0) for la in metrics["layers"])
+    if gone and (metrics.get("settings") or {}).get("compensate") == "least-squares":
+        found.append(
+            "compensation: attentions and MLPs are refitted; experts that went are not made up for"
+        )
+    return found
 
 
 def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:
