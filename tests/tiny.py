@@ -29,10 +29,14 @@ from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
+from transformers.models.mixtral import MixtralConfig
 from transformers.models.olmo2 import Olmo2Config
+from transformers.models.olmoe import OlmoeConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
 from transformers.models.smollm3 import SmolLM3Config
 from transformers.models.stablelm import StableLmConfig
 from transformers.models.starcoder2 import Starcoder2Config
@@ -81,6 +85,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Models whose layers have other parts than most of their family."""
 EVERY_KIND = (*EVERY_FAMILY, *VARIANTS)
+MIXTURES = {
+    "mixtral": MixtralConfig,
+    "olmoe": OlmoeConfig,
+    "qwen2_moe": Qwen2MoeConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+"""Families whose layers have six experts of 32 channels in place of their MLP, two for each token;
+one layer of a Qwen has an MLP."""
 VOCABULARY = 300
 
 TEXT = """The river that runs past the old mill turns its wheel in spring and freezes in winter.
@@ -110,10 +122,16 @@ def tiny_config(family: str, *, tied: bool = True, layers: int = 4, **config: An
         "initializer_range": 0.2,
     }
     variant, family = VARIANTS.get(family, {}), family.partition("-")[0]
-    if family in OTHERS:
+    if family in (*OTHERS, *MIXTURES):
         settings["pad_token_id"] = 0
+    if family in MIXTURES:
+        settings |= {"num_experts_per_tok": 2, "num_local_experts": 6, "num_experts": 6}
+        settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    if family in ("qwen2_moe", "qwen3_moe"):
+        settings |= {"intermediate_size": 96, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
+        settings |= {"shared_expert_intermediate_size": 48, "norm_topk_prob": family > "qwen3"}
     settings |= OWN.get(family, {}) | variant | config
-    return (CONFIGS | OTHERS)[family](**settings)
+    return (CONFIGS | OTHERS | MIXTURES)[family](**settings)
 
 
 def tiny_model(

@@ -67,6 +67,11 @@ def uniform_size(model: nn.Module) -> Geometry:
     Raises InputError when there is none.
     """
     sizes = geometries(model)
+    if any(size.experts for size in sizes):
+        raise InputError(
+            "hf-uniform: experts are not filled up with zeros; use --format hf, which is a stock "
+            "model where the layers have one size, as after prune --layout uniform"
+        )
     attentions = [size for size in sizes if size.kv_heads]
     channels = max((size.channels for size in sizes), default=0)
     if not attentions or not channels:

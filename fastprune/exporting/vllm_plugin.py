@@ -16,5 +16,6 @@ def register() -> None:
     from fastprune.models import modeling
 
     modeling.register()
-    for family in map(modeling.family_classes, modeling.STOCK):
-        ModelRegistry.register_model(family.causal_lm.__name__, MODEL)
+    for name, stock in modeling.STOCK.items():
+        if stock.experts is None:  # its layers have an MLP, as those of MODEL
+            ModelRegistry.register_model(modeling.family_classes(name).causal_lm.__name__, MODEL)

@@ -132,7 +132,11 @@ def kept_layers(folder: Path) -> list[int] | None:
     file = folder / "fastprune" / "plan.json"
     try:
         layers = read_json(file)["layers"]
-        return [layer["index"] for layer in layers if layer["kv_groups"] or layer["channels"]]
+        return [
+            layer["index"]
+            for layer in layers
+            if layer["kv_groups"] or layer.get("experts") or layer.get("channels")
+        ]
     except (ValueError, KeyError, TypeError):
         return None
 

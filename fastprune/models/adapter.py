@@ -230,7 +230,7 @@ def _layer_sizes(model: nn.Module) -> list[list[int]]:
         sizes = [geometry(layer) for layer in decoder_layers(inner)]
     except AttributeError:  # another family: its tensors' shapes are in the digests
         return []
-    return [[g.query_heads, g.kv_heads, g.channels] for g in sizes]
+    return [[g.query_heads, g.kv_heads, g.channels, *filter(None, [g.experts])] for g in sizes]
 
 
 def _check_files(directory: Path) -> None:

@@ -17,8 +17,8 @@ from fastprune.errors import InputError
 from fastprune.models.families import (
     ADOPTED,
     ADOPTED_AS,
+    DECLARED,
     FAMILIES,
-    KINDS,
     PRUNED_PREFIX,
     SUPPORTED,
     Family,
@@ -158,7 +158,7 @@ def _layer_misfit(layer: nn.Module, family: Family) -> str | None:
         if not isinstance(layer.get_submodule(path), nn.Linear):
             return f"{path} is not a linear module"
     size = geometry(layer, family)
-    if not all(size.units[kind] for kind in KINDS) or size.query_heads % size.kv_heads:
+    if not all(size.units[kind] for kind in DECLARED) or size.query_heads % size.kv_heads:
         return f"{size.query_heads} query heads do not share {size.kv_heads} KV heads of equal size"
     for name in filter(None, {other.residual for other in FAMILIES.values()}):
         if hasattr(layer, name) != (name == family.residual):

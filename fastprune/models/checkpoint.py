@@ -10,8 +10,8 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mode
@@ -24,6 +24,7 @@ from fastprune.errors import InputError
 from fastprune.models import modeling
 from fastprune.models.adopted import adopted_config, is_known
 from fastprune.models.checks import complaint
+from fastprune.models.experts import published
 from fastprune.models.families import (
     FAMILIES,
     LLAMA,
@@ -39,6 +40,7 @@ from fastprune.models.families import (
 from fastprune.models.multimodal import enclosing
 from fastprune.models.portable import add_older_keys, write_generation_config
 from fastprune.models.quiet import quiet_libraries
+from fastprune.models.shards import ShardWriter
 from fastprune.space import disk_trouble
 
 UNIFORM = "--layout uniform"
@@ -184,13 +186,15 @@ def _save_as_it_is(model: nn.Module, directory: Path) -> None:
 class Form:
     """How a model is written: its config, and its weights under the names that config implies.
 
-    ``layers`` maps the number of a layer in the model to its number in the files.
+    ``layers`` maps the number of a layer in the model to its number in the files. ``parts`` says
+    that weights are parts of those of the model.
     """
 
     config: Any
     state: dict[str, Tensor]
     layers: dict[int, int]
     per_layer: bool
+    parts: bool = False
 
 
 def written_form(model: nn.Module) -> Form:
@@ -215,11 +219,9 @@ def stock_form(model: nn.Module) -> Form | None:
     """`model` as a stock architecture, or None where no stock config describes it."""
     sizes = geometries(model)
     kept = [index for index, size in enumerate(sizes) if size.query_heads or size.channels]
-    if len({sizes[index] for index in kept}) != 1:
-        return None
-    size = sizes[kept[0]]
-    family = _stock_family(model, size)
-    if not size.query_heads or not size.channels or family is None:
+    size = _common({sizes[index] for index in kept})
+    family = None if size is None else _stock_family(model, size)
+    if size is None or not size.query_heads or not size.channels or family is None:
         return None
     settings = model.config.to_dict()
     for key in ("per_layer_config", "model_type", "architectures", "auto_map"):
@@ -231,18 +233,30 @@ def stock_form(model: nn.Module) -> Form | None:
         for key in ("attention_bias", "mlp_bias", "pretraining_tp"):  # Llama's own
             settings.pop(key, None)
         settings["sliding_window"] = None
-    settings |= {
-        "num_hidden_layers": len(kept),
-        "num_attention_heads": size.query_heads,
-        "num_key_value_heads": size.kv_heads,
-        "intermediate_size": size.channels,
-        "head_dim": size.head_dim,
-    }
+    settings |= {"num_hidden_layers": len(kept), "head_dim": size.head_dim}
+    for index in kept:
+        settings |= modeling.layer_settings(sizes[index], modeling.STOCK[family].experts)
+    if "mlp_only_layers" in settings:  # of families whose layers may be dense or mixtures
+        dense = [new for new, old in enumerate(kept) if not sizes[old].experts]
+        settings |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
     classes = modeling.family_classes(family)
     config = classes.config.__bases__[-1](**settings)
     config.architectures = [classes.causal_lm.__bases__[-1].__name__]
     layers = {old: new for new, old in enumerate(kept)}
-    return Form(config, _state(model, layers), layers, False)
+    state: dict[str, Tensor] = {}
+    for name, tensor in _state(model, layers).items():
+        state |= published(name, tensor, family)
+    return Form(config, state, layers, False, parts=size.experts > 0)
+
+
+def _common(sizes: Set[Geometry]) -> Geometry | None:
+    """The size that a stock config has for layers of ``sizes``, of which those with experts may
+    have an MLP of another size than the others; None where there is none."""
+    if len(sizes) == 2 and sum(size.experts > 0 for size in sizes) == 1:
+        first, second = sorted(sizes, key=lambda size: size.experts)
+        same = replace(first, channels=second.channels, experts=second.experts) == second
+        return second if same and first.channels else None
+    return next(iter(sizes)) if len(sizes) == 1 else None
 
 
 def per_layer_form(model: nn.Module) -> Form:
@@ -329,7 +343,8 @@ def _stock_family(model: nn.Module, size: Geometry) -> str | None:
     """
     config = model.config
     family = config.model_type.removeprefix(PRUNED_PREFIX)
-    if modeling.STOCK[family].full_heads:
+    stock = modeling.STOCK[family]
+    if stock.full_heads or stock.all_heads:  # norms as wide as the hidden states, or projections
         return family if size.query_heads * size.head_dim == config.hidden_size else None
     divides = config.hidden_size % max(1, size.query_heads) == 0
     if divides or not modeling.STOCK[family].free_heads:
@@ -352,6 +367,11 @@ def _state(model: nn.Module, layers: Mapping[int, int]) -> dict[str, Tensor]:
 
 def write_weights(form: Form, directory: Path) -> None:
     """Write the weights of `form` as safetensors into `directory`, which has its config."""
+    if form.parts:
+        with ShardWriter(directory, form.state) as out:
+            for name, tensor in form.state.items():
+                out.write(name, tensor)
+        return
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(form.state, directory, filename_pattern="model{suffix}.safetensors")
@@ -368,7 +388,8 @@ def _sizes_of(settings: Mapping[str, Any], state: Mapping[str, Any]) -> list[Geo
     family = FAMILIES[settings["model_type"].removeprefix(PRUNED_PREFIX)]
 
     def shape(index: int, path: str) -> tuple[int, int]:
-        weight = state.get(f"{family.layers}.{index}.{path}.weight")
+        name = f"{family.layers}.{index}.{path}"
+        weight = state.get(f"{name}.weight", state.get(name))
         return (0, 0) if weight is None else (weight.shape[0], weight.shape[-1])
 
     return [family.geometry(partial(shape, index), head_dim) for index in range(count)]

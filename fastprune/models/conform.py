@@ -22,6 +22,7 @@ from fastprune.models.modeling import (
     family_classes,
     per_layer_config,
     remove_sublayer,
+    settle_experts,
     settle_heads,
 )
 from fastprune.models.quiet import quiet_libraries
@@ -49,6 +50,8 @@ def conform(model: nn.Module, sizes: Sequence[Geometry]) -> None:
             remove_sublayer(layer, ATTENTION, family)
         if not size.channels:
             remove_sublayer(layer, MLP, family)
+        elif size.experts:
+            settle_experts(layer.mlp, size)
         elif hasattr(layer.mlp, "intermediate_size"):
             layer.mlp.intermediate_size = size.channels
     model.__class__ = family_classes(family).causal_lm

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from fastprune.errors import InputError
+from fastprune.models.experts import INPUTS as EXPERT_INPUTS
+from fastprune.models.experts import OUTPUT as EXPERT_OUTPUT
+from fastprune.models.experts import Mixture
+from fastprune.models.geometry import COARSE as COARSE
+from fastprune.models.geometry import FINEST as FINEST
+from fastprune.models.geometry import KINDS as KINDS
+from fastprune.models.geometry import UNITS as UNITS
+from fastprune.models.geometry import Geometry as Geometry
 from fastprune.models.units import Slice, Sublayer
 
 PRUNED_PREFIX = "fastprune_"
 """Per-layer checkpoints carry ``fastprune_<family>`` as their ``model_type``."""
 
-UNITS = {"attention": "KV groups", "mlp": "channels"}
-"""Kinds of sublayers, in the order in which a layer runs them, and what their units are called."""
-KINDS = tuple(UNITS)
-COARSE, FINEST = KINDS[:-1], KINDS[-1]
-"""The finest units are a row or a column wide and cost the fewest parameters: they fill up what is
-left of a budget once the coarse ones are apportioned, and they are what an alignment counts."""
+DECLARED = ("attention", "mlp")
+"""The kinds of which every family has a declaration; experts are declared as a `Mixture`."""
 
 Width = Literal["queries", "head", "channel"]
 """Entries that one unit owns: of the query heads of a KV group, of one head, or a single one."""
@@ -37,37 +42,6 @@ Part = tuple[str, Width]
 QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{n}_proj" for n in "qkvo")
 GATE, UP, DOWN = (f"mlp.{n}_proj" for n in ("gate", "up", "down"))
 """The projections of a decoder layer by name, for weights that lie in a file without a model."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of one decoder layer; a removed sublayer has zero units."""
-
-    query_heads: int
-    kv_heads: int
-    channels: int
-    head_dim: int
-
-    @property
-    def queries_per_kv(self) -> int:
-        """Query heads that share one KV head (0 when the attention is removed)."""
-        return self.query_heads // self.kv_heads if self.kv_heads else 0
-
-    @property
-    def units(self) -> dict[str, int]:
-        """Units of each kind of sublayer."""
-        return {"attention": self.kv_heads, "mlp": self.channels}
-
-    def keeping(self, units: Mapping[str, int]) -> Geometry:
-        """These sizes with so many ``units`` of the kinds that it names."""
-        kept = {**self.units, **units}
-        groups = kept["attention"]
-        return replace(
-            self,
-            query_heads=groups * self.queries_per_kv,
-            kv_heads=groups,
-            channels=kept["mlp"],
-        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +90,8 @@ class Declaration:
 class Family:
     """A model family: its sublayers, and where the parts of a causal language model lie.
 
-    ``layer_class`` is the name of the class of its decoder layers. The paths are those of modules:
+    ``layer_class`` is the name of the class of its decoder layers. ``mixture`` says where the
+    experts lie in a layer that has some in place of its MLP. The paths are those of modules:
     the list of decoder layers, the embeddings, the final norm, and the head. ``logits`` are the
     config's fields by which logits differ from the head's output; one that is None does nothing.
     ``residual`` is the attribute of a layer by which it multiplies what its sublayers add.
@@ -125,6 +100,7 @@ class Family:
 
     layer_class: str
     sublayers: tuple[Declaration, ...]
+    mixture: Mixture | None = None
     layers: str = "model.layers"
     embeddings: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -145,15 +121,22 @@ class Family:
         return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
     def geometry(self, shape: Callable[[str], tuple[int, int]], head_dim: int) -> Geometry:
-        """Sizes of a layer by the shapes of its modules, as for `Declaration.entries`."""
+        """Sizes of a layer by the shapes of its modules, as for `Declaration.entries`.
+
+        Of experts ``shape`` gives their number and their channels, by the path of the parameter.
+        """
         found: dict[str, int] = {}
         for declared in self.sublayers:
             found |= declared.entries(shape)
+        experts = inside = 0
+        if self.mixture is not None:
+            experts, inside = shape(f"{self.mixture.experts}.{EXPERT_OUTPUT}")
         return Geometry(
             query_heads=found["queries"] // head_dim if head_dim else 0,
             kv_heads=found["head"] // head_dim if head_dim else 0,
-            channels=found["channel"],
+            channels=inside or found["channel"],
             head_dim=head_dim,
+            experts=experts,
         )
 
 
@@ -227,6 +210,12 @@ COHERE = Family(
     logits={"logit_scale": "multiply"},
     refused={"use_qk_norm": "their norms of queries and keys have weights of their own per head"},
 )
+MIXTRAL = replace(LLAMA, layer_class="MixtralDecoderLayer", mixture=Mixture())
+OLMOE = Family(
+    "OlmoeDecoderLayer",
+    (replace(ATTENTION, scales=OLMO2.sublayers[0].scales), MLP),
+    mixture=Mixture(),
+)
 FAMILIES = {
     "cohere": COHERE,
     "cohere2": replace(COHERE, layer_class="Cohere2DecoderLayer", refused={}),
@@ -241,10 +230,18 @@ FAMILIES = {
     ),
     "llama": LLAMA,
     "mistral": replace(LLAMA, layer_class="MistralDecoderLayer"),
+    "mixtral": MIXTRAL,
     "olmo2": OLMO2,
+    "olmoe": OLMOE,
     "phi3": PHI3,
     "qwen2": replace(LLAMA, layer_class="Qwen2DecoderLayer"),
+    "qwen2_moe": replace(
+        MIXTRAL,
+        layer_class="Qwen2MoeDecoderLayer",
+        mixture=Mixture(always="mlp.shared_expert.down_proj"),
+    ),
     "qwen3": replace(LLAMA, layer_class="Qwen3DecoderLayer"),
+    "qwen3_moe": replace(MIXTRAL, layer_class="Qwen3MoeDecoderLayer"),
     "smollm3": replace(LLAMA, layer_class="SmolLM3DecoderLayer"),
     "stablelm": replace(
         LLAMA,
@@ -267,12 +264,12 @@ def register_family(model_type: str, family: Family) -> None:
 
     What loads, saves and trains a model whose layers differ in size are the classes of its family
     in `fastprune.models.modeling`. Raises ValueError when the type is known already, or when
-    ``family`` does not declare exactly the `KINDS` of sublayers.
+    ``family`` does not declare exactly its attention and its MLP; experts are its ``mixture``.
     """
     if model_type in FAMILIES:
         raise ValueError(f"the family '{model_type}' is registered already")
-    if (kinds := tuple(s.kind for s in family.sublayers)) != KINDS:
-        raise ValueError(f"a family declares the sublayers {KINDS}, in this order, not {kinds}")
+    if (kinds := tuple(s.kind for s in family.sublayers)) != DECLARED:
+        raise ValueError(f"a family declares the sublayers {DECLARED}, in this order, not {kinds}")
     FAMILIES[model_type] = family
 
 
@@ -337,11 +334,13 @@ def geometry(layer: nn.Module, family: Family | None = None) -> Geometry:
     """
 
     def shape(path: str) -> tuple[int, int]:
-        try:
+        with suppress(AttributeError):
             linear = layer.get_submodule(path)
-        except AttributeError:  # the sublayer is removed
-            return 0, 0
-        return linear.out_features, linear.in_features
+            return linear.out_features, linear.in_features
+        with suppress(AttributeError):
+            parameter = layer.get_parameter(path)
+            return parameter.shape[0], parameter.shape[-1]
+        return 0, 0  # the sublayer is removed, or of another kind
 
     family = family or _declared(layer)
     attention = layer.get_submodule(family.sublayers[0].module)
@@ -370,7 +369,9 @@ def sublayers(layer: nn.Module, family: Family | None = None) -> list[Sublayer]:
     shared = _shared(norms)
     found = []
     for declared in family.sublayers:
-        if units := sizes.units[declared.kind]:
+        if declared.kind == "mlp" and sizes.experts and family.mixture is not None:
+            found.append(_experts(layer, declared, family.mixture, sizes))
+        elif units := sizes.units[declared.kind]:
             path, width = declared.output
             found.append(
                 Sublayer(
@@ -415,6 +416,26 @@ def _norms(layer: nn.Module, sizes: Geometry, family: Family) -> dict[str, tuple
         if sizes.units[declared.kind]:
             found[declared.kind] = before
     return found
+
+
+def _experts(layer: nn.Module, mlp: Declaration, mixture: Mixture, sizes: Geometry) -> Sublayer:
+    """The ``mixture`` of ``layer``, which lies where the ``mlp`` of other layers does."""
+    count = sizes.experts
+    router = layer.get_submodule(mixture.router)
+    return Sublayer(
+        "experts",
+        mixture.block,
+        mlp.norms,
+        (
+            Slice(mixture.router, "weight", 0, 1, 0, count),
+            Slice(mixture.experts, EXPERT_INPUTS, 0, 1, 0, count),
+        ),
+        Slice(mixture.experts, EXPERT_OUTPUT, 0, 1, 0, count),
+        count,
+        mixture=mixture,
+        channels=sizes.channels,
+        least=min(int(router.top_k), count),
+    )
 
 
 def _declared(layer: nn.Module) -> Family:

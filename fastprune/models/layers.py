@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprune.models.experts import routing
 from fastprune.models.families import declaration, decoder_layers, family_of, sublayers
 from fastprune.models.forward import Head, decoder_and_head
 from fastprune.precision import fast_forward
@@ -122,10 +123,12 @@ class Layers:
     def run(self, index: int, hidden: Tensor, *, fast: bool = False) -> Tensor:
         """Layer ``index``, which is loaded, on ``hidden`` of a shape that `embed` has seen.
 
-        With ``fast`` products are as in `fast_forward`.
+        With ``fast`` products are as in `fast_forward`. Experts may be absent, as in `routing`.
         """
-        with self._products(fast):
-            return self.modules[index](hidden, **self._arguments[tuple(hidden.shape[:2])][index])
+        layer = self.modules[index]
+        router = None if self.family.mixture is None else self.family.mixture.router_of(layer)
+        with self._products(fast), routing(router):
+            return layer(hidden, **self._arguments[tuple(hidden.shape[:2])][index])
 
     def norm(self, hidden: Tensor, *, fast: bool = False) -> Tensor:
         """The final norm, whose output the language-model head reads."""
@@ -151,14 +154,14 @@ class Layers:
 
     def outputs(self, index: int, kind: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters by which sublayers of layer ``index`` reach the hidden states, by name;
-        of all kinds or of one.
+        of all kinds or of one. Of a mixture the router's are among them.
 
         A model that is thinned on trial differs from the dense one in these alone.
         """
         layer = self.modules[index]
         for sublayer in (s for s in sublayers(layer) if kind in (None, s.kind)):
-            for name, parameter in sublayer.linear(layer).named_parameters():
-                yield f"{self.family.layers}.{index}.{sublayer.output.module}.{name}", parameter
+            for name, parameter in sublayer.switches(layer).items():
+                yield f"{self.family.layers}.{index}.{name}", parameter
 
     def keep(self, index: int) -> None:
         """Let `outputs` of layer ``index``, which is loaded, stay as they are now."""

@@ -38,6 +38,8 @@ class Sizes(Protocol):
     def channels(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def experts(self) -> int: ...
 
 
 PREFIX = "fastprune_"
@@ -49,7 +51,8 @@ SUBLAYERS = {
     "num_key_value_heads": ATTENTION,
     "intermediate_size": MLP,
 }
-"""The sizes of a layer in a config, and the sublayer that each belongs to."""
+"""The sizes of a layer in a config, and the sublayer that each belongs to. In place of its MLP a
+layer may have experts, whose number and size are other settings: `Stock.experts`."""
 
 
 class Removed(nn.Module):
@@ -106,8 +109,10 @@ class Stock:
     `norms` are those of a decoder layer around its attention, and around its MLP; a layer without
     the latter gives its MLP what its attention reads. `own_sizes` says that the attention reads its
     heads off the config while it runs, `free_heads` that heads need not divide the hidden size
-    although the stock config says so, and `full_heads` that the stock attention can be built with
-    heads that fill the hidden size only.
+    although the stock config says so, `full_heads` that the stock attention can be built with heads
+    that fill the hidden size only, and `all_heads` that its query and key norms are built for such
+    heads. `experts` are the settings that say how many experts a layer has that has some, and how
+    many channels each.
     """
 
     module: str
@@ -122,6 +127,8 @@ class Stock:
     own_sizes: bool = False
     free_heads: bool = False
     full_heads: bool = False
+    all_heads: bool = False
+    experts: tuple[str, str] | None = None
 
 
 def _named(module: str, name: str, **more: Any) -> Stock:
@@ -159,10 +166,16 @@ STOCK: dict[str, Stock] = {
     "granite": _named("granite", "Granite"),
     "llama": _named("llama", "Llama", free_heads=True),
     "mistral": _named("mistral", "Mistral"),
+    "mixtral": _named("mixtral", "Mixtral", experts=("num_local_experts", "intermediate_size")),
     "olmo2": _named("olmo2", "Olmo2", norms=POST_NORMS),
+    "olmoe": _named("olmoe", "Olmoe", all_heads=True, experts=("num_experts", "intermediate_size")),
     "phi3": _named("phi3", "Phi3", own_sizes=True),
     "qwen2": _named("qwen2", "Qwen2"),
+    "qwen2_moe": _named("qwen2_moe", "Qwen2Moe", experts=("num_experts", "moe_intermediate_size")),
     "qwen3": _named("qwen3", "Qwen3"),
+    "qwen3_moe": _named(
+        "qwen3_moe", "Qwen3Moe", experts=("num_local_experts", "moe_intermediate_size")
+    ),
     "smollm3": _named("smollm3", "SmolLM3"),
     "stablelm": _named("stablelm", "StableLm", full_heads=True),
     "starcoder2": _named("starcoder2", "Starcoder2"),
@@ -200,13 +213,28 @@ def remove_sublayer(layer: nn.Module, sublayer: str, family: str) -> None:
 
 def settle_heads(attention: nn.Module, config: Any, heads: int, kv_heads: int) -> None:
     """Tell `attention` of a model with `config` its own number of heads."""
+    stock = STOCK[_family(config)]
     attention.num_key_value_groups = heads // kv_heads
     for name, count in (("num_heads", heads), ("num_key_value_heads", kv_heads)):
         if hasattr(attention, name):
             setattr(attention, name, count)
-    if STOCK[_family(config)].own_sizes:
+    if stock.own_sizes:
         sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
         attention.config = OwnSizes(config, sizes)
+    if stock.all_heads:
+        for norm, count in ((attention.q_norm, heads), (attention.k_norm, kv_heads)):
+            size = count * attention.head_dim
+            if len(norm.weight) != size:
+                norm.weight = nn.Parameter(norm.weight.new_ones(size))
+
+
+def settle_experts(mlp: nn.Module, size: Sizes) -> None:
+    """Tell the router and the experts inside of `mlp` how many there are, and of what size."""
+    for module in mlp.modules():
+        if hasattr(module, "num_experts"):
+            module.num_experts = size.experts
+        if hasattr(module, "intermediate_dim"):
+            module.intermediate_dim = size.channels
 
 
 def resize_heads(attention: nn.Module, heads: int, kv_heads: int) -> None:
@@ -247,7 +275,8 @@ class PerLayerModel:
         if ATTENTION in skipped:  # the smallest one that can be built; it is taken out below
             own.num_attention_heads = own.num_key_value_heads = 1
         if MLP in skipped:
-            own.intermediate_size = 1
+            for name in ("intermediate_size", *(STOCK[_family(config)].experts or ())):
+                setattr(own, name, 1)
         heads = own.num_attention_heads, own.num_key_value_heads
         full = STOCK[_family(config)].full_heads
         if full:
@@ -375,18 +404,14 @@ def per_layer_config(config: Any, sizes: Sequence[Sizes]) -> Any:
     settings["head_dim"] = settings.get("head_dim") or (
         settings["hidden_size"] // settings["num_attention_heads"]
     )
-    fields = [
-        {
-            "num_attention_heads": size.query_heads,
-            "num_key_value_heads": size.kv_heads,
-            "intermediate_size": size.channels,
-        }
-        for size in sizes
-    ]
-    for name in fields[0]:
-        values = {layer[name] for layer in fields if layer[name]}
+    fields = [layer_settings(size, STOCK[family].experts) for size in sizes]
+    for name in {name for layer in fields for name in layer}:
+        values = {layer[name] for layer in fields if layer.get(name)}
         if len(values) == 1:
             settings[name] = values.pop()
+    if len({size.experts for size in sizes if size.experts}) > 1:
+        # the loss that this asks for needs as many router logits in every layer
+        settings["output_router_logits"] = False
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the library's own checks read global sizes, and it warns of it
     try:
@@ -395,3 +420,12 @@ def per_layer_config(config: Any, sizes: Sequence[Sizes]) -> Any:
         logging.set_verbosity(level)
     result._attn_implementation = config._attn_implementation
     return result
+
+
+def layer_settings(size: Sizes, experts: tuple[str, str] | None) -> dict[str, int]:
+    """The settings of a layer of `size`, where `experts` names those of its experts."""
+    found = {"num_attention_heads": size.query_heads, "num_key_value_heads": size.kv_heads}
+    if experts is None or not size.experts:
+        return {**found, "intermediate_size": size.channels}
+    count, channels = experts
+    return {**found, count: size.experts, channels: size.channels}

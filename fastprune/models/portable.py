@@ -45,6 +45,8 @@ def older_config_keys(config: dict[str, Any]) -> dict[str, Any]:
         found["text_config"] = older_config_keys(text)
     if "dtype" in config:
         found["torch_dtype"] = config["dtype"]
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        found["num_experts"] = config["num_local_experts"]
     rope = config.get("rope_parameters")
     # Layers that differ, and a rope for each kind of layer (nested), have no older spelling.
     plain_layers = "per_layer_config" not in config

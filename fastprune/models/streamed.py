@@ -19,6 +19,7 @@ from fastprune.models.adopted import adopt, check_known, is_known
 from fastprune.models.checkpoint import EMBEDDING, HEAD
 from fastprune.models.checks import check_complete, quantisation, refusal
 from fastprune.models.dequantised import DequantisedShards, open_shards, unquantised
+from fastprune.models.families import declared_for
 from fastprune.models.layers import FetchedLayers
 from fastprune.models.load import (
     STATE_SUFFIXES,
@@ -62,6 +63,11 @@ class StreamedModel(FetchedLayers):
             raise InputError(
                 f"--stream reads language models alone, and a '{config.model_type}' has more than "
                 "a decoder; leave --stream out"
+            )
+        if (found := declared_for(config)) is not None and found.mixture is not None:
+            raise InputError(
+                f"{folder}: --stream reads a layer from its files as it is, and experts are put "
+                "together on loading; prune a mixture of experts without --stream"
             )
         self.shards = open_shards(folder, settings)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)

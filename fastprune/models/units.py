@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastprune.models.experts import INPUTS as EXPERT_INPUTS
+from fastprune.models.experts import OUTPUT as EXPERT_OUTPUT
+from fastprune.models.experts import Mixture
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -43,7 +47,9 @@ class Sublayer:
     ``inputs`` are the slices whose rows make the units, ``output`` the columns through which they
     reach the hidden states, ``scales`` those of norms over all heads. ``norms`` are the modules
     that nothing reads without the sublayer, ``output_norm`` the one among them that the output goes
-    through before it is added to the hidden states, if any.
+    through before it is added to the hidden states, if any. Where the sublayer is a ``mixture`` the
+    units are its experts, each with so many ``channels``, and at least so many stay as a token is
+    routed to.
     """
 
     kind: str
@@ -54,6 +60,9 @@ class Sublayer:
     units: int
     scales: tuple[Slice, ...] = ()
     output_norm: str | None = None
+    mixture: Mixture | None = None
+    channels: int = 0
+    least: int = 1
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -69,12 +78,28 @@ class Sublayer:
         return found
 
     def linear(self, layer: nn.Module) -> nn.Linear:
-        """The linear module of ``layer`` whose columns ``output`` describes."""
+        """The linear module of ``layer`` whose columns ``output`` describes; a mixture has none."""
         return layer.get_submodule(self.output.module)
 
-    def added(self, layer: nn.Module) -> nn.Module:
-        """The module of ``layer`` whose output is added to the hidden states."""
-        return layer.get_submodule(self.output_norm or self.output.module)
+    def adds(self, layer: nn.Module) -> nn.Module:
+        """The module of ``layer`` whose output the layer adds to the hidden states."""
+        path = self.output.module if self.mixture is None else self.mixture.block
+        return layer.get_submodule(self.output_norm or path)
+
+    def switches(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of ``layer`` by which units are taken out on trial, by name."""
+        if self.mixture is None:
+            modules = [self.output.module]
+        else:
+            modules = [self.mixture.router, *filter(None, [self.mixture.always])]
+        found = {
+            f"{path}.{name}": parameter
+            for path in modules
+            for name, parameter in layer.get_submodule(path).named_parameters()
+        }
+        if self.mixture is not None:
+            found[self.output.name] = layer.get_parameter(self.output.name)
+        return found
 
     def unit_cost(self, layer: nn.Module) -> int:
         """Parameters of ``layer`` that one unit owns."""
@@ -84,6 +109,11 @@ class Sublayer:
             width = sum(s.width for s in slices)
             total += width * parameter.numel() // parameter.shape[slices[0].dim]
         return total
+
+    def channel_cost(self, layer: nn.Module) -> int:
+        """Parameters of ``layer`` that one channel of every expert owns."""
+        names = (f"{self.output.module}.{name}" for name in (EXPERT_INPUTS, EXPERT_OUTPUT))
+        return sum(layer.get_parameter(name).numel() for name in names) // self.channels
 
     def parameters(self, layer: nn.Module) -> int:
         """Parameters that leave ``layer`` with the whole sublayer, its norms included."""

@@ -79,15 +79,17 @@ def allocate_same(
     limits: Limits,
     fits: Callable[[Removal], bool] = lambda coarse: True,
 ) -> list[Removal]:
-    """The same counts in every layer, as near to ``target`` as a step in all of them allows.
+    """The same counts in every layer that may lose any, as near to ``target`` as a step in all of
+    them allows.
 
     ``fits`` says of a removal of coarse units whether a standard model can have what is left.
     Raises InputError where that leaves nothing to remove.
     """
-    if any(size != sizes[0] for size in sizes):
+    thinned = [size for size in sizes if size.prunable] or sizes
+    if any(size != thinned[0] for size in thinned):
         raise InputError("the uniform layout needs layers of one size; use --layout per-layer")
     check_reachable(sizes, target, limits)
-    one, share = sizes[0], target / len(sizes)
+    one, share = thinned[0], target / len(thinned)
     rate = share / one.prunable
     mixes = itertools.product(*(limits.counts(one, kind) for kind in COARSE))
     every = [Removal(dict(zip(COARSE, mix))) for mix in mixes]
@@ -107,7 +109,7 @@ def allocate_same(
     half = half_unit(sizes, limits)
     # Of those within half a unit the first: its sublayers lose the most equal shares.
     nearest = min(found, key=lambda removal: max(abs(parameters(one, removal) - share), half))
-    return [nearest] * len(sizes)
+    return [nearest if size.prunable else Removal() for size in sizes]
 
 
 def fit_channels(
@@ -139,18 +141,46 @@ def _filled_up(
 ) -> list[Removal]:
     """``coarse`` removals, and the finest units up to each layer's rate: ``target`` parameters.
 
-    A finest unit costs the same in every layer that has some. The limits hold, or are passed by
-    less than a unit where the target is out of reach otherwise.
+    The limits hold, or are passed by less than a unit where the target is out of reach otherwise.
+    Where a finest unit costs more in some layers than in others, as in those with experts, the
+    dearest are apportioned by their rates, and the cheapest fill up what is left.
     """
+    removals = list(coarse)
+    costs = sorted({s.finest.cost for s in sizes if s.finest.units}, reverse=True)
+    for cost in costs:
+        own = [i for i, s in enumerate(sizes) if s.finest.units and s.finest.cost == cost]
+        if cost == costs[-1]:
+            others = removed_parameters(sizes, removals)
+            others -= sum(parameters(sizes[i], removals[i]) for i in own)
+            wanted = target - others
+        else:
+            wanted = sum(rates[i] * sizes[i].prunable for i in own)
+        filled = _filled_up_alike(
+            [sizes[i] for i in own],
+            [rates[i] for i in own],
+            [coarse[i] for i in own],
+            wanted,
+            limits,
+        )
+        for i, removal in zip(own, filled):
+            removals[i] = removal
+    return removals
+
+
+def _filled_up_alike(
+    sizes: Sequence[LayerSize],
+    rates: Sequence[float],
+    coarse: Sequence[Removal],
+    target: float,
+    limits: Limits,
+) -> list[Removal]:
+    """What `_filled_up` returns for layers whose finest units all cost the same."""
     step, counts = limits.step(FINEST), [limits.counts(s, FINEST) for s in sizes]
-    cost = next((s.finest.cost for s in sizes if s.finest.units), 0)
-    if not cost:
-        return list(coarse)
+    cost = sizes[0].finest.cost
     taken = [parameters(s, removal) for s, removal in zip(sizes, coarse)]
 
     def blocks(rate: float, i: int) -> float:
-        left = rate * sizes[i].prunable - taken[i]
-        return (left / cost - counts[i][0]) / step if sizes[i].finest.units else 0.0
+        return ((rate * sizes[i].prunable - taken[i]) / cost - counts[i][0]) / step
 
     def bounds(rate: float, integer: Callable[[float], int]) -> list[int]:
         return [min(max(integer(blocks(rate, i)), 0), len(counts[i]) - 1) for i in layers]

@@ -19,6 +19,7 @@ from fastprune.pruning.sizes import (
     Limits,
     Removal,
     check_reachable,
+    coarsest_step,
     half_unit,
     merged,
     reachable,
@@ -51,7 +52,7 @@ class Thinning:
             removals = allocate_same(chosen, target, limits, self.fits)
         elif config.allocation == "global":
             scores = [
-                {kind: self.scores.layers[i][kind].tolist() for kind in _thinnable(sizes[i])}
+                {kind: self.scores.ascending(i, kind) for kind in _thinnable(sizes[i])}
                 for i in self.selected
             ]
             removals = allocate_global(chosen, scores, target, limits, config.alpha)
@@ -122,7 +123,8 @@ def allocate_budget(
         removals = allocator(budget.need)
         removed = removed_parameters(sizes, removals)
         only_whole = not any(s.prunable for s in sizes)
-        if any(s.whole for s in sizes) and not only_whole and removed < budget.need - step / 2 - 1:
+        short = budget.need - removed - max(step / 2, coarsest_step(sizes, limits))
+        if any(s.whole for s in sizes) and not only_whole and short > 1:
             raise BudgetError(0, removed)  # what is not thinned is more than the budget leaves
         return removals
     low, high = reachable(sizes, limits)

@@ -124,7 +124,7 @@ def _as_share_of_structures(error: BudgetError, model: nn.Module, config: PruneC
     need = config.ratio * part
     if part == block_parameters(model) or not error.low <= need <= error.high:
         return ""
-    names = {"attention": "attention", "mlp": "MLPs"}
+    names = {"attention": "attention", "experts": "experts", "mlp": "MLPs"}
     named = " and ".join(names[s] for s in config.structures)
     where = f" in layers {config.layers}" if config.layers not in (None, ALL) else ""
     return (
@@ -162,7 +162,10 @@ def limits_of(config: PruneConfig) -> Limits:
 
 
 def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
-    """What may be removed from ``layer`` when only ``structures`` may be touched."""
+    """What may be removed from ``layer`` when only ``structures`` may be touched.
+
+    Of a mixture that may lose experts no channels go; else a channel of every expert is one unit.
+    """
     whole, found = "sublayer" in structures, {}
     for s in sublayers(layer):
         thin = s.kind in structures
@@ -170,7 +173,10 @@ def layer_size(layer: nn.Module, structures: Sequence[str]) -> LayerSize:
             units=s.units if thin else 0,
             cost=s.unit_cost(layer) if thin else 0,
             whole=s.parameters(layer) if whole else 0,
+            least=s.least,
         )
+        if s.mixture is not None and FINEST in structures and not thin:
+            found[FINEST] = SublayerSize(s.channels, s.channel_cost(layer))
     norms = map(layer.get_submodule, shared_norms(layer) if whole else ())
     return LayerSize(found, sum(p.numel() for norm in norms for p in norm.parameters()))
 
@@ -180,7 +186,7 @@ def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> st
     they are near, or where it is one of milliseconds."""
     if budget.table is not None or abs(removed - budget.need) <= NEAR * block:
         return None
-    if config.align is not None and config.align > 1:
+    if FINEST in config.structures and config.align is not None and config.align > 1:
         align = config.align
         why = f"--align {align} keeps {UNITS[FINEST]} in multiples of {align} in every layer"
         why += "; a smaller --align comes nearer"
@@ -190,8 +196,12 @@ def far_off(budget: Budget, config: PruneConfig, removed: int, block: int) -> st
         why = "the limits of a layer leave no finer step; a smaller --min-layer-ratio or a larger "
         why += "--max-layer-ratio comes nearer"
     else:
-        coarse = " and ".join(UNITS[kind] for kind in COARSE)
-        why = f"{coarse} and sublayers go as a whole; --structures with {FINEST} comes nearer"
+        coarse = " and ".join(UNITS[kind] for kind in COARSE if kind in config.structures)
+        if "sublayer" in config.structures or not coarse:
+            coarse = f"{coarse} and sublayers" if coarse else "sublayers"
+        why = f"{coarse} go as a whole"
+        if "experts" not in config.structures:
+            why += f"; --structures with {FINEST} comes nearer"
     asked, gone = budget.need / block, removed / block
     return f"asked to remove {asked:.1%} of the block parameters, {gone:.1%} go: {why}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.models.forward import batches
 from fastprune.models.layers import Layers
-from fastprune.pruning.moments import After, Moments, advance, collect
+from fastprune.pruning.moments import After, Moments, advance, collect, collect_routed
 
 HELD_OUT = 8
 """One calibration batch in this many, and the last, judge a refit instead of entering it."""
@@ -114,3 +114,10 @@ class Prefix:
     ) -> dict[nn.Linear, tuple[Moments, Moments]]:
         """Moments of the inputs of ``linears`` in layer ``index``: to fit, and held out."""
         return collect(self.layers, index, linears, self.states, self.held_out, after)
+
+    def routed_moments(
+        self, index: int, experts: nn.Module, linears: Mapping[int, nn.Linear]
+    ) -> dict[int, tuple[Moments, Moments]]:
+        """Moments of what the output matrices ``linears`` of ``experts`` in layer ``index`` read
+        of the tokens routed to them."""
+        return collect_routed(self.layers, index, experts, linears, self.states, self.held_out)

@@ -11,27 +11,31 @@ the reconstruction target is the uncut sublayer's output and a share β of the p
 in Quantization Error Propagation, arXiv 2504.09629). Windows of random tokens enter H beside the
 text, for words that the text does not have. λ is chosen per sublayer on calibration windows kept
 out of H, among values that include "change nothing", so a sublayer's error on unseen text never
-grows.
+grows. Where experts lose channels, the output matrix of each is refitted on the tokens routed to
+it, with their gates, and without E; experts do not take over for others that go.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from fastprune.models.families import sublayers
+from fastprune.models.families import Sublayer, sublayers
 from fastprune.pruning.calibration import Calibration, Prefix
 from fastprune.pruning.moments import Moments
 from fastprune.pruning.plan import LayerPlan, Plan
-from fastprune.pruning.surgery import kept_entries
+from fastprune.pruning.surgery import kept_entries, take_out
 
 log = logging.getLogger("fastprune")
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Pull toward the original weights, in units of the mean diagonal of H."""
+
+ROUTED_BYTES = 2**30
+"""Moments of experts that stand at a time, one expert's at least."""
 
 PROPAGATED = 0.25
 """β: the share of the propagated error that a sublayer's reconstruction target takes in."""
@@ -76,22 +80,21 @@ def refit_layer(prefix: Prefix, plan: LayerPlan) -> list[Refit]:
     """Refit the layer at the front of ``prefix`` in place by ``plan``, and step past it."""
     index = plan.index
     layer = prefix.layers.modules[index]
-    parts = [
-        (sublayer.kind, sublayer.linear(layer), kept_entries(sublayer.output, kept))
-        for sublayer in sublayers(layer)
-        for kept in [plan.kept[sublayer.kind]]
-    ]
-    thinned = [linear for _, linear, columns in parts if len(columns) < linear.in_features]
-    if thinned:
+    changed = [s for s in sublayers(layer) if _loses(s, plan)]
+    if changed:
         prefix.part_from_dense()
-    after = prefix.advance_dense(index, thinned)
+    thinned = {s.kind: s.linear(layer) for s in changed if s.mixture is None}
+    after = prefix.advance_dense(index, list(thinned.values()))
     refits: list[Refit] = []
-    for kind, linear, columns in parts:
-        if not len(columns):
-            linear.weight.zero_()
-            if linear.bias is not None:
-                linear.bias.zero_()
-        elif linear in thinned:
+    for sublayer in changed:
+        kind, kept = sublayer.kind, plan.kept[sublayer.kind]
+        if sublayer.mixture is not None:
+            take_out(sublayer, layer, replace(plan, inside=()))
+            refits += _refit_experts(prefix, sublayer, plan)
+        elif not kept:
+            take_out(sublayer, layer, plan)
+        else:
+            linear, columns = thinned[kind], kept_entries(sublayer.output, kept)
             fit, test = prefix.moments(index, [linear], after)[linear]
             solution = refit(linear, columns.to(linear.weight.device), fit, test)
             solution.write(linear)
@@ -100,6 +103,45 @@ def refit_layer(prefix: Prefix, plan: LayerPlan) -> list[Refit]:
             log.debug("%s", refits[-1])
     prefix.advance(index)
     return refits
+
+
+def _refit_experts(prefix: Prefix, sublayer: Sublayer, plan: LayerPlan) -> list[Refit]:
+    """Refit the down columns that each kept expert of a layer keeps, on the tokens routed to it.
+
+    Nothing is refitted where experts keep all of their channels. So many experts go at a time as
+    have moments of `ROUTED_BYTES`.
+    """
+    layer = prefix.layers.modules[plan.index]
+    experts = layer.get_submodule(sublayer.output.module)
+    down = layer.get_parameter(sublayer.output.name).detach()
+    kept = dict(zip(plan.kept[sublayer.kind], plan.inside))
+    together = max(1, ROUTED_BYTES // (8 * sublayer.channels**2))
+    numbers, refits = list(kept), []
+    for start in range(0, len(numbers), together):
+        linears = {expert: _as_linear(down[expert]) for expert in numbers[start : start + together]}
+        moments = prefix.routed_moments(plan.index, experts, linears)
+        for expert, linear in linears.items():
+            columns = torch.tensor(kept[expert], dtype=torch.int64, device=down.device)
+            solution = refit(linear, columns, *moments[expert])
+            solution.write(linear)
+            errors = solution.error_before, solution.error_after
+            refits.append(Refit(plan.index, f"expert {expert}", solution.strength, *errors))
+            log.debug("%s", refits[-1])
+    return refits
+
+
+def _as_linear(matrix: Tensor) -> nn.Linear:
+    """The linear layer without a bias whose weight is ``matrix`` (out, in), in the same memory."""
+    rows, columns = matrix.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix, requires_grad=False)
+    return linear
+
+
+def _loses(sublayer: Sublayer, plan: LayerPlan) -> bool:
+    """Whether ``plan`` removes anything of ``sublayer``."""
+    inside = plan.inside if sublayer.mixture is not None else ()
+    return len(plan.kept[sublayer.kind]) < sublayer.units or bool(inside)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ Importance = Literal[
     "magnitude-l2",
     "activation",
     "activation-maw",
+    "routed-output",
     "obs",
     "random",
 ]
@@ -70,11 +71,15 @@ class PruneConfig(CommonConfig):
     effort: Literal["fast", "balanced", "thorough"] = "balanced"
     """time against quality: chooses what is not said of structures, allocation, layers, limits,
     calibration and alignment, by the ratio and the model"""
-    structures: Annotated[tuple[Literal["attention", "mlp", "sublayer"], ...], Group.SELECTION] = ()
-    """what may be removed: KV groups, channels, whole attentions and MLPs (default: by --effort,
-    channels as long as they suffice)"""
+    structures: Annotated[
+        tuple[Literal["attention", "experts", "mlp", "sublayer"], ...], Group.SELECTION
+    ] = ()
+    """what may be removed: KV groups, experts, channels (of MLPs, and of experts unless those go),
+    whole attentions and MLPs (default: by --effort, channels as long as they suffice; of a mixture
+    experts)"""
     importance: Annotated[Importance, Group.SELECTION] = "activation-maw"
-    """criterion that ranks the units of a layer"""
+    """criterion that ranks the units of a layer; routed-output ranks experts by what they add to
+    the tokens routed to them"""
     allocation: Annotated[Allocation, Group.SELECTION] = "auto"
     """how the ratio is spread over the layers (auto: by --effort)"""
     exchange_rounds: Annotated[int | None, Group.SELECTION, Range(0, 10_000)] = None

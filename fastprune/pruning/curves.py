@@ -25,12 +25,12 @@ from fastprune.pruning.calibration import HELD_OUT, Calibration, Prefix
 from fastprune.pruning.compensation import PROPAGATED, STRENGTHS, refit
 from fastprune.pruning.divergence import TOP, Yardstick
 from fastprune.pruning.importance import Scores
-from fastprune.pruning.masking import DenseOutputs, zero_removed
+from fastprune.pruning.masking import DenseOutputs
 from fastprune.pruning.measured import fingerprint, keep, read
 from fastprune.pruning.moments import ADDED, After, Moments, advance
 from fastprune.pruning.search import Curve
 from fastprune.pruning.sizes import LayerSize, Removal
-from fastprune.pruning.surgery import kept_entries
+from fastprune.pruning.surgery import kept_entries, zero_removed
 
 CHANNEL_LEVELS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)
 """Shares of a layer's channels at which its divergence is measured."""

@@ -18,6 +18,7 @@ from fastprune.models.decilm import WIDTH_MULTIPLE
 from fastprune.models.families import FINEST, block_parameters, decoder_layers, geometries
 from fastprune.pruning.budget import layer_size
 from fastprune.pruning.config import ALL, PruneConfig
+from fastprune.pruning.mixtures import has_experts, smallest_align
 
 ENDS = 1 / 10
 """Share of the layers at either end that equal shares leave untouched."""
@@ -50,7 +51,7 @@ def decided(config: PruneConfig, model: nn.Module, share: float) -> PruneConfig:
     channels_alone = tuple(structures) == ("mlp",)
     allocation: Any = config.allocation
     if allocation == "auto":
-        allocation = _allocation(config, structures)
+        allocation = "uniform" if has_experts(model) else _allocation(config, structures)
     chosen: dict[str, Any] = {
         "structures": structures,
         "allocation": allocation,
@@ -74,7 +75,16 @@ def decided(config: PruneConfig, model: nn.Module, share: float) -> PruneConfig:
 def _structures(
     config: PruneConfig, model: nn.Module, share: float, layers: range
 ) -> tuple[str, ...]:
-    """Channels alone as far as they go, with room to choose; then KV groups too, or sublayers."""
+    """Channels alone as far as they go, with room to choose; then KV groups too, or sublayers.
+
+    Of a mixture experts alone as far as they go, then everything.
+    """
+    if has_experts(model):
+        blocks = decoder_layers(model)
+        experts = [layer_size(blocks[i], ("experts",)).sublayers["experts"] for i in layers]
+        able = sum((part.units - part.least) * part.cost for part in experts if part.units)
+        enough = share * block_parameters(model) <= able
+        return ("experts",) if enough else ("attention", "experts", "mlp")
     if share <= CHANNELS_ALONE and _needed(model, share, layers) <= ROOM:
         return ("mlp",)
     return ("mlp", "sublayer") if config.layout == "deci" else ("attention", "mlp")
@@ -111,6 +121,7 @@ def _needed(model: nn.Module, share: float, layers: Iterable[int]) -> float:
 
 
 def _align(model: nn.Module) -> int:
-    """ALIGN where every layer that has channels has many, in multiples of it; else 1."""
+    """ALIGN where every layer that has channels has many, in multiples of it; else the least."""
     widths = {size.channels for size in geometries(model) if size.channels}
-    return ALIGN if widths and all(w >= WIDE and w % ALIGN == 0 for w in widths) else 1
+    wide = widths and all(w >= WIDE and w % ALIGN == 0 for w in widths)
+    return ALIGN if wide else smallest_align(model)

@@ -56,15 +56,33 @@ class Stage:
 
 class Part:
     """A sublayer's sizes: its output matrix (rows, columns), ``inner`` numbers a token that its
-    input matrices give and its output matrix reads, and the ``weights`` of all its matrices."""
+    input matrices give and its output matrix reads, the ``weights`` that a token meets, and the
+    ``largest`` of its tensors.
+
+    Of a mixture the output matrix is that of one expert, and it is not refitted.
+    """
 
     def __init__(self, layer: nn.Module, sublayer: Sublayer) -> None:
         self.kind, self.units = sublayer.kind, sublayer.units
+        self.refits = sublayer.mixture is None
+        if sublayer.mixture is not None:
+            self._of_experts(layer, sublayer)
+            return
         names = dict.fromkeys(s.name for s in sublayer.slices if s.parameter == "weight")
         matrices = [layer.get_parameter(name) for name in names]
         self.rows, self.columns = matrices[-1].shape
         self.inner = self.columns + sum(len(m) for m in matrices[:-1])
         self.weights = sum(m.numel() for m in matrices)
+        self.largest = self.rows * self.columns
+
+    def _of_experts(self, layer: nn.Module, sublayer: Sublayer) -> None:
+        matrices = [layer.get_parameter(s.name) for s in sublayer.slices[-2:]]
+        count, self.rows, self.columns = matrices[-1].shape
+        self.inner = 3 * self.columns * sublayer.least
+        every = sum(p.numel() for p in layer.get_submodule(sublayer.module).parameters())
+        experts = sum(m.numel() for m in matrices)
+        self.weights = every - experts + experts * sublayer.least // count
+        self.largest = matrices[0].numel()
 
     def flops(self, length: int) -> int:
         """Operations on a window of ``length`` tokens; the attention counts as a full square."""
@@ -112,7 +130,7 @@ class Sizes:
         each = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
         self.block, self.layer = sum(each), max(each)
         self.bytes = sum(p.nbytes for p in model.parameters())
-        self.largest = self.item * max((p.rows * p.columns for p in self.parts), default=0)
+        self.largest = self.item * max((p.largest for p in self.parts), default=0)
         self.widest = max((part.columns for part in self.parts), default=0)
 
     def passes(self, length: int, layers: float, head: float = 0) -> float:
@@ -307,7 +325,7 @@ class Estimate:
             left = {part.kind: part.columns for part in kept}
             for part in layer:
                 columns = left.get(part.kind, 0)
-                if not 0 < columns < part.columns:
+                if not 0 < columns < part.columns or not part.refits:
                     continue
                 work += _until(layer, part, s)
                 fits += part.fits(n * s, [columns], targets=True)

@@ -10,7 +10,7 @@ parameter's gradient, and one window's activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from fastprune import distributed
 from fastprune.inspect.health import unsound
 from fastprune.kernels import ops
 from fastprune.messages import Message
-from fastprune.models.families import KINDS, sublayers
+from fastprune.models.families import FINEST, KINDS, sublayers
 from fastprune.models.forward import loss_and_hidden_grad
 from fastprune.models.layers import Layers
 from fastprune.models.units import Slice, Sublayer
@@ -29,6 +29,7 @@ from fastprune.progress import track
 from fastprune.pruning.calibration import Calibration, Prefix
 from fastprune.pruning.moments import outputs
 from fastprune.pruning.obs import obs
+from fastprune.pruning.routed import Routed, Units, channel_energies, expert_terms
 
 TAYLOR = {
     "taylor-first": "first",
@@ -37,11 +38,9 @@ TAYLOR = {
     "taylor-vector": "vector",
 }
 MAGNITUDE = {"magnitude-l1": "l1", "magnitude-l2": "l2"}
-ACTIVATION = ("activation", "activation-maw")
+ACTIVATION = ("activation", "activation-maw", "routed-output")
 METHODS = (*TAYLOR, *MAGNITUDE, *ACTIVATION, "obs", "random")
 
-Units = dict[str, Tensor]
-"""One layer's sums per unit (units,), fp64 on the CPU, by kind of sublayer."""
 Hooks = dict[nn.Parameter, Callable[[Tensor], None]]
 """What to do with the gradient of a parameter as soon as it exists."""
 
@@ -65,7 +64,8 @@ def register_score(name: str, units: Callable[[nn.Module], Units]) -> None:
 class Scores:
     """Importance per unit, higher is kept: of each layer fp64 CPU tensors (units,) by kind.
 
-    A sublayer that is gone has no units.
+    A sublayer that is gone has no units. Those of channels inside of experts are (experts,
+    channels).
     """
 
     layers: list[Units]
@@ -73,6 +73,14 @@ class Scores:
     def __post_init__(self) -> None:
         nothing = {kind: torch.zeros(0, dtype=torch.float64) for kind in KINDS}
         self.layers = [nothing | units for units in self.layers]
+
+    def ascending(self, layer: int, kind: str) -> list[float]:
+        """The scores of the units of ``kind`` that ``layer`` may lose, lowest first.
+
+        Every expert loses as many channels: of those one unit is the next lowest of each expert.
+        """
+        values = self.layers[layer][kind].sort(-1).values
+        return (values if values.dim() == 1 else values.sum(0)).tolist()
 
     def finite(self) -> bool:
         return all(bool(s.isfinite().all()) for units in self.layers for s in units.values())
@@ -117,7 +125,7 @@ def score(calibration: Calibration, method: str, *, seed: int = 0) -> Scores:
 
 def magnitude(layer: nn.Module, kind: str) -> Units:
     """Sums of |w| (``kind`` l1) or w² (l2) over each unit of ``layer``."""
-    return _sums(layer, lambda s: _reduce(s, layer, kind))
+    return _sums(layer, lambda sublayer, s: _terms(sublayer, s, layer, kind))
 
 
 class Inputs:
@@ -127,13 +135,18 @@ class Inputs:
         behind: what lies behind each output module of a sublayer.
         norms: of each of those modules the L2 norms of its input columns, (in_features,); what an
             output module reads is counted as `Behind.seen` has it.
+        routed: what its experts have done, where it has some.
         scale: the mean over tokens of 1 / ‖h‖², h the hidden state that the layer reads.
     """
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
         self.layer = layer
-        self.behind = {behind.linear: behind for behind in outputs(layer)}
-        modules = {layer.get_submodule(s.module): None for s in _slices(layer)}
+        self.behind = {b.linear: b for b in outputs(layer) if b.linear is not None}
+        parts = sublayers(layer)
+        slices = (s for part in parts if part.mixture is None for s in part.slices)
+        modules = {layer.get_submodule(s.module): None for s in slices}
+        mixtures = [part for part in parts if part.mixture is not None]
+        self.routed = Routed(mixtures[0], layer, device) if mixtures else None
         self._squares = {
             module: torch.zeros(module.in_features, dtype=torch.float64, device=device)
             for module in modules
@@ -150,7 +163,8 @@ class Inputs:
         handles = [m.register_forward_pre_hook(self._see_columns) for m in self._squares]
         handles.append(self.layer.register_forward_pre_hook(self._see_states))
         try:
-            yield
+            with nullcontext() if self.routed is None else self.routed.watching():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -158,6 +172,8 @@ class Inputs:
     def complete(self) -> Inputs:
         """Itself, with what all processes have seen; call it once, after everything was seen."""
         distributed.sum_(*self._squares.values(), self._inverse)
+        if self.routed is not None:
+            self.routed.complete()
         self.norms = {module: total.sqrt().float() for module, total in self._squares.items()}
         total, count = self._inverse
         self.scale = (total / count.clamp_min(1)).item()
@@ -185,20 +201,39 @@ def activation(layer: nn.Module, seen: Inputs, method: str) -> Units:
     them in some families. That of a channel is the median over the layer's channels, times
     (m / median m)², where m ranks them: the largest weights of the gate row, up row and down column
     (max w + |min w|, relative to the layer's largest, summed; the maximum absolute weight of
-    optipfair) times the channel's own activation norm.
+    optipfair) times the channel's own activation norm. That of an expert is the energy of its
+    output times its gate, summed over the tokens routed to it. The energies that leave with
+    channels inside of experts are those of channels, times the gates. ``routed-output`` is the same
+    but for experts: see `Routed.mean_outputs`.
     """
-    if method == "activation-maw":
-        return {
-            sublayer.kind: _energies(layer, sublayer, seen).cpu() for sublayer in sublayers(layer)
-        }
-    return _sums(
-        layer,
-        lambda s: (
-            _reduce(s, layer, "activation", x=seen.norms[layer.get_submodule(s.module)])
-            if s.parameter == "weight"
-            else None
-        ),
-    )
+    if method == "activation":
+        return _sums(layer, lambda sublayer, s: _activation_terms(sublayer, s, layer, seen))
+    found: Units = {}
+    for sublayer in sublayers(layer):
+        if sublayer.mixture is None:
+            found[sublayer.kind] = _energies(layer, sublayer, seen)
+        else:
+            assert seen.routed is not None
+            energy, m = channel_energies(layer, sublayer, seen.routed)
+            found["mlp"] = _median(energy * seen.scale) * (m / _median(m)).square()
+            found["experts"] = seen.routed.energies * seen.scale
+            if method == "routed-output":
+                found["experts"] = seen.routed.mean_outputs()
+    return {kind: values.cpu() for kind, values in found.items()}
+
+
+def _activation_terms(sublayer: Sublayer, s: Slice, layer: nn.Module, seen: Inputs) -> Units:
+    """Sums of |w|·‖x‖ of one parameter; routers and biases have no part in them."""
+    if sublayer.mixture is not None:
+        assert seen.routed is not None
+        if s.module == sublayer.mixture.router:
+            return {}
+        x = seen.routed.inputs_of(s.parameter)
+    elif s.parameter == "weight":
+        x = seen.norms[layer.get_submodule(s.module)]
+    else:
+        return {}
+    return _terms(sublayer, s, layer, "activation", x=x)
 
 
 def _energies(layer: nn.Module, sublayer: Sublayer, seen: Inputs) -> Tensor:
@@ -242,13 +277,33 @@ def random(layers: Layers, seed: int) -> list[Units]:
     found: list[Units] = [{} for _ in layers.modules]
     for kind in KINDS:
         for units, layer in zip(found, layers.modules, strict=True):
-            for count in (s.units for s in sublayers(layer) if s.kind == kind):
-                units[kind] = torch.rand(count, generator=generator, dtype=torch.float64)
+            for shape in (own[kind] for own in map(_shapes, sublayers(layer)) if kind in own):
+                units[kind] = torch.rand(shape, generator=generator, dtype=torch.float64)
     return found
 
 
-def _slices(layer: nn.Module) -> list[Slice]:
-    return [s for sublayer in sublayers(layer) for s in sublayer.slices]
+def _shapes(sublayer: Sublayer) -> dict[str, tuple[int, ...]]:
+    """The shapes of the scores of its units, by kind: of experts also those of their channels."""
+    found: dict[str, tuple[int, ...]] = {sublayer.kind: (sublayer.units,)}
+    if sublayer.mixture is not None:
+        found[FINEST] = sublayer.units, sublayer.channels
+    return found
+
+
+def _terms(
+    sublayer: Sublayer,
+    s: Slice,
+    layer: nn.Module,
+    kind: str,
+    grad: Tensor | None = None,
+    x: Tensor | None = None,
+) -> Units:
+    """Unit sums of one parameter's terms, by kind of units."""
+    parameter = layer.get_parameter(s.name).detach()
+    if parameter.dim() == 3:
+        parameter = parameter if grad is None else parameter.to(grad.dtype)
+        return expert_terms(s.parameter, parameter, kind, grad, x)
+    return {sublayer.kind: _reduce(s, layer, kind, grad, x)}
 
 
 def _reduce(
@@ -262,12 +317,13 @@ def _reduce(
     return s.by_unit((rows if s.dim == 0 else columns).double()).sum(1)
 
 
-def _sums(layer: nn.Module, term: Callable[[Slice], Tensor | None]) -> Units:
-    found = {}
+def _sums(layer: nn.Module, terms: Callable[[Sublayer, Slice], Units]) -> Units:
+    found: Units = {}
     for sublayer in sublayers(layer):
-        terms = [t for s in sublayer.slices if (t := term(s)) is not None]
-        found[sublayer.kind] = sum(terms[1:], terms[0]).cpu()
-    return found
+        for s in sublayer.slices:
+            for kind, values in terms(sublayer, s).items():
+                found[kind] = found[kind] + values if kind in found else values
+    return {kind: values.cpu() for kind, values in found.items()}
 
 
 class TaylorSums:
@@ -280,8 +336,9 @@ class TaylorSums:
         self.layers, self.kind = layers, kind
         self.totals: list[Units] = [
             {
-                s.kind: torch.zeros(s.units, dtype=torch.float64, device=layers.device)
+                kind: torch.zeros(shape, dtype=torch.float64, device=layers.device)
                 for s in sublayers(layer)
+                for kind, shape in _shapes(s).items()
             }
             for layer in layers.modules
         ]
@@ -300,10 +357,8 @@ class TaylorSums:
             hooks: Hooks = {}
             for index, layer in zip(stage, modules, strict=True):
                 for sublayer in sublayers(layer):
-                    total = self.totals[index][sublayer.kind]
                     for name in dict.fromkeys(s.name for s in sublayer.slices):
-                        own = [s for s in sublayer.slices if s.name == name]
-                        hooks[layer.get_parameter(name)] = self._reducer(total, layer, own)
+                        hooks[layer.get_parameter(name)] = self._reducer(index, sublayer, name)
             with only_gradients_of([*modules, self.layers.final_norm], hooks):
                 yield
 
@@ -316,16 +371,18 @@ class TaylorSums:
             for units in self.totals
         ]
 
-    def _reducer(
-        self, total: Tensor, layer: nn.Module, slices: Sequence[Slice]
-    ) -> Callable[[Tensor], None]:
+    def _reducer(self, index: int, sublayer: Sublayer, name: str) -> Callable[[Tensor], None]:
+        totals, layer = self.totals[index], self.layers.modules[index]
+        slices = [s for s in sublayer.slices if s.name == name]
+
         def reduce(parameter: Tensor) -> None:
             grad = parameter.grad
             assert grad is not None
             parameter.grad = None
             grad = grad if self.scale == 1.0 else grad.float() / self.scale
             for s in slices:
-                total.add_(_reduce(s, layer, self.kind, grad))
+                for kind, values in _terms(sublayer, s, layer, self.kind, grad).items():
+                    totals[kind].add_(values)
 
         return reduce
 

@@ -53,7 +53,7 @@ class CostTable:
     def milliseconds(self, units: Mapping[str, int]) -> float:
         """Milliseconds of a layer's sublayers of so many ``units`` each, by kind; linear between
         measured widths."""
-        return sum(_at(self.widths[kind], units[kind]) for kind in KINDS)
+        return sum(_at(points, units[kind]) for kind, points in self.widths.items())
 
     def saved(self, layer: int, removal: Removal) -> float:
         """Milliseconds a token that ``removal`` takes off ``layer``."""

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
 
 from fastprune.models.families import sublayers
 from fastprune.models.layers import Layers
 from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.compensation import compensate
 from fastprune.pruning.plan import Plan
-from fastprune.pruning.surgery import kept_entries
+from fastprune.pruning.surgery import take_out
 
 
 class DenseOutputs:
@@ -71,16 +70,5 @@ def mask(layers: Layers, plan: Plan, calibration: Calibration | None) -> None:
         return
     for index, layer in layers.walk():
         for sublayer in sublayers(layer):
-            kept = kept_entries(sublayer.output, plan.layers[index].kept[sublayer.kind])
-            zero_removed(sublayer.linear(layer), kept)
+            take_out(sublayer, layer, plan.layers[index])
         layers.keep(index)
-
-
-@torch.no_grad()
-def zero_removed(linear: nn.Linear, kept: Tensor) -> None:
-    """Zero all columns but ``kept`` (int64); without any left the sublayer is gone, bias too."""
-    removed = torch.ones(linear.in_features, dtype=torch.bool, device=linear.weight.device)
-    removed[kept.to(removed.device)] = False
-    linear.weight[:, removed] = 0
-    if removed.all() and linear.bias is not None:
-        linear.bias.zero_()

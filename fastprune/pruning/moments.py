@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastprune import distributed
+from fastprune.models.experts import Visit, observed
 from fastprune.models.families import residual_scale, sublayers
 from fastprune.models.layers import Layers
 
@@ -103,17 +104,17 @@ class Behind:
     """What lies between an output module of a sublayer and the hidden states.
 
     Attributes:
-        linear: the output module.
-        added: the module whose output is added: the norm behind it, or itself.
+        linear: the output module; None for a mixture of experts, which has several.
+        added: the module whose output is added: the norm behind it, itself, or the mixture.
     """
 
-    def __init__(self, linear: nn.Linear, added: nn.Module) -> None:
+    def __init__(self, linear: nn.Linear | None, added: nn.Module) -> None:
         self.linear, self.added = linear, added
 
     @cached_property
     def gain(self) -> Tensor | None:
         """What the norm multiplies each entry by (out,), fp32; None without one."""
-        if self.added is self.linear:
+        if self.linear is None or self.added is self.linear:
             return None
         ones = self.linear.weight.new_ones(self.linear.out_features)
         return self.added.forward(ones).float()  # not by a call, which the walks listen to
@@ -121,7 +122,7 @@ class Behind:
     def seen(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Inputs x (..., in) of the linear layer, and ``target`` (..., out) for what is added, as
         moments count them."""
-        if self.gain is None:
+        if self.linear is None or self.gain is None:
             return x, target
         x = x.float()
         y = functional.linear(x, self.linear.weight.float())
@@ -197,6 +198,37 @@ def collect(
 
 
 @torch.no_grad()
+def collect_routed(
+    layers: Layers,
+    index: int,
+    experts: nn.Module,
+    linears: Mapping[int, nn.Linear],
+    states: Sequence[Tensor],
+    held_out: Sequence[bool],
+) -> dict[int, tuple[Moments, Moments]]:
+    """Moments of what some ``experts`` of layer ``index`` read, times the gates, of the tokens
+    routed to them: to fit, and held out.
+
+    ``linears`` are their output matrices by number; the rest is as for `collect`.
+    """
+    found = {expert: (Moments(linear), Moments(linear)) for expert, linear in linears.items()}
+    side = 0
+
+    def see(visit: Visit) -> None:
+        if visit.expert in found:
+            found[visit.expert][side].add(visit.inner * visit.gates)
+
+    with observed(experts, see):
+        for number, hidden in enumerate(states):
+            side = int(held_out[number])
+            layers.run(index, hidden.to(layers.device), fast=True)
+    for pair in found.values():
+        for m in pair:
+            m.complete()
+    return {expert: (a, b) if a.count else (b, b) for expert, (a, b) in found.items()}
+
+
+@torch.no_grad()
 def advance(
     layers: Layers, index: int, states: Sequence[Tensor], targets: Sequence[nn.Linear] = ()
 ) -> After:
@@ -245,13 +277,18 @@ def advance(
 
 
 def outputs(layer: nn.Module) -> list[Behind]:
-    """The output modules of the sublayers that ``layer`` has, in their order.
+    """The output modules of the sublayers that ``layer`` has, in their order; a mixture of experts
+    has none.
 
     A norm behind one with a bias is left out of account: such an output could not be scaled token
     by token.
     """
-    linears = [(sublayer, sublayer.linear(layer)) for sublayer in sublayers(layer)]
-    return [Behind(o, s.added(layer) if o.bias is None else o) for s, o in linears]
+    found = []
+    for sublayer in sublayers(layer):
+        linear = None if sublayer.mixture is not None else sublayer.linear(layer)
+        plain = linear is not None and linear.bias is not None
+        found.append(Behind(linear, linear if plain else sublayer.adds(layer)))
+    return found
 
 
 def _only_adds(before: Tensor, after: Tensor, added: Sequence[Tensor]) -> bool:

@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.models.families import KINDS, UNITS, Geometry
 from fastprune.readers import read_json
 
 FORMAT = "fastprune-plan/1"
-FIELDS = {"attention": "kv_groups", "mlp": "channels"}
+FIELDS = {"attention": "kv_groups", "experts": "experts", "mlp": "channels"}
 """What the kept units of each kind of sublayer are called in a file."""
+INSIDE = "expert_channels"
+"""What the kept channels of each kept expert are called there."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Kept units of one layer by kind of sublayer, ascending; one that keeps none is removed."""
+    """Kept units of one layer by kind of sublayer, ascending; one that keeps none is removed.
+
+    ``inside`` are the kept channels of each kept expert, as many in all of them; empty where they
+    keep all.
+    """
 
     index: int
     kept: Mapping[str, tuple[int, ...]]
+    inside: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         every = {kind: tuple(self.kept.get(kind, ())) for kind in KINDS}
         object.__setattr__(self, "kept", every)
+        object.__setattr__(self, "inside", tuple(tuple(own) for own in self.inside))
+
+    @property
+    def channels(self) -> int | None:
+        """Channels that each expert keeps; None where they keep all."""
+        return len(self.inside[0]) if self.inside else None
+
+    def to_dict(self, size: Geometry) -> dict[str, object]:
+        """This plan for a layer of ``size`` as JSON-ready data."""
+        data: dict[str, object] = {"index": self.index}
+        data |= {FIELDS[k]: list(kept) for k, kept in self.kept.items() if size.has(k)}
+        if self.inside:
+            data[INSIDE] = [list(own) for own in self.inside]
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], size: Geometry) -> LayerPlan:
+        """What `to_dict` gave; KeyError or TypeError where it is something else."""
+        kept = {kind: tuple(data[FIELDS[kind]]) for kind in KINDS if size.has(kind)}
+        return LayerPlan(data["index"], kept, tuple(map(tuple, data.get(INSIDE, ()))))
 
 
 @dataclass(frozen=True)
@@ -45,11 +73,12 @@ class Plan:
                 raise InputError(f"the plan's layer {expected} calls itself {layer.index}")
             for kind, kept in layer.kept.items():
                 _check_kept(layer.index, UNITS[kind], kept, size.units[kind])
+            _check_inside(layer, size)
 
     def result(self) -> list[Geometry]:
         """The geometry of every layer after surgery."""
         return [
-            size.keeping({kind: len(kept) for kind, kept in layer.kept.items()})
+            size.keeping({kind: len(kept) for kind, kept in layer.kept.items()}, layer.channels)
             for layer, size in zip(self.layers, self.geometries, strict=True)
         ]
 
@@ -78,19 +107,17 @@ class Plan:
         later.check_model([self.result()[i] for i in left])
         layers = list(self.layers)
         for index, second in zip(left, later.layers, strict=True):
-            first = layers[index]
-            kept = {k: tuple(first.kept[k][i] for i in units) for k, units in second.kept.items()}
-            layers[index] = LayerPlan(index, kept)
+            layers[index] = _then(layers[index], second)
         return Plan(self.geometries, tuple(layers))
 
     def to_dict(self) -> dict[str, object]:
         """The plan as JSON-ready data."""
         return {
             "format": FORMAT,
-            "model": {"layers": [asdict(g) for g in self.geometries]},
+            "model": {"layers": [g.to_dict() for g in self.geometries]},
             "layers": [
-                {"index": layer.index} | {FIELDS[k]: list(kept) for k, kept in layer.kept.items()}
-                for layer in self.layers
+                layer.to_dict(size)
+                for layer, size in zip(self.layers, self.geometries, strict=True)
             ],
         }
 
@@ -111,13 +138,11 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError(f"{path} is not a plan: its format is not '{FORMAT}'")
         try:
-            return Plan(
-                tuple(Geometry(**sizes) for sizes in data["model"]["layers"]),
-                tuple(
-                    LayerPlan(entry["index"], {k: tuple(entry[f]) for k, f in FIELDS.items()})
-                    for entry in data["layers"]
-                ),
-            )
+            sizes = tuple(Geometry(**size) for size in data["model"]["layers"])
+            # of a layer too many Plan says so
+            beyond = [Geometry(0, 0, 0, 0)] * max(0, len(data["layers"]) - len(sizes))
+            layers = zip(data["layers"], [*sizes, *beyond])
+            return Plan(sizes, tuple(LayerPlan.from_dict(own, size) for own, size in layers))
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is not a plan: a field is missing or wrong") from error
 
@@ -134,6 +159,29 @@ def keep_all(geometries: Iterable[Geometry]) -> Plan:
     )
 
 
+def _then(first: LayerPlan, second: LayerPlan) -> LayerPlan:
+    """One layer's plan ``first`` followed by ``second``, made for its result."""
+    kept = {k: tuple(first.kept[k][i] for i in units) for k, units in second.kept.items()}
+    inside = [first.inside[i] for i in second.kept["experts"]] if first.inside else second.inside
+    if first.inside and second.inside:
+        inside = [tuple(own[i] for i in chosen) for own, chosen in zip(inside, second.inside)]
+    return LayerPlan(first.index, kept, tuple(inside))
+
+
+def _check_inside(layer: LayerPlan, size: Geometry) -> None:
+    """InputError unless every kept expert keeps as many channels, or all keep all."""
+    if not layer.inside:
+        return
+    counts = {len(own) for own in layer.inside}
+    if len(layer.inside) != len(layer.kept["experts"]) or len(counts) > 1 or 0 in counts:
+        raise InputError(
+            f"the plan's {INSIDE} of layer {layer.index} are not lists of one length, one for each "
+            "expert that it keeps"
+        )
+    for own in layer.inside:
+        _check_kept(layer.index, UNITS["mlp"], own, size.channels)
+
+
 def _check_kept(index: int, what: str, kept: tuple[int, ...], count: int) -> None:
     ascending = all(isinstance(unit, int) for unit in kept) and all(
         a < b for a, b in zip(kept, kept[1:])
@@ -145,4 +193,5 @@ def _check_kept(index: int, what: str, kept: tuple[int, ...], count: int) -> Non
 
 
 def _words(g: Geometry) -> str:
-    return f"{g.query_heads}:{g.kv_heads} heads of {g.head_dim} and {g.channels} channels"
+    experts = f"{g.experts} experts of " if g.experts else ""
+    return f"{g.query_heads}:{g.kv_heads} heads of {g.head_dim} and {experts}{g.channels} channels"

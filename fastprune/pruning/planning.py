@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastprune.cache import cache_directory
 from fastprune.models.checkpoint import has_stock_form
-from fastprune.models.families import KINDS, decoder_layers, geometries
+from fastprune.models.families import FINEST, KINDS, decoder_layers, geometries
 from fastprune.pruning.allocators import (
     Allocator,
     Thinning,
@@ -126,7 +126,11 @@ def plan_of(model: nn.Module, scores: Scores, removals: Sequence[Removal]) -> Pl
     for i, (size, r) in enumerate(zip(sizes, removals, strict=True)):
         there = [kind for kind, units in size.units.items() if units and kind not in r.gone]
         kept = {kind: keep_best(scores.layers[i][kind], r.count(kind)) for kind in there}
-        layers.append(LayerPlan(i, kept))
+        inside: list[tuple[int, ...]] = []
+        if kept.get("experts") and r.count(FINEST):
+            channels = scores.layers[i][FINEST]  # (experts, channels)
+            inside = [keep_best(channels[expert], r.count(FINEST)) for expert in kept["experts"]]
+        layers.append(LayerPlan(i, kept, tuple(inside)))
     return Plan(tuple(sizes), tuple(layers))
 
 
@@ -184,17 +188,25 @@ def _losses_of_gone(losses: list[dict[str, float]], gone: Plan | None) -> list[d
 def _gone_first(scores: Scores, gone: Plan) -> Scores:
     """``scores`` with those of removed units below all others."""
 
-    def lowered(values: Tensor, kept: Sequence[int]) -> Tensor:
-        below = torch.full_like(values, min(0.0, float(values.min()) if len(values) else 0.0) - 1)
-        below[list(kept)] = values[list(kept)]
-        return below
-
     return Scores(
         [
-            {kind: lowered(values, layer.kept[kind]) for kind, values in own.items()}
+            {kind: _lowered(values, kind, layer) for kind, values in own.items()}
             for own, layer in zip(scores.layers, gone.layers, strict=True)
         ]
     )
+
+
+def _lowered(values: Tensor, kind: str, layer: LayerPlan) -> Tensor:
+    """Scores of the units of ``kind``, those that ``layer`` removes below all others."""
+    stay = torch.zeros_like(values, dtype=torch.bool)
+    if values.dim() == 1:
+        stay[list(layer.kept[kind])] = True
+    elif not layer.inside:
+        stay[list(layer.kept["experts"])] = True
+    for expert, channels in zip(layer.kept["experts"], layer.inside):
+        stay[expert, list(channels)] = True
+    lowest = min(0.0, float(values.min()) if values.numel() else 0.0)
+    return torch.where(stay, values, lowest - 1)
 
 
 def _search(
@@ -255,4 +267,8 @@ def parameters_removed(model: nn.Module, plan: Plan) -> int:
         units = {kind: parts[kind].units - len(kept) for kind, kept in own.kept.items() if kept}
         gone = {kind for kind, kept in own.kept.items() if not kept}
         total += parameters(size, Removal(units, gone))
+        if own.inside:
+            inner = layer_size(layer, (FINEST,)).finest
+            removed = sum(inner.units - len(channels) for channels in own.inside)
+            total += removed * inner.cost // parts["experts"].units
     return total

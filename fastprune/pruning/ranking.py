@@ -78,8 +78,9 @@ class _Ranking:
 
         def push(layer: int, rank: int) -> None:
             kind = finest_first[rank]
-            more, units = self.limits.step(kind), len(self.scores[layer][kind])
-            if self.removed[layer][kind] + more < units:  # some stay
+            more = self.limits.step(kind)
+            most = self.limits.counts(self.sizes[layer], kind)[-1]  # some stay
+            if self.removed[layer][kind] + more <= most:
                 heapq.heappush(queue, (self._price(layer, kind, more), layer, rank))
 
         finest_first = KINDS[::-1]

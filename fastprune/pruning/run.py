@@ -40,6 +40,13 @@ from fastprune.pruning.early import check_settled
 from fastprune.pruning.effort import decided
 from fastprune.pruning.iterate import plan_in_steps
 from fastprune.pruning.latency import CostTable
+from fastprune.pruning.mixtures import (
+    Shares,
+    check_mixture,
+    check_routed,
+    collapse,
+    shares_record,
+)
 from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.planning import Planned, Request, parameters_removed
 from fastprune.pruning.stream import write_cut
@@ -75,6 +82,7 @@ class PruneRun:
         directory: Path | None = None,
     ) -> None:
         check_layout(layers.model, config)
+        check_mixture(layers.model, config)
         self.layers, self.directory = layers, directory
         self.tokenizer, self.clock = tokenizer, clock
         self.config = with_lengths(config, layers.model)
@@ -86,6 +94,7 @@ class PruneRun:
         self.given = Plan.load(config.plan) if config.plan else None
         if self.given:
             self.given.check_model(self.sizes)
+            check_routed(self.model, self.given)
             if len(set(self.given.result())) > 1 and (why := one_size_only(self.model)):
                 raise InputError(f"--plan: {why}")
         if config.only_trims:
@@ -101,6 +110,7 @@ class PruneRun:
         self.pruned: Perplexity | None = None
         self.yardstick: Yardstick | None = None
         self.divergence: float | None = None
+        self.shares: dict[str, dict[int, list[float]]] = {}
         self.earlier = Origin.of(config.model)
         self.milliseconds: float
         self.made: Planned
@@ -199,8 +209,17 @@ class PruneRun:
         if self.dense is not None:
             return
         with self.clock("evaluate"):
-            found = evaluate_layers(self.layers, self.test)
+            found = self._evaluated("before")
             self.dense = sound(found, self.model, Message("the loss of the model"))
+
+    def _evaluated(self, when: str) -> Perplexity:
+        """The perplexity of the model as it is, and on the way its routed shares."""
+        assert self.test is not None
+        shares = Shares(self.layers)
+        with shares.watching():
+            found = evaluate_layers(self.layers, self.test)
+        self.shares[when] = shares.complete()
+        return found
 
     def make_plan(self, planning: PruneConfig | None = None) -> None:
         """Take the plan that was given, or make one: by ``planning`` where that is given."""
@@ -251,7 +270,7 @@ class PruneRun:
         assert self.test is not None and self.dense is not None
         if self.pruned is None:
             with self.clock("evaluate"):
-                found = evaluate_layers(self.layers, self.test)
+                found = self._evaluated("after")
                 self.pruned = sound(
                     found, self.layers.model, Message("the loss of the pruned model")
                 )
@@ -275,6 +294,16 @@ class PruneRun:
             longer = new.bytes_per_token / own.bytes_per_token
             self.earlier = self.earlier.in_other_tokens(before, after, longer)
 
+    def _routing(self) -> dict[str, Any] | None:
+        """The routed shares of kept experts before and after; warns where the routing collapsed."""
+        if not (self.shares.get("before") and self.shares.get("after")):
+            return None
+        layers = shares_record(self.plan, self.shares["before"], self.shares["after"])
+        findings = collapse(layers)
+        for sentence in findings:
+            log.warning("%s", sentence)
+        return {"layers": layers, "findings": findings}
+
     def record(self) -> PruneRecord:
         """What is known of the run so far."""
         config, plan = self.config, self.plan
@@ -296,6 +325,7 @@ class PruneRun:
             perplexity=_perplexities(config.eval, self.dense, self.pruned, self.own_tokens),
             vocabulary=None if self.vocabulary is None else self.vocabulary.to_dict(),
             layers=_layers(self.sizes, plan),
+            routing=self._routing(),
             divergence=None
             if self.made.divergence is None
             else {"predicted": self.made.divergence, "actual": self.divergence},
@@ -403,6 +433,7 @@ def _layers(sizes: list[Geometry], plan: Plan) -> list[dict[str, int]]:
             "query_heads_before": before.query_heads,
             "kv_heads_before": before.kv_heads,
             "channels_before": before.channels,
+            **({"experts": g.experts, "experts_before": before.experts} if before.experts else {}),
         }
         for i, (g, before) in enumerate(zip(plan.result(), sizes, strict=True))
     ]

@@ -8,7 +8,7 @@ enough to fill up any budget, and go by the alignment; those of the others are c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastprune.errors import InputError
 from fastprune.models.families import FINEST, KINDS, UNITS
@@ -19,12 +19,13 @@ class SublayerSize:
     """What may be removed from one sublayer: ``units`` of ``cost`` parameters each.
 
     ``whole`` are the parameters of a sublayer that may go as a whole, norms and biases included; 0
-    where it may not.
+    where it may not. Of a sublayer that is thinned at least ``least`` units stay.
     """
 
     units: int = 0
     cost: int = 0
     whole: int = 0
+    least: int = 1
 
     @property
     def prunable(self) -> int:
@@ -58,8 +59,12 @@ class LayerSize:
     @property
     def whole(self) -> int:
         """Parameters of the sublayers that may go as a whole."""
-        parts = self.sublayers.values()
-        return sum(part.whole for part in parts) + self.shared * all(part.whole for part in parts)
+        return sum(part.whole for part in self.sublayers.values()) + self.shared
+
+    @property
+    def removable(self) -> Set[str]:
+        """The kinds of the sublayers that may go as a whole."""
+        return {kind for kind, part in self.sublayers.items() if part.whole}
 
     @property
     def finest(self) -> SublayerSize:
@@ -116,10 +121,10 @@ class Limits:
         return self.align if kind == FINEST else 1
 
     def counts(self, size: LayerSize, kind: str) -> range:
-        """Numbers of units of ``kind`` that may go: a thinned sublayer keeps at least one step, and
-        as many units as a multiple of it."""
-        units, step = size.sublayers[kind].units, self.step(kind)
-        return range(units % step, units, step) or range(1)
+        """Numbers of units of ``kind`` that may go: a thinned sublayer keeps at least one step and
+        its ``least`` units, and as many as a multiple of the step."""
+        part, step = size.sublayers[kind], self.step(kind)
+        return range(part.units % step, part.units - part.least + 1, step) or range(1)
 
 
 def remaining(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> list[LayerSize]:
@@ -127,12 +132,17 @@ def remaining(sizes: Sequence[LayerSize], removals: Sequence[Removal]) -> list[L
     return [
         LayerSize(
             {
-                kind: SublayerSize(0 if kind in r.gone else part.units, part.cost)
+                kind: replace(part, units=0 if _is_gone(kind, r) else part.units, whole=0)
                 for kind, part in s.sublayers.items()
             }
         )
         for s, r in zip(sizes, removals, strict=True)
     ]
+
+
+def _is_gone(kind: str, removal: Removal) -> bool:
+    """Whether ``removal`` leaves no sublayer of ``kind``; experts take their channels along."""
+    return kind in removal.gone or (kind == FINEST and "experts" in removal.gone)
 
 
 def merged(whole: Sequence[Removal], thinned: Sequence[Removal]) -> list[Removal]:
@@ -157,7 +167,7 @@ def unit_parameters(size: LayerSize, removal: Removal) -> int:
 
 def whole_parameters(size: LayerSize, removal: Removal) -> int:
     """Those of them that leave with whole sublayers."""
-    last = size.shared if removal.gone >= set(KINDS) else 0
+    last = size.shared if removal.gone >= size.removable else 0
     return sum(size.sublayers[kind].whole for kind in removal.gone) + last
 
 
@@ -214,6 +224,13 @@ def half_unit(sizes: Sequence[LayerSize], limits: Limits) -> float:
     """Half of the smallest step of the finest kind that has units, else of a whole sublayer."""
     ways = [*(_steps(sizes, limits, kind) for kind in reversed(KINDS)), _wholes(sizes), [0]]
     return min(next(filter(None, ways))) / 2
+
+
+def coarsest_step(sizes: Sequence[LayerSize], limits: Limits) -> int:
+    """Parameters of the largest units that go at a time in a layer that has no finest ones to fill
+    up what they leave; 0 where every layer has some."""
+    without = [size for size in sizes if not size.finest.units]
+    return max((cost for kind in KINDS for cost in _steps(without, limits, kind)), default=0)
 
 
 def _steps(sizes: Sequence[LayerSize], limits: Limits, kind: str) -> list[int]:

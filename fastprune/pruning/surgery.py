@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastprune.kernels import ops
 from fastprune.models.conform import conform
 from fastprune.models.families import decoder_layers, geometries, sublayers
-from fastprune.models.units import Slice
+from fastprune.models.units import Slice, Sublayer
 from fastprune.progress import track
 from fastprune.pruning.plan import LayerPlan, Plan
 
@@ -57,21 +57,85 @@ def cut_parameter(parameter: Tensor, slices: Sequence[Slice], units: Sequence[in
     for s in slices:
         stays[s.span] = False
         stays[kept_entries(s, units)] = True
-    (kept,) = ops.gather([parameter.detach()], [stays.nonzero().flatten()], [dim])
-    return kept
+    matrix = parameter.detach()
+    if matrix.dim() > 2:  # of each expert one
+        matrix = matrix.flatten(1)
+    (kept,) = ops.gather([matrix], [stays.nonzero().flatten()], [dim])
+    return kept.unflatten(1, parameter.shape[1:]) if parameter.dim() > 2 else kept
+
+
+@torch.no_grad()
+def take_out(sublayer: Sublayer, layer: nn.Module, plan: LayerPlan) -> None:
+    """Make the uncut ``sublayer`` of ``layer`` compute what it will after ``plan``.
+
+    Columns of removed units become zero. Of a removed expert that is its row in the router, which
+    `routing` takes for an expert that is absent. Without any unit left the sublayer adds nothing.
+    """
+    kept, mixture = plan.kept[sublayer.kind], sublayer.mixture
+    if mixture is None:
+        zero_removed(sublayer.linear(layer), kept_entries(sublayer.output, kept))
+        return
+    router = layer.get_parameter(f"{mixture.router}.weight")
+    router[_removed(sublayer.units, kept)] = 0
+    matrices = layer.get_parameter(sublayer.output.name)
+    for expert, channels in zip(kept, plan.inside):
+        matrices[expert][:, _removed(sublayer.channels, channels)] = 0
+    if not kept and mixture.always is not None:
+        zero_removed(layer.get_submodule(mixture.always), torch.tensor([], dtype=torch.int64))
+
+
+@torch.no_grad()
+def zero_removed(linear: nn.Linear, kept: Tensor) -> None:
+    """Zero all columns but ``kept`` (int64); without any left the sublayer is gone, bias too."""
+    removed = _removed(linear.in_features, kept)
+    linear.weight[:, removed.to(linear.weight.device)] = 0
+    if removed.all() and linear.bias is not None:
+        linear.bias.zero_()
+
+
+def _removed(count: int, kept: Sequence[int] | Tensor) -> Tensor:
+    """Which (count,) of so many are not among ``kept``."""
+    removed = torch.ones(count, dtype=torch.bool)
+    removed[torch.as_tensor(kept, dtype=torch.int64).cpu()] = False
+    return removed
+
+
+@torch.no_grad()
+def cut_channels(sublayer: Sublayer, layer: nn.Module, channels: Sequence[Sequence[int]]) -> None:
+    """Cut the experts of ``layer`` to the kept ``channels`` of each, as many in all, in place."""
+    first, last = sublayer.inputs[-1], sublayer.output
+    kept = torch.tensor(channels, dtype=torch.int64)  # (experts, kept)
+    columns = _cut_matrices(layer.get_parameter(last.name), kept, 1)
+    both = torch.cat([kept, kept + sublayer.channels], dim=1)  # gate rows, then up rows
+    rows = _cut_matrices(layer.get_parameter(first.name), both, 0)
+    for s, new in ((last, columns), (first, rows)):
+        old = layer.get_parameter(s.name)
+        module = layer.get_submodule(s.module)
+        setattr(module, s.parameter, nn.Parameter(new, old.requires_grad))
+
+
+def _cut_matrices(parameter: Tensor, indices: Tensor, dim: int) -> Tensor:
+    """Of each matrix of ``parameter`` the rows or columns that its row of ``indices`` names."""
+    matrices = list(parameter.detach())
+    return torch.stack(ops.gather(matrices, list(indices), [dim] * len(matrices)))
 
 
 def _cut(layer: nn.Module, kept: LayerPlan) -> None:
     for sublayer in sublayers(layer):
         units = kept.kept[sublayer.kind]
-        if not 0 < len(units) < sublayer.units:
-            continue
-        for name, slices in sublayer.owned.items():
-            module, parameter = layer.get_submodule(slices[0].module), layer.get_parameter(name)
-            new = nn.Parameter(cut_parameter(parameter, slices, units), parameter.requires_grad)
-            setattr(module, slices[0].parameter, new)
-            if new.dim() == 2:
-                module.out_features, module.in_features = new.shape
+        if 0 < len(units) < sublayer.units:
+            _cut_units(sublayer, layer, units)
+        if kept.inside and sublayer.mixture is not None:
+            cut_channels(sublayer, layer, kept.inside)
+
+
+def _cut_units(sublayer: Sublayer, layer: nn.Module, units: Sequence[int]) -> None:
+    for name, slices in sublayer.owned.items():
+        module, parameter = layer.get_submodule(slices[0].module), layer.get_parameter(name)
+        new = nn.Parameter(cut_parameter(parameter, slices, units), parameter.requires_grad)
+        setattr(module, slices[0].parameter, new)
+        if new.dim() == 2 and hasattr(module, "out_features"):
+            module.out_features, module.in_features = new.shape
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Numbers for people: one spelling for tables on the terminal and in reports."""
 
 import math
+from collections.abc import Mapping
 
 
 def count(n: float) -> str:
@@ -73,3 +74,12 @@ def budget(unit: str, value: float | None) -> str:
         "bytes": lambda: size(value),
         "ms/token": lambda: f"{milliseconds(value)} a token",
     }[unit]()
+
+
+def mlp(size: Mapping[str, int], suffix: str = "") -> str:
+    """The channels of a layer of ``size``, as in 1536, or with experts as in 8 × 768.
+
+    ``suffix`` is that of the names of the sizes.
+    """
+    experts, channels = size.get(f"experts{suffix}", 0), size[f"channels{suffix}"]
+    return f"{experts} × {channels}" if f"experts{suffix}" in size and channels else str(channels)

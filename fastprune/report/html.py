@@ -9,6 +9,7 @@ from fastprune.report import format
 from fastprune.report.summary import (
     budget_line,
     divergence_line,
+    routing_lines,
     verdict_lines,
     vocabulary_lines,
 )
@@ -56,16 +57,23 @@ def render_prune_report(metrics: dict[str, Any], plan: dict[str, Any]) -> str:
         ("Versions", metrics.get("versions") or {}),
     ]
     return environment.get_template("prune.html.j2").render(
-        m={"peak_memory_bytes": None, "latency": None, **metrics},
+        m={"peak_memory_bytes": None, "latency": None, "routing": None, **metrics},
         lines=[
             *vocabulary_lines(metrics),
             *filter(None, [budget_line(metrics), divergence_line(metrics)]),
+            *routing_lines(metrics),
             *verdict_lines(metrics),
         ],
         dry=not metrics["perplexity"] or metrics["perplexity"][0].get("after") is None,
         f=layer_figure(before, kept),
         layers=[
-            {**layer, "before": size, "groups": chosen["kv_groups"]}
+            {
+                **layer,
+                "groups": chosen["kv_groups"],
+                "before": size,
+                "inner": format.mlp(layer),
+                "inner_before": format.mlp(size),
+            }
             for layer, size, chosen in zip(metrics["layers"], before, kept, strict=True)
         ],
         sizes=[
@@ -86,6 +94,15 @@ _ENDS = ("before", "after")
 
 def _pair(before: int, after: int) -> dict[str, int]:
     return {"before": before, "after": after}
+
+
+def _channels(size: dict[str, Any], layer: dict[str, Any]) -> tuple[int, int]:
+    """Channels that `layer` of a plan keeps, and how many there are; of all experts together."""
+    if "experts" not in size:
+        return len(layer["channels"]), size["channels"]
+    inside = layer.get("expert_channels")
+    each = len(inside[0]) if inside else size["channels"]
+    return len(layer["experts"]) * each, size["experts"] * size["channels"]
 
 
 def layer_figure(before: list[dict[str, Any]], kept: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,12 +128,13 @@ def layer_figure(before: list[dict[str, Any]], kept: list[dict[str, Any]]) -> di
             }
             for group in range(size["kv_heads"])
         ]
-        share = len(layer["channels"]) / size["channels"] if size["channels"] else 0
+        stay, count = _channels(size, layer)
+        share = stay / count if count else 0
         bars.append(
             {
                 "layer": i,
-                "kept": len(layer["channels"]),
-                "of": size["channels"],
+                "kept": stay,
+                "of": count,
                 "x": x,
                 "y": round(bars_top + BARS * (1 - share), 2),
                 "w": COLUMN - GAP,

@@ -46,6 +46,9 @@ class PruneRecord(Record):
     of the result too, and before_own_tokens, bits_per_byte_before and bits_per_byte_after follow"""
     layers: list[dict[str, int]]
     processes: int
+    routing: dict[str, Any] | None = None
+    """of a mixture: layers (layer; of its kept experts their numbers, and the part of the tokens
+    that each gets before and after) and findings, sentences"""
     divergence: dict[str, float | None] | None = None
     """after a search: predicted and actual, in nats a token"""
     vocabulary: dict[str, int] | None = None

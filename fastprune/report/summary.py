@@ -23,6 +23,7 @@ def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
         gqa_line(metrics["layers"]),
         *vocabulary_lines(metrics),
         *filter(None, [budget_line(metrics), divergence_line(metrics)]),
+        *routing_lines(metrics),
         *(
             f"perplexity on {p['text']} ({p['windows']} windows of {p['seq_len']}): "
             f"{format.perplexity(p['before'])} -> {format.perplexity(p['after'])}"
@@ -30,6 +31,18 @@ def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
         ),
         *verdict_lines(metrics),
     ]
+
+
+def routing_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """What is to be said of experts that take most tokens, or hardly any, since others are gone,
+    and of what a refit leaves out."""
+    found = list((metrics.get("routing") or {}).get("findings", []))
+    gone = any(la.get("experts", 0) < la.get("experts_before", 0) for la in metrics["layers"])
+    if gone and (metrics.get("settings") or {}).get("compensate") == "least-squares":
+        found.append(
+            "compensation: attentions and MLPs are refitted; experts that went are not made up for"
+        )
+    return found
 
 
 def verdict_lines(metrics: Mapping[str, Any]) -> list[str]:

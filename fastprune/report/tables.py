@@ -73,9 +73,14 @@ def _advice(out: Console, advice: list[dict[str, Any]]) -> None:
 
 def _layers(layers: list[dict[str, Any]]) -> Table:
     """One row per run of equal layers, with the query:KV ratio that pruning must preserve."""
-    table = _table("layers", "query : KV heads", "ratio", "channels")
+    experts = any("experts" in layer for layer in layers)
+    inner = "experts × channels" if experts else "channels"
+    table = _table("layers", "query : KV heads", "ratio", inner)
     shapes = [
-        tuple((layer[f"{k}_before"], layer[k]) for k in ("query_heads", "kv_heads", "channels"))
+        (
+            *((layer[f"{k}_before"], layer[k]) for k in ("query_heads", "kv_heads")),
+            (format.mlp(layer, "_before"), format.mlp(layer)),
+        )
         for layer in layers
     ]
     first = 0

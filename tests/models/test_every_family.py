@@ -11,6 +11,7 @@ from every_command import ABOUT, PAGE, header, row, take_through
 from tiny import (
     EVERY_FAMILY,
     EVERY_KIND,
+    MIXTURES,
     tiny_model,
     tiny_tokenizer,
     token_ids,
@@ -65,7 +66,7 @@ def uneven(model: torch.nn.Module, *, groups: bool = True) -> Plan:
 
 
 def test_declarations_and_shipped_code_agree():
-    assert FAMILIES.keys() == modeling.STOCK.keys() == set(EVERY_FAMILY)
+    assert FAMILIES.keys() == modeling.STOCK.keys() == {*EVERY_FAMILY, *MIXTURES}
     for name, family in FAMILIES.items():
         assert modeling.STOCK[name].norms == tuple(s.norms for s in family.sublayers)
         assert modeling.STOCK[name].layer == family.layer_class
