@@ -47,9 +47,9 @@ def main() -> int:
         found = run_all(cases[: args.count], Path(name) / "work", args.workers, 60 * args.minutes)
     problems = collections.Counter(one.problem for one in found if one.problem)
     statuses = collections.Counter(one.status for one in found)
-    print(
-        f"{len(found)} of {min(args.count, len(cases))} cases in {time.monotonic() - start:.0f} s, by exit status: {dict(statuses)}"
-    )
+    seconds = time.monotonic() - start
+    print(f"{len(found)} of {min(args.count, len(cases))} cases in {seconds:.0f} s")
+    print(f"by exit status: {dict(statuses)}")
     print(f"{sum(problems.values())} fail: {dict(problems)}")
     if args.keep:
         args.keep.write_text(json.dumps([vars(one) for one in found], indent=1))
