@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -103,7 +104,8 @@ class _NoLocks(Exception):
 def _begin(out: Path, wait: bool) -> tuple[Path, int | None]:
     """The folder to work in, and the lock on it where there can be one. InputError, OSError."""
     work = work_folder(out)
-    if work.is_symlink() or (work.exists() and not work.is_dir()):
+    found = work.lstat() if os.path.lexists(work) else None
+    if found and (not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid()):
         raise InputError(f"{work}: is in the way of the run; remove it, or choose another --out")
     try:
         lock = _lock(work, wait=False)

@@ -25,6 +25,7 @@ LEVELS = (
     ("kernels",),
     (
         *("flags", "config", "cache", "precision", "progress", "distributed", "sharding"),
+        "cores",
         *("output", "workplace", "space", "files", "errors"),
     ),
 )
