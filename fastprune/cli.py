@@ -26,6 +26,7 @@ from rich.logging import RichHandler
 
 from fastprune import distributed
 from fastprune.config import CommonConfig, apply
+from fastprune.cores import wait_without_spinning_where_busy
 from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
 from fastprune.messages import reason, shown
@@ -226,6 +227,8 @@ def _call(command: Command, config: CommonConfig) -> None:
     _log_to_stderr(config)
     if config.json is not None:
         check_result(config.json)
+    if "torch" not in sys.modules:
+        wait_without_spinning_where_busy()
     apply(config)
     result = _load(command.run)(config)
     failure: FastpruneError | None = getattr(result, "failure", None)

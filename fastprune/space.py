@@ -17,6 +17,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries written in Rust (safetensors, tokenizers) end the text of an operating system's
 error."""
+SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says of an array that a disk took in part, without the number of the error."""
 SPARE = 1 << 20
 """Bytes that must be free besides, for logs and records."""
 
@@ -59,15 +61,19 @@ def disk_trouble(error: BaseException) -> str | None:
         return None
     found: BaseException | None = error
     while found is not None:
-        code = found.errno if isinstance(found, OSError) else _rust_code(str(found))
+        code = _code(found)
         if code in FULL:
             return f"{os.strerror(code)}; make room and run the same command again"
         found = found.__cause__ or found.__context__
     return None
 
 
-def _rust_code(text: str) -> int | None:
-    match = RUST_ERROR.search(text)
+def _code(error: BaseException) -> int | None:
+    """The operating system's number of `error`, where it has one."""
+    if isinstance(error, OSError):
+        short = error.errno is None and SHORT_WRITE.fullmatch(str(error))
+        return errno.ENOSPC if short else error.errno
+    match = RUST_ERROR.search(str(error))
     return int(match[1]) if match else None
 
 

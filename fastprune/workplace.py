@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -103,8 +104,10 @@ class _NoLocks(Exception):
 def _begin(out: Path, wait: bool) -> tuple[Path, int | None]:
     """The folder to work in, and the lock on it where there can be one. InputError, OSError."""
     work = work_folder(out)
-    if work.is_symlink() or (work.exists() and not work.is_dir()):
-        raise InputError(f"{work}: is in the way of the run; remove it, or choose another --out")
+    with suppress(FileNotFoundError):
+        found = work.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise InputError(f"{work}: is in the way; remove it, or choose another --out")
     try:
         lock = _lock(work, wait=False)
         if lock is None:
@@ -136,8 +139,9 @@ def _lock(work: Path, wait: bool) -> int | None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if is_still(work / LOCK, lock):
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, str(os.getpid()).encode(), 0)
+                with suppress(OSError):  # a full disk: the number is for people alone
+                    os.ftruncate(lock, 0)
+                    os.pwrite(lock, str(os.getpid()).encode(), 0)
                 return lock
         except BlockingIOError:
             os.close(lock)

@@ -3,6 +3,7 @@
 import resource
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -46,6 +47,12 @@ def test_a_library_written_in_rust(tmp_path):
             save_file({"weight": torch.zeros(1000)}, tmp_path / "weights")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_an_array_that_is_written_in_part(tmp_path):
+    full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(InputError, match="No space left on"), full, disk_errors(tmp_path):
+        np.zeros(100_000).tofile(full)
 
 
 @pytest.mark.parametrize("error", [OSError(2, "No such file"), ValueError("28"), GateError("no")])

@@ -26,7 +26,7 @@ LEVELS = (
     (
         *("flags", "config", "cache", "precision", "progress", "distributed", "sharding"),
         *("output", "workplace", "space", "files", "messages", "readers", "printing", "bounds"),
-        "errors",
+        *("cores", "errors"),
     ),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
