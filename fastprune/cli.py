@@ -17,6 +17,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Any
 
 from rich.logging import RichHandler
@@ -128,6 +129,8 @@ RED, PLAIN = "\033[1;31m", "\033[0m"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program name); returns the exit status."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that it does not know is no error
     status = _status(list(sys.argv[1:] if argv is None else argv))
     closed = _stdout_closed()
     return STDOUT_CLOSED if closed and not status else status
