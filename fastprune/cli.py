@@ -20,6 +20,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Any
 
 from rich.logging import RichHandler
@@ -143,6 +144,8 @@ RED, PLAIN = "\033[1;31m", "\033[0m"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program name); returns the exit status."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that it does not know is no error
     with _ended_by_sigterm():
         status = _status(list(sys.argv[1:] if argv is None else argv))
     closed = _stdout_closed()

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import io
 import json
 import logging
 import re
@@ -125,6 +126,18 @@ def test_stderr_is_chinese_while_other_handlers_stay_english(chinese, caplog, ca
         logging.captureWarnings(False)
     assert capsys.readouterr().err == "连续 3 次评估没有改善\n100 %: 没有写入任何文件\n"
     assert caplog.messages == ["no improvement in 3 evaluations", "100 %: nothing was written"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"), [("utf-8", "健康"), ("gb2312", "健康"), ("ascii", "??")]
+)
+def test_a_stdout_that_knows_fewer_characters(tmp_path, monkeypatch, chinese, encoding, words):
+    model = tiny_checkpoint(tmp_path / "model")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert cli.main(["diagnose", str(model), "--no-forward", "--threads", "1"]) == 0
+    stdout.flush()
+    assert f"\n{words}\n" in stdout.buffer.getvalue().decode(encoding)
 
 
 def test_diagnose_speaks_chinese_and_writes_english(tmp_path, capsys, chinese):
