@@ -7,12 +7,15 @@ has it.
 """
 
 import difflib
+import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
@@ -26,9 +29,11 @@ from fastprune.config import CommonConfig, apply
 from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
 from fastprune.messages import reason, shown
+from fastprune.printing import LogFormatter, one_line, visible
 from fastprune.progress import console
 from fastprune.progress import log as progress_log
 from fastprune.report.run import check_result, write_result
+from fastprune.space import disk_trouble
 
 log = logging.getLogger("fastprune")
 
@@ -123,14 +128,37 @@ COMMANDS = {
 
 
 STDOUT_CLOSED = 128 + 13  # SIGPIPE
+REFUSED = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+}
+"""Errors of the operating system about a file that no code can prevent."""
+LINK_LOOP = "Symlink loop"
+"""How pathlib begins to say that symbolic links lead back to themselves."""
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+"""What torch says where memory is lacking, in a RuntimeError."""
 RED, PLAIN = "\033[1;31m", "\033[0m"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program name); returns the exit status."""
-    status = _status(list(sys.argv[1:] if argv is None else argv))
+    with _ended_by_sigterm():
+        status = _status(list(sys.argv[1:] if argv is None else argv))
     closed = _stdout_closed()
     return STDOUT_CLOSED if closed and not status else status
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the body as Ctrl-C does: what is half-written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _status(args: list[str]) -> int:
@@ -150,7 +178,7 @@ def _status(args: list[str]) -> int:
     except SystemExit as end:  # --help has been printed; rich ends with 1 where stdout is closed
         return STDOUT_CLOSED if end.code else 0
     except FastpruneError as error:
-        _complain("error: " + " ".join(reason(error).split()), verbose)
+        _complain(f"error: {reason(error)}", verbose)
         return error.exit_status
     except KeyboardInterrupt:
         _complain("interrupted", verbose=False)
@@ -158,9 +186,27 @@ def _status(args: list[str]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_closed("\n"):
             return STDOUT_CLOSED
+        if (trouble := disk_trouble(error)) is not None:
+            _complain(f"error: {error}: {trouble}", verbose)
+            return InputError.exit_status
+        if told := _outside_reason(error):
+            _complain(f"error: {told}", verbose)
+            return InputError.exit_status
         hint = "" if verbose else " (unexpected; run again with --verbose to see where)"
-        _complain(f"error: {type(error).__name__}: {' '.join(str(error).split())}{hint}", verbose)
+        _complain(f"error: {type(error).__name__}: {error}{hint}", verbose)
         return 1
+
+
+def _outside_reason(error: Exception) -> str | None:
+    """What to tell of an error that the machine or a name given made, whatever code met it; None
+    for others, which are bugs."""
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and str(error).startswith(LINK_LOOP):
+        return str(error)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        return "out of memory; give a smaller model, text, batch or window, or prune with --stream"
+    return None
 
 
 def _stdout_closed(probe: str = "") -> bool:
@@ -233,10 +279,10 @@ def _complain(message: str, verbose: bool) -> None:
 
 def _print_complaint(message: str, verbose: bool) -> None:
     if verbose:
-        traceback.print_exc()
+        sys.stderr.write(visible(traceback.format_exc()))
     process = f" (process {distributed.rank()})" if distributed.rank() else ""
     red, plain = (RED, PLAIN) if message.startswith("error") and _colourful() else ("", "")
-    print(f"{red}fastprune{process}: {message}{plain}", file=sys.stderr)
+    print(f"{red}fastprune{process}: {one_line(message)}{plain}", file=sys.stderr)
 
 
 def _colourful() -> bool:
@@ -244,8 +290,8 @@ def _colourful() -> bool:
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
 
-class _Shown(logging.Formatter):
-    """The message alone, in the user's language."""
+class _Shown(LogFormatter):
+    """The message alone, in the user's language, as one visible line."""
 
     def format(self, record: logging.LogRecord) -> str:
         record = copy(record)  # other handlers have it in English
@@ -268,7 +314,7 @@ def _log_to_stderr(config: CommonConfig) -> None:
         )
     else:
         handler = logging.StreamHandler()
-    handler.setFormatter(_Shown())
+    handler.setFormatter(_Shown("%(message)s"))
     if quiet:
         handler.setLevel(logging.ERROR)
     elif not config.verbose:

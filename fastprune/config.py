@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
 
+from fastprune.bounds import Range, check_ranges
 from fastprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class CommonConfig:
     """print errors only"""
     verbose: Annotated[bool, Group.COMMON] = False
     """log every step, and show tracebacks"""
-    seed: Annotated[int, Group.COMMON] = 0
+    seed: Annotated[int, Group.COMMON, Range(0, 2**32 - 1)] = 0
     """seed of every random choice"""
-    threads: Annotated[int | None, Group.COMMON] = None
+    threads: Annotated[int | None, Group.COMMON, Range(1, 1024)] = None
     """CPU threads (default: one per physical core)"""
     device: Annotated[str, Group.COMMON] = "auto"
     """auto, cpu, cuda or cuda:N; auto takes CUDA where there is one"""
@@ -103,11 +104,12 @@ def resolve_dtype(name: str) -> torch.dtype | None:
 
 
 def apply(config: CommonConfig) -> None:
-    """Set torch's threads and random seed as `config` says. Raises InputError."""
+    """Set torch's threads and random seed as `config` says. InputError for a number that is out
+    of its range."""
     import torch
 
+    check_ranges(config)
+
     if config.threads is not None:
-        if config.threads < 1:
-            raise InputError(f"--threads {config.threads}: must be at least 1")
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

@@ -7,6 +7,9 @@ sizes and digests of its files, so that a copy that was cut short is recognised.
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
+from fastprune.readers import read_json
 
 MARK = "fastprune"
 """First key of every JSON result: the version that wrote it."""
@@ -25,6 +29,8 @@ MARKED = re.compile(rb'\s*\{\s*"fastprune"\s*:\s*"')
 DESCRIPTOR = re.compile(r"/dev/(stdout|stderr)|(?:/dev/fd|/proc/self/fd)/(\d+)")
 STANDARD = {"stdout": 1, "stderr": 2}
 SEAL = "sealed.json"
+UNFINISHED = ".fastprune-"
+"""In the names of files that are being written."""
 
 
 # ----------------------------------------------------------------- files that the user has named
@@ -93,19 +99,76 @@ def _descriptor(path: Path) -> int | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to the file `path`, whole or not at all. Raises OSError."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `text` to the file `path`, whole or not at all, and to the disk. Raises OSError.
+
+    What a killed run was writing for `path` is removed.
+    """
+    prefix = f".{path.name}{UNFINISHED}"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+        _remove_unlocked(leftover)
+    handle, name = _locked_file(path.parent, prefix)
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fchmod(handle, path.stat().st_mode & 0o777 if path.exists() else 0o644)
+            os.fchmod(handle, path.stat().st_mode & 0o777 if path.exists() else _usual_mode())
             os.fsync(handle)
-        os.replace(name, path)
+            os.replace(name, path)
     except BaseException:
         with suppress(FileNotFoundError):  # it has just been moved to its place
             os.unlink(name)
         raise
+    with suppress(OSError):  # what is done is done
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or folder `path` is on the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, of folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def is_still(path: Path, handle: int) -> bool:
+    """Whether `path` is the file that is open as `handle`, and not removed since."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _locked_file(folder: Path, prefix: str) -> tuple[int, str]:
+    """A new file for this user alone, open and locked where there are locks, and its path."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=prefix)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if is_still(Path(name), handle):  # or it was taken for a leftover before it was locked
+            return handle, name
+        os.close(handle)
+
+
+def _remove_unlocked(file: Path) -> None:
+    """Remove `file` unless a living process has locked it."""
+    with suppress(OSError):
+        handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+        finally:
+            os.close(handle)
+
+
+def _usual_mode() -> int:
+    """The permissions that the user's umask gives a new file."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 # ------------------------------------------------------------------------------- sealed folders
@@ -124,7 +187,7 @@ def is_sealed(folder: Path, digests: bool = True) -> bool:
     Their sizes are compared, and with `digests` their content, which is read for it.
     """
     try:
-        content: dict[str, Any] = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(folder / SEAL)
         return all(
             (folder / name).stat().st_size == size
             and (not digests or _digest(folder / name) == digest)

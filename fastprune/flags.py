@@ -19,19 +19,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from fastprune.bounds import check_ranges
 from fastprune.config import POSITIONAL, Group
 from fastprune.errors import InputError
 from fastprune.output import check_apart
+from fastprune.printing import Console
+from fastprune.readers import read_yaml
 
 C = TypeVar("C")
 
 WIDTH = 100
 """Columns of the help text, at most."""
+QUOTED = 100
+"""Characters of a wrong value that an error repeats."""
 HANGING = 23
 """Where the explanation of an option begins, unless all options are shorter."""
 
@@ -55,6 +58,7 @@ def parse(config_class: type[C], args: Sequence[str], prog: str) -> C:
     except InputError as error:
         raise InputError(f"{error}; see {prog} --help") from error
     config = config_class(**values)
+    check_ranges(config)
     if file is not None and isinstance(out := getattr(config, "out", None), Path):
         check_apart(out, [file])
     return config
@@ -130,7 +134,7 @@ class Option:
     def convert(self, text: str) -> Any:
         """`text` as the field's type. Raises InputError."""
         try:
-            return _converted(self.hint, text)
+            return _converted(self.hint, _checked(text))
         except ValueError as error:
             raise InputError(f"{self.shown}: {error}") from error
 
@@ -180,7 +184,8 @@ def _given(options: dict[str, Option], args: Sequence[str]) -> dict[str, Any]:
             values[flags[flag].name] = flags[flag].convert(text)
         else:
             near = difflib.get_close_matches(flag, [*flags, *switches], n=1)
-            raise InputError(f"unknown option {flag}{f'; did you mean {near[0]}?' if near else ''}")
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"unknown option {_quoted(flag)[1:-1]}{hint}")
     return values | _placed([o for o in options.values() if o.positional], loose)
 
 
@@ -189,12 +194,13 @@ def _placed(options: Sequence[Option], words: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for option in options:
         if words and get_origin(option.hint) is tuple:
-            values[option.name] = tuple(_converted(get_args(option.hint)[0], w) for w in words)
+            (member, *_) = get_args(option.hint)
+            values[option.name] = tuple(_converted(member, _checked(word)) for word in words)
             words = []
         elif words:
             values[option.name] = option.convert(words.pop(0))
     if words:
-        raise InputError(f"unexpected argument {words[0]!r}")
+        raise InputError(f"unexpected argument {_quoted(words[0])}")
     return values
 
 
@@ -224,12 +230,27 @@ def _converted(hint: Any, text: str) -> Any:
         for choice in choices:
             if str(choice) == text:
                 return choice
-        raise ValueError(f"{text!r} is not one of {', '.join(map(str, choices))}")
+        raise ValueError(f"{_quoted(text)} is not one of {', '.join(map(str, choices))}")
     try:
         return hint(text)
     except ValueError:
         noun = "a whole number" if hint is int else "a number"
-        raise ValueError(f"{text!r} is not {noun}") from None
+        raise ValueError(f"{_quoted(text)} is not {noun}") from None
+
+
+def _checked(text: str) -> str:
+    """`text` that a file can be named by and a tokenizer can encode. Raises ValueError."""
+    if "\0" in text:
+        raise ValueError(f"{_quoted(text)} holds a zero byte")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{_quoted(text)} is not UTF-8 text") from None
+    return text
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= QUOTED else f"{text[:QUOTED]}…")
 
 
 # ---------------------------------------------------------------------------- help
@@ -335,11 +356,9 @@ def _take_config(args: Sequence[str]) -> tuple[list[str], Path | None]:
 def _read_config(config_class: type, file: Path, prog: str) -> dict[str, Any]:
     """The options that the YAML `file` sets, by field name."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {file}: cannot be read: {_reason(error)}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {file}: not YAML: {_one_line(str(error))}") from error
+        values = read_yaml(file)
+    except InputError as error:
+        raise InputError(f"--config {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"--config {file}: must hold `option: value` lines")
 
@@ -356,15 +375,20 @@ def typed_values(
     """
     options = options_of(config_class)
     found: dict[str, Any] = {}
+    seen: set[str] = set()
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in options:
-            raise InputError(f"{where}: unknown option {key!r}; see {prog} --help")
-        if isinstance(value, dict):
+            raise InputError(f"{where}: unknown option {_quoted(str(key))}; see {prog} --help")
+        if name in seen:
+            raise InputError(f"{where}: {key}: stands there twice, with - and with _")
+        seen.add(name)
+        given = value if isinstance(value, list) else [value]
+        if any(isinstance(one, (dict, list)) for one in given):
             raise InputError(f"{where}: {key}: must be one value or a list")
         if value is None:
             continue
-        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = ",".join(map(str, given))
         try:
             found[name] = options[name].convert(text)
         except InputError as error:
@@ -374,7 +398,3 @@ def typed_values(
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not text"

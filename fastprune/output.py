@@ -1,40 +1,47 @@
 """Output folders: checked before the work, filled beside their place, put there in one step.
 
-While a run writes to OUT, a hidden folder beside it, `.OUT.fastprune-XXXXXXXX`, holds
-
-    new/       what becomes OUT
-    old/       what OUT was, for a moment, where the file system cannot exchange two folders
-    removed/   the same, once OUT is there again
-
-The run holds a lock on that folder as long as it lives. One that was killed leaves the folder
-behind; the next run with the same OUT puts OUT right and removes it.
+`workplace` says where they are filled, and keeps other runs away meanwhile.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
-import glob
-import json
 import os
 import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
+from fastprune.files import sync
+from fastprune.readers import read_json
+from fastprune.workplace import (
+    NEW,
+    OLD,
+    SUFFIX,
+    claimed,
+    place,
+    remove_leftovers,
+    work_folder,
+)
 
 RECORDS = "fastprune"
 """Folder inside a checkpoint where a run keeps its plan, metrics and report."""
 RUN_LOG = "run.log"
 """File in there with all that a run has said."""
-NEW, OLD, REMOVED = "new", "old", "removed"
+WRITTEN_INTO = (
+    RECORDS,
+    f"{RECORDS}/state",
+    f"{RECORDS}/{RUN_LOG}",
+    f"{RECORDS}/state/{RUN_LOG}",
+    f"{RECORDS}/train_log.jsonl",
+)
+"""What a run writes where it lies, before the result is exchanged."""
 MOUNTS = Path("/proc/self/mountinfo")
 CURRENT_FOLDER, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -55,7 +62,7 @@ def check_out(out: Path, overwrite: bool = False, inputs: Iterable[str | Path] =
     check_place(out)
     check_apart(out, inputs)
     out = place(out)
-    if not _is_filled(out) or _holds_only_a_log(out):
+    if not _is_filled(out) or _holds_no_result(out):
         return
     if not overwrite:
         raise InputError(f"{out}: exists already; choose another --out, or pass --overwrite")
@@ -86,7 +93,7 @@ def check_out_file(
         raise InputError(f"{named}: is a folder; --out names a file, such as {named / 'model'}")
     if named.is_symlink() or (out.exists() and not out.is_file()):
         raise InputError(f"{named}: is not a regular file; choose another --out")
-    parent = next(folder for folder in out.parents if os.path.lexists(folder))
+    parent = next((folder for folder in out.parents if os.path.lexists(folder)), out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{named}: cannot be created, {parent} is not writable")
     try:
@@ -108,7 +115,7 @@ def check_place(out: Path) -> None:
     named, out = Path(out), place(out)
     try:
         there = out.exists()
-        os.stat(out.parent / f"{_prefix(out)}12345678")  # the longest name that will be needed
+        os.stat(f"{work_folder(out)}-12345678")  # the longest name that will be needed
     except (FileNotFoundError, NotADirectoryError):  # as it should be
         pass
     except OSError as error:
@@ -119,11 +126,16 @@ def check_place(out: Path) -> None:
         )
     if there and not out.is_dir():
         raise InputError(f"{named}: is a file; --out names a folder")
-    parent = next(folder for folder in out.parents if os.path.lexists(folder))
+    parent = next((folder for folder in out.parents if os.path.lexists(folder)), out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{named}: cannot be created, {parent} is not writable")
     if not there:
         return
+    for name in WRITTEN_INTO:
+        if (out / name).is_symlink():
+            raise InputError(
+                f"{named / name}: is a symbolic link, which the run would write through; remove it"
+            )
     if _is_mount_point(out):
         raise InputError(
             f"{named}: is a mount point, which cannot be replaced as a whole; name a folder in it, "
@@ -163,18 +175,16 @@ def check_apart(out: Path, inputs: Iterable[str | Path]) -> None:
 def is_ours(folder: Path) -> bool:
     """Whether `folder` holds what a run of this program left: a result, or a state to go on from.
 
-    A `fastprune` folder alone says nothing: a checkout of this project has one too.
+    A `fastprune` folder alone says nothing: a checkout of this project has one too. A state that
+    was damaged is known by the log beside it.
     """
     versions = _read_json(folder / RECORDS / "metrics.json").get("versions")
-    run = _read_json(folder / RECORDS / "state" / "run.json")
+    state = folder / RECORDS / "state"
+    run = _read_json(state / "run.json")
     finished = isinstance(versions, dict) and "fastprune" in versions
-    return finished or {"settings", "stage"} <= run.keys()
-
-
-def place(out: Path) -> Path:
-    """The absolute path of `out`, free of links above its last part."""
-    path = Path(out).absolute()
-    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    logs = [folder / RECORDS / RUN_LOG, state / RUN_LOG]
+    damaged = (state / "run.json").is_file() and any(log.is_file() for log in logs)
+    return finished or damaged or {"settings", "stage"} <= run.keys()
 
 
 def _ways(path: Path) -> set[Path]:
@@ -186,17 +196,23 @@ def _is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _holds_only_a_log(folder: Path) -> bool:
-    """Whether `folder` is what a run left that ended before its first step."""
-    paths = {path.relative_to(folder) for path in folder.rglob("*")}
-    return paths <= {Path(RECORDS), Path(RECORDS, RUN_LOG)}
+def _holds_no_result(folder: Path) -> bool:
+    """Whether `folder` is what a run left that ended before its first step: its log, folders, and
+    hidden files that it was writing."""
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") and SUFFIX in part for part in parts)
+        made = path.is_dir() or parts == (RECORDS, RUN_LOG) or hidden
+        if parts[0] != RECORDS or path.is_symlink() or not made:
+            return False
+    return True
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in `file`; an empty one where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(file)
+    except InputError:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -236,8 +252,9 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder beside `out` to write into; it becomes `out` when the block ends well.
 
     On any exception, an interrupt included, it is removed and `out` is what it was. Raises
-    InputError as `check_out` does; where that happens after the block, what was written stays
-    under a name that the error tells.
+    InputError as `check_out` does, when another run writes to `out`, and when the disk is full;
+    where `out` cannot be replaced after the block, what was written stays under a name that the
+    error tells.
     """
     check_out(out, overwrite)
     with replacing(out, partial(check_out, overwrite=overwrite)) as fresh:
@@ -245,17 +262,23 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(out: Path, check: Callable[[Path], None] = lambda _: None) -> Iterator[Path]:
+def replacing(
+    out: Path, check: Callable[[Path], None] = lambda _: None, claim: Path | None = None
+) -> Iterator[Path]:
     """As `staged`, whatever `out` holds: the caller has looked, and takes over what shall stay.
 
-    `check` is asked again when the block has ended.
+    `check` is asked again when the block has ended. `claim` is what `claimed` gave where the caller
+    has `out` already.
     """
     out = place(out)
-    with _workplace(out) as work:
+    with nullcontext(claim) if claim is not None else claimed(out) as work:
         fresh = work / NEW
         fresh.mkdir()  # unlike `work`, with the permissions the user's umask gives
         yield fresh
-        sync_folder(fresh)
+        try:
+            sync_folder(fresh)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written: {error.strerror}") from error
         try:
             check(out)
             exchange(fresh, out)
@@ -268,14 +291,15 @@ def staged_file(out: Path, ours: Callable[[Path], bool], overwrite: bool = False
     """The name of a new file to write; it becomes `out` when the block ends well.
 
     On any exception, an interrupt included, it is removed and `out` is what it was. Raises
-    InputError as `check_out_file` does, and where the file cannot be written.
+    InputError as `check_out_file` does, when another run writes to `out`, and where the file cannot
+    be written.
     """
     check_out_file(out, ours, overwrite)
     out = place(out)
-    with _workplace(out) as work:
+    with claimed(out) as work:
         fresh = work / NEW
+        yield fresh
         try:
-            yield fresh
             _sync(fresh)
             check_out_file(out, ours, overwrite)
             os.replace(fresh, out)
@@ -283,25 +307,6 @@ def staged_file(out: Path, ours: Callable[[Path], bool], overwrite: bool = False
             raise InputError(f"{out}: cannot be written: {error.strerror}") from error
         with suppress(OSError):  # what is done is done
             _sync(out.parent)
-
-
-@contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, locked and removed at the end, with folders that it needed."""
-    created = [folder for folder in out.parents if not folder.exists()]  # innermost first
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work, lock = _begin(out)
-    try:
-        yield work
-    finally:
-        try:
-            _settle(work, out)
-        finally:
-            if lock is not None:
-                os.close(lock)
-        with suppress(OSError):  # not empty: the result lies there
-            for folder in created:
-                folder.rmdir()
 
 
 def _kept(fresh: Path, out: Path, error: OSError | InputError) -> InputError:
@@ -316,7 +321,7 @@ def exchange(fresh: Path, out: Path) -> None:
     """Put the folder `fresh` in the place of `out`, in one step where the file system can.
 
     What `out` was lies where `fresh` was, or else (NFS, some FUSE) in a folder `old` beside that,
-    and then `out` is missing for an instant: `_settle` knows. Raises OSError.
+    and then `out` is missing for an instant: `workplace` knows. Raises OSError.
     """
     if not _is_filled(out):
         os.rename(fresh, out)
@@ -344,84 +349,14 @@ def _exchange_paths(one: Path, other: Path) -> bool:
 def sync_folder(folder: Path) -> None:
     """Wait until everything in `folder` is on the disk: a name must not outlive its content.
 
-    Raises InputError where the disk is full or broken.
+    Raises OSError where the disk is full or broken.
     """
-    try:
-        for root, _, files in os.walk(folder):
-            for name in files:
-                _sync(Path(root, name))
-            _sync(Path(root))
-    except OSError as error:
-        raise InputError(f"{folder.parent}: cannot be written: {error.strerror}") from error
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
 
 
 def _sync(path: Path) -> None:
-    if path.is_symlink() or not (path.is_file() or path.is_dir()):
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, of folders
-            raise
-    finally:
-        os.close(handle)
-
-
-# ------------------------------------------------------------------------------------- leftovers
-
-
-def remove_leftovers(out: Path) -> None:
-    """Put `out` right after a killed run, and remove what that left beside it.
-
-    Folders that another program made, or that a living run works in, are not touched.
-    """
-    out = place(out)
-    for work in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
-        lock = _lock(work, wait=False)
-        if lock is not None:
-            if {path.name for path in work.iterdir()} <= {NEW, OLD, REMOVED}:
-                _settle(work, out)
-            os.close(lock)
-
-
-def _prefix(out: Path) -> str:
-    return f".{out.name}.fastprune-"
-
-
-def _begin(out: Path) -> tuple[Path, int | None]:
-    """A new folder beside `out`, and the lock on it that `_lock` gives."""
-    while True:
-        work = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-        lock = _lock(work, wait=True)
-        if work.is_dir():  # or another run took it for a leftover before it was locked
-            return work, lock
-
-
-def _lock(work: Path, wait: bool) -> int | None:
-    """Lock the folder `work` until the file returned is closed, or this process ends.
-
-    None where it is locked already, and where the file system has no locks: there no run removes
-    what another one left.
-    """
-    try:
-        handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _settle(work: Path, out: Path) -> None:
-    """Give back to `out` what was taken away and not replaced, and remove `work`.
-
-    Killed anywhere, the next call does the rest.
-    """
-    old, removed = work / OLD, work / REMOVED
-    if old.exists():
-        os.rename(old, removed if out.exists() else out)  # a folder half removed is never put back
-    shutil.rmtree(work, ignore_errors=True)
+    if not path.is_symlink() and (path.is_file() or path.is_dir()):
+        sync(path)

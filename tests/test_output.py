@@ -11,7 +11,8 @@ import pytest
 
 from fastprune import output
 from fastprune.errors import InputError
-from fastprune.output import RECORDS, check_apart, check_out, remove_leftovers, staged
+from fastprune.output import RECORDS, check_apart, check_out, staged
+from fastprune.workplace import remove_leftovers
 
 KILLED = """
 import os, signal, sys
@@ -192,58 +193,6 @@ class TestStaged:
         assert moment > 10
 
 
-class TestLeftovers:
-    @pytest.fixture
-    def work(self, tmp_path):
-        """What a killed run left."""
-        return tmp_path / ".out.fastprune-abcdefgh"
-
-    def test_of_a_killed_run_go(self, tmp_path, work):
-        fill(work / "new", "half")
-        check_out(tmp_path / "out")
-        assert names(tmp_path) == []
-
-    def test_of_a_living_run_stay(self, tmp_path):
-        with staged(tmp_path / "out") as work:
-            check_out(tmp_path / "out")
-            assert work.is_dir()
-
-    @pytest.mark.parametrize("name", ["out-2", "in", ".out", "out.fastprune"])
-    def test_of_another_output_stay(self, tmp_path, work, name):
-        fill(work / "new")
-        check_out(tmp_path / name)
-        assert (work / "new" / "weights").exists()
-
-    def test_what_no_run_makes_stays(self, tmp_path, work):
-        fill(work / "new")
-        (work / "thesis.tex").write_text("years of work")
-        check_out(tmp_path / "out")
-        assert (work / "thesis.tex").exists()
-
-    def test_a_run_that_is_taken_for_a_leftover_begins_again(self, tmp_path, monkeypatch):
-        """Another run looks between the making of the folder and its lock."""
-        real = output._lock
-
-        def late(work, wait):
-            monkeypatch.setattr(output, "_lock", real)
-            remove_leftovers(tmp_path / "out")
-            assert not work.exists()
-            return real(work, wait)
-
-        monkeypatch.setattr(output, "_lock", late)
-        with staged(tmp_path / "out") as fresh:
-            (fresh / "weights").write_text("new")
-        assert names(tmp_path) == ["out"]
-
-    def test_what_was_taken_away_comes_back(self, tmp_path, work):
-        fill(work / "old")
-        fill(work / "new", "new")
-        with pytest.raises(InputError, match="exists already"):
-            check_out(tmp_path / "out")
-        assert (tmp_path / "out" / "weights").read_text() == "old"
-        assert names(tmp_path) == ["out"]
-
-
 class TestCheckOut:
     def test_before_the_work(self, tmp_path):
         (tmp_path / "file").write_text("")
@@ -293,6 +242,17 @@ class TestCheckOut:
         path.write_text(json.dumps(content))
         check_out(tmp_path / "out", overwrite=True)
 
+    def test_what_a_run_left_before_its_first_step(self, tmp_path):
+        records = tmp_path / "out" / RECORDS
+        (records / ".state.fastprune" / "new").mkdir(parents=True)
+        (records / "state").mkdir()
+        for name in ("run.log", ".state.fastprune/new/run.json", "state/.run.json.fastprune-x7"):
+            (records / name).write_text("{")
+        check_out(tmp_path / "out")
+        (records / "notes.txt").write_text("years of work")
+        with pytest.raises(InputError, match="exists already"):
+            check_out(tmp_path / "out")
+
     def test_a_link(self, tmp_path):
         fill(tmp_path / "real")
         (tmp_path / "out").symlink_to(tmp_path / "real")
@@ -302,6 +262,15 @@ class TestCheckOut:
                 check_out(tmp_path / name, overwrite=True)
         (tmp_path / "above").symlink_to(tmp_path)
         check_out(tmp_path / "above" / "real", overwrite=True)
+
+    @pytest.mark.parametrize("name", output.WRITTEN_INTO)
+    def test_a_link_in_it_that_would_be_written_through(self, tmp_path, name):
+        (tmp_path / "elsewhere").mkdir()
+        link = tmp_path / "out" / name
+        link.parent.mkdir(parents=True)
+        link.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(InputError, match=rf"{link}: is a symbolic link, which the run would"):
+            check_out(tmp_path / "out", overwrite=True)
 
     def test_a_mount_point(self, tmp_path, monkeypatch):
         out = fill(tmp_path / "a mount")

@@ -25,7 +25,8 @@ LEVELS = (
     ("kernels",),
     (
         *("flags", "config", "cache", "precision", "progress", "distributed", "sharding"),
-        *("output", "files", "messages", "errors"),
+        *("output", "workplace", "space", "files", "messages", "readers", "printing", "bounds"),
+        "errors",
     ),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from fastprune.bounds import MINUTES, Range, check_ranges
 from fastprune.config import Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT, PYDOCS
 from fastprune.data.records import source_names
@@ -32,11 +32,11 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
     """Hugging Face directory, hub id, .gguf file, or smollm2-135m"""
     out: Path | None = None
     """directory of the small model"""
-    ratio: float | None = None
+    ratio: Annotated[float | None, Range(0, 1, closed=(False, False))] = None
     """fraction of the block parameters to remove"""
-    minutes: float | None = None
+    minutes: Annotated[float | None, MINUTES] = None
     """time for the whole command, loading and measuring included (default: by --effort)"""
-    rounds: int = 1
+    rounds: Annotated[int, Range(1, 1000)] = 1
     """prune and recover in so many rounds, each of which removes an equal part"""
     effort: Effort = "auto"  # type: ignore[assignment]
     """how much time pruning may take (auto: by --minutes, balanced without)"""
@@ -59,8 +59,7 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
             )
         if self.out is None:
             raise InputError("--out DIR is needed")
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise InputError(f"--minutes must be positive, not {self.minutes}")
+        check_ranges(self)
         for flag, unusable in (
             ("--dry-run", self.dry_run),
             ("--stream", self.stream),
@@ -70,9 +69,7 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
         ):
             if unusable:
                 raise InputError(f"compress does not take {flag}; use prune and finetune by hand")
-        if self.rounds < 1:
-            raise InputError(f"--rounds must be at least 1, not {self.rounds}")
-        if self.rounds > 1 and (self.ratio is None or self.ratio_of != "block"):
+        if self.rounds > 1 and (not self.ratio or self.ratio_of != "block"):
             raise InputError("--rounds takes its parts of --ratio R, a share of the whole block")
         self.prune_config().check()
         self.finetune_config().check()

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastprune.compression.config import CompressConfig
 from fastprune.compression.schedule import UNIT_TOKENS
-from fastprune.data.text import load_documents
+from fastprune.data.text import characters_for, load_documents
 from fastprune.inspect.generate import generate
 from fastprune.inspect.memory import forget_peak, peak_memory_bytes
 from fastprune.inspect.perplexity import (
@@ -20,6 +20,7 @@ from fastprune.inspect.perplexity import (
     sound,
     text_windows,
     window_length,
+    with_bytes,
 )
 from fastprune.inspect.speed import SHORT, measure_speeds
 from fastprune.inspect.tasks import evaluate_tasks
@@ -53,11 +54,13 @@ def figures(model: nn.Module, tokenizer: Any, config: CompressConfig) -> dict[st
     texts = []
     for name, count in config.texts():
         seq_len = window_length(model, "--eval-seq-len", config.eval_seq_len, SEQ_LEN)
-        windows = text_windows(tokenizer, load_documents(name), seq_len, count)
+        documents = load_documents(name, characters_for(seq_len * count))
+        windows = text_windows(tokenizer, documents, seq_len, count)
         check_largest(model, tokenizer, int(windows.max()), name)
         with fast_forward(device, model.dtype):
             found = evaluate(model, windows)
         found = sound(found, model, Message("the loss of the model"))
+        found = with_bytes(found, tokenizer, windows)
         texts.append({"text": name, **found.to_dict()})
     peak = peak_memory_bytes(device)
     tasks = {}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,24 @@ from fastprune.compression.measure import answers, figures, probe, speeds, weigh
 from fastprune.compression.schedule import Pace
 from fastprune.compression.steps import Steps, is_complete
 from fastprune.config import resolve_device
-from fastprune.data.records import source_files, source_names
+from fastprune.data.records import check_data, source_names
 from fastprune.errors import GateError, InputError
 from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
 from fastprune.messages import Message
 from fastprune.models.adopted import check_known
 from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.families import decoder_layers
 from fastprune.models.layers import Layers
 from fastprune.models.load import load_model
-from fastprune.output import RECORDS, replacing, staged
+from fastprune.output import RECORDS, check_place, replacing, staged
 from fastprune.progress import log as progress_log
+from fastprune.pruning.early import check_early
 from fastprune.pruning.pipeline import PruneResult, check_source, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
+from fastprune.pruning.vocabulary import check_texts
+from fastprune.readers import read_json
 from fastprune.recover.merge import MergeConfig, run_merge
 from fastprune.recover.pipeline import run_finetune
 from fastprune.recover.recipes import load_recipe
@@ -44,8 +48,14 @@ from fastprune.report import format
 from fastprune.report.compress import write_compress_report
 from fastprune.report.record import CompressRecord, write_record
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions
+from fastprune.space import check_space
+from fastprune.workplace import claimed
+
+log = logging.getLogger("fastprune")
 
 PRUNED, ADAPTER, MERGED = "pruned", "recovered", "merged"
+KEPT = 2
+"""Whole models that a run keeps until its end: the pruned one, and the recovered one."""
 NOT_ASKED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "minutes",
     "gate_ppl_ratio", "format", "quant", "pad", "log_to", "log_steps", "read_back", "save_steps",
@@ -75,20 +85,29 @@ def run_compress(config: CompressConfig) -> CompressResult:
     config.check()
     Forms(config).check_settings()
     load_recipe(config.finetune_config())
-    for name in {*source_names(config.data), *source_names(config.eval)}:
-        source_files(name)  # what is missing is told now
+    check_data(config.data)
+    if config.vocab is not None:
+        check_texts([*source_names(config.data), *(name for name, _ in config.texts())])
     check_source(config.prune_config())
-    steps = Steps.open(config)
-    run = CompressRun(config, steps)
-    with _log(steps) as run_log:
-        dense = run.measure_dense()
-        for number in range(config.rounds):
-            pruned = run.prune(dense, number)
-            recovered = run.recover(dense, number)
-        small = run.measure_small()
-        record = run.record(dense, pruned, recovered, small)
-        run.finish(record, run_log)
-    return CompressResult(record, Path(run.steps.out))
+    check_early(config.prune_config(**_first_part(config)))
+    assert config.out is not None  # the config was checked
+    check_place(config.out)
+    with claimed(config.out) as claim:
+        run = CompressRun(config, Steps.open(config))
+        with _log(run.steps) as run_log:
+            dense = run.measure_dense()
+            for number in range(config.rounds):
+                pruned = run.prune(dense, number)
+                recovered = run.recover(dense, number)
+            small = run.measure_small()
+            record = run.record(dense, pruned, recovered, small)
+            run.finish(record, run_log, claim)
+    return CompressResult(record, config.out)
+
+
+def _first_part(config: CompressConfig) -> dict[str, Any]:
+    """The settings of the first of several rounds that differ from those of a single one."""
+    return {} if config.rounds == 1 or not config.ratio else {"ratio": config.ratio / config.rounds}
 
 
 def compress(
@@ -129,6 +148,7 @@ class CompressRun:
             start = time.monotonic()
             model, tokenizer = self._load(config.model)
             check_known(model, config.family)
+            self._check_room(model)
             guessed = probe(model)
             schedule.check_minutes(
                 config.minutes, Pace(guessed, guessed), config.rounds, sure=False
@@ -142,6 +162,7 @@ class CompressRun:
             return {**found, "unit": pace.unit, "measuring": pace.measuring}
 
         asked = {"model": config.model, "texts": config.texts(), "seq_len": config.eval_seq_len}
+        asked |= {"text_bytes": True} if config.vocab is not None else {}
         tasks = [*config.tasks, config.task_limit, config.task_fewshot, config.dtype, config.seed]
         return self.steps.do("dense", asked | {"tasks": tasks}, work)
 
@@ -156,7 +177,7 @@ class CompressRun:
         if effort == "fast" and config.calib_samples is None and schedule.is_hurried(*time_left):
             changes["calib_samples"] = schedule.HURRIED
         if number:
-            changes["model"] = str(self._recovered(number - 1))
+            changes |= {"model": str(self._recovered(number - 1)), "vocab": None}
         if config.rounds > 1:
             changes["ratio"] = self._part(dense, number)
 
@@ -164,9 +185,12 @@ class CompressRun:
             progress_log.info("pruning, effort %s", effort)
             if folder.exists():
                 shutil.rmtree(folder)  # of an attempt that was killed after it had written
-            known = Perplexity(**_without_text(dense["perplexity"][0]))
+            known = dense
+            if number and config.vocab is not None:
+                known = _per_token_of(self._pruned(number - 1)["figures"], dense)
             return self._prune(
-                config.prune_config(out=folder, gate_ppl_ratio=None, **changes), known
+                config.prune_config(out=folder, gate_ppl_ratio=None, **changes),
+                _measured(known["perplexity"][0]),
             )
 
         asked = _asked(config.prune_config(**changes)) | {"rounds": config.rounds}
@@ -188,6 +212,7 @@ class CompressRun:
                         eval_windows=0,
                         gate_ppl_ratio=None,
                         overwrite=False,
+                        tokenizer=None if config.vocab is not None else config.tokenizer,
                         **changes,
                     )
                 )
@@ -233,6 +258,8 @@ class CompressRun:
     ) -> CompressRecord:
         """Everything in one record. Raises GateError when the result is above the gate."""
         config = self.config
+        if config.vocab is not None:
+            dense = _per_token_of(small, dense)
         before, after = (f["perplexity"][0]["perplexity"] for f in (dense, small))
         gate = config.gate_ppl_ratio
         if gate is not None and not after <= gate * before:
@@ -256,6 +283,7 @@ class CompressRun:
             recovered=small,
             prune=pruned["metrics"],
             finetune=recovered,
+            vocabulary=self._pruned(0)["metrics"].get("vocabulary"),
             origin=pruned["metrics"].get("origin"),
             seconds={**_seconds(self.steps), "total": self.elapsed()},
             peak_memory_bytes=max(f["peak_memory_bytes"] for f in (pruned["metrics"], recovered)),
@@ -264,11 +292,14 @@ class CompressRun:
             settings=settings(config),
         )
 
-    def finish(self, record: CompressRecord, run_log: RunLog) -> None:
-        """Put the checkpoint and the records in the place of --out, in one step."""
+    def finish(self, record: CompressRecord, run_log: RunLog, claim: Path) -> None:
+        """Put the checkpoint and the records in the place of --out, in one step.
+
+        `claim` is what `claimed` gave for it.
+        """
         pruned = [self.steps.folder(self._name(PRUNED, n)) for n in range(self.config.rounds)]
         source = self._recovered() if record.kept == "recovered" else pruned[-1]
-        with replacing(self.steps.out) as fresh:
+        with replacing(self.steps.out, claim=claim) as fresh:
             skip = shutil.ignore_patterns(RECORDS)
             shutil.copytree(source, fresh, ignore=skip, copy_function=_link, dirs_exist_ok=True)
             records = fresh / RECORDS
@@ -294,6 +325,17 @@ class CompressRun:
 
     # ------------------------------------------------------------------------------- parts
 
+    def _check_room(self, model: nn.Module) -> None:
+        """InputError where the disk has no room for what a run keeps of the dense `model`.
+
+        Of other budgets than a ratio only `prune` knows what they leave.
+        """
+        if self.config.ratio is not None:
+            left = sum(p.nbytes for p in model.parameters())
+            block = sum(p.nbytes for p in decoder_layers(model).parameters())
+            left -= self.config.ratio * block
+            check_space(self.steps.out, KEPT * left, "this run")
+
     def _load(self, source: str | Path) -> tuple[nn.Module, Any]:
         return load_model(
             source,
@@ -312,10 +354,13 @@ class CompressRun:
         config, now = self.config, dense["block"]
         assert config.ratio is not None  # the config was checked
         if number:
-            before = self._name(PRUNED, number - 1)
-            now = self.steps.record["steps"][before]["result"]["figures"]["block"]
+            now = self._pruned(number - 1)["figures"]["block"]
         left = 1 - config.ratio * (number + 1) / config.rounds
         return 1 - left * dense["block"] / now
+
+    def _pruned(self, number: int) -> dict[str, Any]:
+        """What `prune` gave for the round `number`."""
+        return self.steps.record["steps"][self._name(PRUNED, number)]["result"]
 
     def _recovered(self, number: int | None = None) -> Path:
         """What the round `number`, or the last one, ends with."""
@@ -330,14 +375,16 @@ class CompressRun:
             with clock("load"):
                 model, tokenizer = self._load(config.model)
             run = PruneRun(Layers(model), tokenizer, config, clock, directory=config.out)
-            run.prepare(texts=True)
             run.dense = dense
+            run.trim()
+            run.prepare(texts=True)
             run.make_plan()
             run.cut()
             Forms(config).check(model)
+            tokenizer = run.tokenizer
             with clock("evaluate"):
                 found = figures(model, tokenizer, self.config)
-            run.pruned = Perplexity(**_without_text(found["perplexity"][0]))
+            run.pruned = _measured(found["perplexity"][0])
             run.measure_pruned()
             found["answers"] = answers(model, tokenizer)
             result = PruneResult(
@@ -381,12 +428,28 @@ def _pace(dense: dict[str, Any]) -> Pace:
     return Pace(dense["unit"], dense["measuring"])
 
 
-def _without_text(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name != "text"}
+def _measured(found: dict[str, Any]) -> Perplexity:
+    """The perplexity on one text in the figures of a model."""
+    known = {field.name for field in fields(Perplexity)}
+    return Perplexity(**{name: value for name, value in found.items() if name in known})
+
+
+def _per_token_of(small: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """The figures `dense` with their perplexities per token of the model of the figures `small`."""
+    pairs = zip(dense["perplexity"], small["perplexity"], strict=True)
+    texts = [
+        {
+            "text": own["text"],
+            **_measured(own).per_token_of(_measured(other)).to_dict(),
+            "perplexity_own_tokens": own["perplexity"],
+        }
+        for own, other in pairs
+    ]
+    return {**dense, "perplexity": texts}
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RECORDS / "metrics.json").read_text(encoding="utf-8"))
+    return read_json(folder / RECORDS / "metrics.json")
 
 
 def _seconds(steps: Steps) -> dict[str, float]:
@@ -409,6 +472,10 @@ def _log(steps: Steps) -> Iterator[RunLog]:
     with RunLog(file if begun else None) as run_log:
         try:
             yield run_log
+        except KeyboardInterrupt:
+            if file.parent.is_dir():
+                log.warning("the state is in %s; the same command continues", file.parent)
+            raise
         finally:
             if not begun and file.parent.is_dir():
                 run_log.save(file)

@@ -20,9 +20,11 @@ from typing import Any
 
 from fastprune.compression.config import CompressConfig
 from fastprune.errors import InputError
-from fastprune.output import RECORDS, check_apart, check_out, check_place, remove_leftovers
+from fastprune.output import RECORDS, check_apart, check_out, check_place, replacing
 from fastprune.progress import log as progress_log
+from fastprune.readers import read_json
 from fastprune.report.run import settings, write_json
+from fastprune.workplace import remove_leftovers
 
 COMMAND = "compress"
 ADAPTER_OR_MODEL = ("adapter_config.json", "config.json")
@@ -50,7 +52,7 @@ class Steps:
         check_place(out)
         check_apart(out, config.inputs())
         file = out / RECORDS / "state" / "run.json"
-        begun = _read(file) if file.is_file() else {}
+        begun = _read(file, anew=config.resume == "never") if file.is_file() else {}
         earlier = (out / "config.json").exists()
         if begun.get("command") == COMMAND and config.resume != "never":
             if earlier and not config.overwrite:
@@ -70,11 +72,13 @@ class Steps:
     fresh = False
 
     def begin(self) -> None:
-        """Make the folder; what an abandoned run left in it goes."""
-        if self.fresh:
-            shutil.rmtree(self.state, ignore_errors=True)
-        self.state.mkdir(parents=True, exist_ok=True)
-        self._save()
+        """Make the folder; what an abandoned run left in it goes, in one step."""
+        if not self.fresh:
+            self._save()
+            return
+        with replacing(self.state) as state:
+            write_json(state / "run.json", self.record)
+        self.fresh = False
 
     def folder(self, name: str) -> Path:
         """Where the step `name` keeps what it makes."""
@@ -128,11 +132,26 @@ def is_complete(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ADAPTER_OR_MODEL)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, *, anew: bool) -> dict[str, Any]:
+    """What run.json holds; its command alone where it is damaged and the run begins `anew`.
+
+    Raises InputError where it is damaged otherwise.
+    """
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file}: broken; the run cannot be continued: --resume never begins anew"
-        ) from error
-    return record if isinstance(record, dict) else {}
+        record = read_json(file)
+        whole = record["command"] != COMMAND or all(map(_is_step, record["steps"].values()))
+    except KeyError:  # of another command
+        return {}
+    except (InputError, TypeError, AttributeError):
+        whole = False
+    if whole:
+        return record
+    if anew:
+        return {"command": COMMAND}
+    raise InputError(f"{file}: damaged; the run cannot be continued: --resume never begins anew")
+
+
+def _is_step(step: Any) -> bool:
+    """Whether `step` is what `Steps.do` notes of one."""
+    seconds = step.get("seconds", 0.0) if isinstance(step, dict) else None
+    return isinstance(seconds, (int, float))

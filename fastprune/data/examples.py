@@ -14,7 +14,6 @@ Names may be in capitals. Lists may be written as JSON in a string, as a table h
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from fastprune.data.checks import Unusable
 from fastprune.data.records import Record
 from fastprune.data.text import PART_FIELDS, TEXT_FIELDS, small_names
 from fastprune.errors import InputError
+from fastprune.readers import parse_json
 
 KINDS = ("text", "instructions", "chat")
 PROMPT_FIELDS, CONTEXT_FIELDS, RESPONSE_FIELDS = PART_FIELDS
@@ -201,8 +201,8 @@ def _listed(value: Any) -> list[Any] | None:
     """`value` where it is a list, or JSON of one; None where it is something else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value)
+        except ValueError:
             return None
     return value if isinstance(value, list) else None
 

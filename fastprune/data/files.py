@@ -6,12 +6,12 @@ datasets wrote.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from fastprune.errors import InputError
+from fastprune.readers import read_json
 
 FORMS = {
     ".txt": "text",
@@ -120,9 +120,9 @@ def _is_data(file: Path, folder: Path) -> bool:
 
 def _saved_files(state: Path) -> list[str]:
     try:
-        content = json.loads(state.read_text(encoding="utf-8"))
+        content = read_json(state)
         return [entry["filename"] for entry in content["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{state}: damaged; save the data set again, or name its .arrow files"
         ) from error

@@ -17,10 +17,13 @@ from fastprune.data.checks import Unusable
 from fastprune.data.examples import Example, Message
 from fastprune.data.wording import default_template, has_context
 from fastprune.errors import InputError
+from fastprune.readers import time_limit
 
 MARKED = re.compile(r"\{%-?\s*generation\b")
 THINKING = re.compile(r"(<(think|thinking|thought|reasoning)>)\s*$")
 """The end of a prompt that has the model think before it answers."""
+TEMPLATE_SECONDS = 10.0
+"""Time for one conversation, of which a template takes milliseconds."""
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 """What ends a document in models whose EOS ends a turn of a conversation."""
 
@@ -44,9 +47,15 @@ def has_template(tokenizer: Any) -> bool:
 def template_of(tokenizer: Any) -> str:
     """The chat template that conversations are put by: the tokenizer's own, or the default one.
 
-    Raises InputError where it has several by name, and none of them is the default.
+    Raises InputError where it has several by name, and none of them is the default, or one that is
+    no text.
     """
     template = getattr(tokenizer, "chat_template", None)
+    named = template.values() if isinstance(template, dict) else [template or ""]
+    if not all(isinstance(one, str) for one in named):
+        raise InputError(
+            "the tokenizer's chat template is not text; mend its tokenizer_config.json"
+        )
     if not isinstance(template, dict):
         return template or default_template(tokenizer)
     if len(template) > 1 and "default" not in template:
@@ -147,20 +156,27 @@ def apply_template(tokenizer: Any, messages: list[Message], **options: Any) -> A
 
     A system message that the template refuses stands at the head of what the user says first.
     """
-    from jinja2 import TemplateError
-
-    refusals = (TemplateError, ValueError, TypeError, KeyError, IndexError)
     options = {"chat_template": template_of(tokenizer), **options}
     try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except refusals as error:  # whatever the template asks for in vain
+        return _applied(tokenizer, messages, options)
+    except Exception as error:  # a template is a program, and fails in as many ways
         refusal = error
     if (others := _without_system(messages)) is not None:
         try:
-            return tokenizer.apply_chat_template(others, **options)
-        except refusals:
+            return _applied(tokenizer, others, options)
+        except Exception:
             pass  # the first reason is the one that concerns the conversation as it is
-    raise Unusable("template", str(refusal)) from refusal
+    raise Unusable("template", str(refusal) or type(refusal).__name__) from refusal
+
+
+def _applied(tokenizer: Any, messages: list[Message], options: dict[str, Any]) -> Any:
+    """What the template makes of `messages`. Raises what it raises, TimeoutError where it does not
+    come to an end, and UnicodeError where it makes what is no text."""
+    with time_limit(TEMPLATE_SECONDS, "it takes too long"):
+        made = tokenizer.apply_chat_template(messages, **options)
+    if isinstance(made, str):
+        made.encode()
+    return made
 
 
 def _without_system(messages: list[Message]) -> list[Message] | None:

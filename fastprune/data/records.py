@@ -13,7 +13,7 @@ import csv
 import gzip
 import io
 import itertools
-import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +25,7 @@ from fastprune.data.builtin import BUILTIN, builtin_documents
 from fastprune.data.files import checked_form, folder_files, is_packed, split_of
 from fastprune.data.shards import TokenShard
 from fastprune.errors import InputError
+from fastprune.readers import parse_json, parse_json_values
 
 SELF = "self"
 """In place of a source: text that the model writes itself, which `prune` alone calibrates on."""
@@ -77,7 +78,7 @@ def place(source: str, unit: str, number: int) -> str:
 def source_names(spec: str | Path) -> list[str]:
     """The sources that `spec` joins by commas; one named twice counts once."""
     name = str(spec)
-    parts = [name] if name and Path(name).exists() else [part.strip() for part in name.split(",")]
+    parts = [name] if name and os.path.exists(name) else [part.strip() for part in name.split(",")]
     return list(dict.fromkeys(parts))
 
 
@@ -97,6 +98,21 @@ def read_source(
             yield from read_file(file, broken=broken)
     else:
         yield from _hub(name, rows)
+
+
+def check_data(spec: str | Path) -> None:
+    """InputError where a source of `spec` is missing, or a file of it is unreadable or empty.
+
+    Only the beginning of a source is read, and none of the hub's data sets.
+    """
+    for name in source_names(spec):
+        files = source_files(name)
+        if files and next(read_source(name, broken=_pass_over), None) is None:
+            raise InputError(f"{name}: no data in it")
+
+
+def _pass_over(record: Record, reason: str) -> None:
+    """A broken record is no reason to refuse the others."""
 
 
 def source_files(name: str) -> list[Path]:
@@ -208,24 +224,26 @@ def _jsonl(path: Path, name: str, broken: Broken) -> Iterator[Record]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                value = parse_json(line, halves=True)
+            except ValueError as error:
                 broken(Record(None, name, "line", number), f"is not JSON: {error}")
             else:
                 yield Record(value, name, "line", number)
 
 
 def _json(path: Path, name: str, broken: Broken) -> Iterator[Record]:
-    text = "".join(_decoded(path))
+    text = _whole(path)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if "Extra data" not in str(error):
-            raise InputError(f"{path}: not JSON: {error}") from error
-        if _is_json(text.lstrip().partition("\n")[0]):  # one value a line
-            yield from _jsonl(path, name, broken)
-            return
-        content = _one_after_the_other(path, text)
+        values = parse_json_values(text, halves=True)
+        problem = "it is empty"
+    except ValueError as error:
+        values, problem = [], str(error)
+    if len(values) != 1 and _is_json(text.lstrip().partition("\n")[0]):  # one value a line
+        yield from _jsonl(path, name, broken)
+        return
+    if not values:
+        raise InputError(f"{path}: not JSON: {problem}")
+    content = values[0] if len(values) == 1 else values
     del text
     number = 0
     for values, held_out in _contained(content):
@@ -236,31 +254,17 @@ def _json(path: Path, name: str, broken: Broken) -> Iterator[Record]:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line, halves=True)
+    except ValueError:
         return False
     return True
 
 
-def _one_after_the_other(path: Path, text: str) -> list[Any]:
-    """The JSON values that `text` holds, each on as many lines as it likes."""
-    decoder = json.JSONDecoder()
-    values = []
-    position = _after_blanks(text, 0)
+def _whole(path: Path) -> str:
     try:
-        while position < len(text):
-            value, end = decoder.raw_decode(text, position)
-            values.append(value)
-            position = _after_blanks(text, end)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    return values
-
-
-def _after_blanks(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
+        return "".join(_decoded(path))
+    except MemoryError as error:
+        raise InputError(f"{path}: too large for the memory; save it as .jsonl") from error
 
 
 def _contained(content: Any) -> list[tuple[list[Any], bool]]:
@@ -315,7 +319,7 @@ def _csv(path: Path, name: str, delimiters: str) -> Iterator[Record]:
 
 def _arrow(path: Path, name: str) -> Iterator[Record]:
     try:
-        from pyarrow import ArrowException, ArrowInvalid, ipc, memory_map
+        from pyarrow import ArrowInvalid, ipc, memory_map
     except ImportError as error:
         raise InputError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
     try:
@@ -326,7 +330,7 @@ def _arrow(path: Path, name: str) -> Iterator[Record]:
                 file = ipc.open_file(source)
                 batches = map(file.get_batch, range(file.num_record_batches))
             yield from _rows(batches, name)
-    except (ArrowException, OSError) as error:
+    except Exception as error:  # strings that are no text come out as Python's own errors
         raise InputError(f"{path}: not an Arrow file, or damaged") from error
 
 
@@ -344,13 +348,13 @@ def _pieces(batch: Any) -> Iterator[Any]:
 
 def _parquet(path: Path, name: str) -> Iterator[Record]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise InputError(f"{path}: reading it needs pyarrow: pip install pyarrow") from error
     try:
         file = parquet.ParquetFile(path)
         yield from _rows(file.iter_batches(batch_size=PARQUET_ROWS), name)
-    except (ArrowException, OSError) as error:
+    except Exception as error:  # strings that are no text come out as Python's own errors
         raise InputError(f"{path}: not a Parquet file, or damaged") from error
 
 

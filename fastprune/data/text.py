@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastprune.data.records import read_source, source_names
+from fastprune.data.records import read_source, source_files, source_names
 from fastprune.data.shards import TokenShard
 from fastprune.data.wording import affixes
 from fastprune.errors import InputError
 
 CHARACTERS_PER_TOKEN = 6  # more than English takes, so that one try is enough
+PIECE, OVERLAP = 1 << 20, 1 << 12  # characters that are tokenised at once
+ENOUGH = 8_000_000  # characters that are read of any text
 EDGE_TOKENS = 64  # the last tokens before a cut may differ from those of the whole text
 
 NOTHING = torch.empty(0, dtype=torch.long)
@@ -47,27 +49,51 @@ Document = str | TokenShard
 log = logging.getLogger("fastprune")
 
 
-def load_documents(spec: str | Path) -> list[Document]:
+def characters_for(tokens: int) -> int:
+    """How many characters to read of a text of which so many tokens are wanted: a good deal more
+    than they take, so that windows can be drawn from all over a text of ordinary size."""
+    return max(ENOUGH, 32 * tokens)
+
+
+def load_documents(spec: str | Path, characters: int | None = None) -> list[Document]:
     """The documents that `spec` names, none of them blank, in the order of the sources.
 
-    Raises InputError for a source that is missing, unreadable, binary, or empty.
+    `characters` and errors as of `load_sources`.
     """
-    return [text for documents in load_sources(spec).values() for text in documents]
+    return [text for documents in load_sources(spec, characters).values() for text in documents]
 
 
-def load_sources(spec: str | Path) -> dict[str, list[Document]]:
+def load_sources(spec: str | Path, characters: int | None = None) -> dict[str, list[Document]]:
     """The documents of each source that `spec` names, by its name; one named twice counts once.
 
-    Raises InputError for a source that is missing, unreadable, binary, or empty.
+    Of a source that has more than `characters` characters, only the first ones are read. Raises
+    InputError for a source that is missing, unreadable, binary, or empty.
     """
     sources: dict[str, list[Document]] = {}
     for part in source_names(spec):
         sources[part] = [
-            text for text in _documents(part) if isinstance(text, TokenShard) or text.strip()
+            text
+            for text in _documents(part, characters)
+            if isinstance(text, TokenShard) or text.strip()
         ]
         if not sources[part]:
             raise InputError(f"{part}: no text in it")
     return sources
+
+
+def check_text(spec: str | Path) -> None:
+    """InputError where a source of `spec` is missing, or a file of it is unreadable or empty.
+
+    Only the beginning of a source is read, and none of the hub's data sets.
+    """
+    for name in source_names(spec):
+        if not source_files(name):
+            continue
+        for record in read_source(name):
+            if isinstance(record.value, TokenShard) or document(record.value, record.where).strip():
+                break
+        else:
+            raise InputError(f"{name}: no text in it")
 
 
 def token_stream(tokenizer: Any, documents: Iterable[Document], limit: int | None = None) -> Tensor:
@@ -202,21 +228,56 @@ def _checked(seq_len: int) -> int:
 
 
 def _tokenise(tokenizer: Any, text: str) -> Tensor:
+    """The token ids of `text` (tokens,), made of pieces of it, for the library keeps some hundred
+    bytes a character while it works.
+
+    Two pieces overlap, and are joined where both have a token begin at the same character, far from
+    their ends: so the ids are those of the whole text.
+    """
+    if len(text) <= 2 * PIECE or not tokenizer.is_fast:
+        return torch.tensor(_encoded(tokenizer, text)["input_ids"], dtype=torch.long)
+    parts, begin, start = [], 0, 0  # the next part is wanted from `begin` on, and read from `start`
+    while start < len(text):
+        encoded = _encoded(tokenizer, text[start : start + PIECE], return_offsets_mapping=True)
+        ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
+        places = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)[:, 0]
+        places += start
+        parts.append((ids, places))
+        start += PIECE - OVERLAP if start + PIECE < len(text) else PIECE
+    streams = []
+    for (ids, places), (_, following) in pairwise(parts):
+        middle = int(following[0]) + OVERLAP // 2
+        common = places[torch.isin(places, following) & (places >= middle)]
+        end = int(common[0]) if len(common) else int(places[-1])
+        streams.append(ids[(places >= begin) & (places < end)])
+        begin = end
+    ids, places = parts[-1]
+    return torch.cat([*streams, ids[places >= begin]])
+
+
+def _encoded(tokenizer: Any, text: str, **options: Any) -> Any:
     # verbose=False: a stream is longer than any model's context, and is cut into windows later
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(encoded, dtype=torch.long)
+    return tokenizer(
+        text, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+    )
 
 
-def _documents(name: str) -> Iterator[Document]:
+def _documents(name: str, characters: int | None) -> Iterator[Document]:
+    """The documents of one source, which end after `characters`; token ids do not count."""
     pieces: list[str] = []
+    left = characters
     for record in read_source(name):
         if isinstance(record.value, TokenShard):
             yield record.value
             continue
-        pieces.append(document(record.value, record.where))
-        if not record.more:
+        pieces.append(document(record.value, record.where)[:left])
+        left = None if left is None else left - len(pieces[-1])
+        if not record.more or left == 0:
             yield "".join(pieces)
             pieces.clear()
+        if left == 0:
+            log.info("%s: only its first %d characters are read", name, characters)
+            return
 
 
 def small_names(record: Mapping[Any, Any]) -> dict[str, Any]:
@@ -229,7 +290,20 @@ def small_names(record: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def document(record: Any, where: str) -> str:
-    """The text of one record: itself, its text field, or the parts of an instruction."""
+    """The text of one record: itself, its text field, or the parts of an instruction.
+
+    Raises InputError, naming the place `where`, for a record without a text, and for a text that
+    cannot be encoded.
+    """
+    text = _text_of(record, where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds half of a surrogate pair, which is no text") from error
+    return text
+
+
+def _text_of(record: Any, where: str) -> str:
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):

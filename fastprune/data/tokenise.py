@@ -76,6 +76,10 @@ class Source:
             read_file(file, name=self.called, broken=broken) for file in self.files
         )
 
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.stat().st_size for file in self.files)
+
     def digest(self) -> str:
         if self.files:
             return files_digest(self.files)
@@ -121,7 +125,10 @@ def tokenised(
     key += [part for source in sources for part in (source.name, source.digest())]
     name = f"tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}"
     folder = cached_folder(
-        name, lambda work: _write(work, sources, Encoder(tokenizer, seq2seq), kind), cache
+        name,
+        lambda work: _write(work, sources, Encoder(tokenizer, seq2seq), kind),
+        cache,
+        size=sum(source.size() for source in sources),  # of text about what its tokens take
     )
     content = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     return Corpus(

@@ -10,6 +10,7 @@ tell. Sort them by length instead: `TokenDataset.lengths` says how long they are
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class Reading:
         if self.samples is not None and self.samples < 1:
             raise InputError(f"samples must be at least 1, got {self.samples}")
         held = self.val_size
-        if held < 0 or (held > 1 and held != int(held)):
+        if not 0 <= held < math.inf or (held > 1 and held != int(held)):
             raise InputError(f"val_size must be a number of examples or a share, got {held}")
         if not isinstance(self.kind, Columns) and self.kind not in ("auto", *KINDS):
             known = ", ".join(KINDS)

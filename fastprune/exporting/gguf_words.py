@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +10,18 @@ from torch import nn
 from fastprune.errors import InputError
 from fastprune.models.gguf_words import (
     BYTE,
+    BYTE_TOKEN,
     CONTROL,
     NORMAL,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    merged_pairs,
     parsed,
     pre_name,
 )
 from fastprune.models.vocabulary import embedding_rows
 
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"
 UNMERGED = -1e6
 """Score of a token that no merge makes: below all that one does."""
@@ -79,12 +79,6 @@ def _tokens(tokenizer: Any, backend: Mapping[str, Any], rows: int) -> tuple[list
     return texts, kinds
 
 
-def _pairs(backend: Mapping[str, Any]) -> list[list[str]]:
-    """The merges in their order, as pairs; older files have them as one text each."""
-    merges = backend["model"]["merges"]
-    return [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]
-
-
 def _merges(backend: Mapping[str, Any]) -> dict[str, Any]:
     """A byte-level tokenizer."""
     name = pre_name(backend)
@@ -94,7 +88,7 @@ def _merges(backend: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in _pairs(backend)],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merged_pairs(backend)],
     }
 
 
@@ -104,7 +98,7 @@ def _scores(backend: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
     The score is the rank of the first merge that makes a token, so both merge in one order.
     """
     rank: dict[str, int] = {}
-    for position, (left, right) in enumerate(_pairs(backend)):
+    for position, (left, right) in enumerate(merged_pairs(backend)):
         rank.setdefault(left + right, position)
     return {
         "tokenizer.ggml.model": "llama",

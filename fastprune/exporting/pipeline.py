@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from fastprune.config import resolve_device
 from fastprune.errors import InputError
 from fastprune.exporting.config import ExportConfig
 from fastprune.exporting.formats import Format, check, size_of
+from fastprune.exporting.gguf_types import find_quant
 from fastprune.inspect.generate import take_wording
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.record import Origin
@@ -22,7 +22,9 @@ from fastprune.models.adapter import CONFIG_FILE, fold, read_fingerprint
 from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_model
 from fastprune.output import RECORDS, check_out, check_out_file, staged, staged_file
+from fastprune.readers import read_json
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
+from fastprune.space import check_space
 
 KEPT_RECORDS = ("plan.json", "layer_importance.json")
 """Records of MODEL's folder that stay true of its other forms."""
@@ -42,20 +44,22 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     source, adapter = _base_and_adapter(config)
     _check_out(config, [source, *([adapter] if adapter else [])])
     clock = Clock()
-    with clock("load"):
-        model, tokenizer = load_model(
-            source,
-            dtype=config.dtype,
-            device=config.device,
-            allow_pickle=config.allow_pickle,
-            trust_remote_code=config.trust_remote_code,
-            adapter=adapter,
-            tokenizer=config.tokenizer,
-        )
-        if adapter is not None:
-            take_wording(model.get_base_model(), tokenizer, adapter)
-            model = fold(model).requires_grad_(False)
-    return _write_all(model, tokenizer, config, source, clock)
+    with _places(config) as places:
+        with clock("load"):
+            model, tokenizer = load_model(
+                source,
+                dtype=config.dtype,
+                device=config.device,
+                allow_pickle=config.allow_pickle,
+                trust_remote_code=config.trust_remote_code,
+                adapter=adapter,
+                tokenizer=config.tokenizer,
+            )
+            if adapter is not None:
+                take_wording(model.get_base_model(), tokenizer, adapter)
+                model = fold(model).requires_grad_(False)
+        metrics = _write_all(model, tokenizer, config, source, places, clock)
+    return _told(metrics, config)
 
 
 def export(
@@ -67,7 +71,15 @@ def export(
     folder `source`, by default in the one that `config.model` names. Raises InputError.
     """
     _check_out(config, [config.model])
-    return _write_all(model, tokenizer, config, str(source or config.model), Clock())
+    known = str(source or config.model)
+    with _places(config) as places:
+        metrics = _write_all(model, tokenizer, config, known, places, Clock())
+    return _told(metrics, config)
+
+
+def _told(metrics: dict[str, Any], config: ExportConfig) -> dict[str, Any]:
+    """What the command returns: `metrics`, and what lies in --out now."""
+    return {**metrics, "out": str(config.out), "bytes": size_of(config.out)}
 
 
 def _base_and_adapter(config: ExportConfig) -> tuple[str, Path | None]:
@@ -81,7 +93,7 @@ def _base_and_adapter(config: ExportConfig) -> tuple[str, Path | None]:
         return config.model, folder
     known = read_fingerprint(folder)
     try:
-        named = json.loads((folder / CONFIG_FILE).read_text("utf-8"))["base_model_name_or_path"]
+        named = read_json(folder / CONFIG_FILE)["base_model_name_or_path"]
     except (OSError, ValueError, TypeError, KeyError):
         named = ""
     base = (known.base if known else "") or named
@@ -108,12 +120,18 @@ def _is_ours(file: Path) -> bool:
 
 
 def _write_all(
-    model: nn.Module, tokenizer: Any, config: ExportConfig, source: str, clock: Clock
+    model: nn.Module,
+    tokenizer: Any,
+    config: ExportConfig,
+    source: str,
+    places: dict[str, Path],
+    clock: Clock,
 ) -> dict[str, Any]:
     formats = config.formats()
     for name in formats:
         check(name, model, config)
     total = sum(p.numel() for p in model.parameters())
+    check_space(config.out, _bytes(model, config), "the exported model")
     origin = Origin.of(source)
     metrics: dict[str, Any] = {
         "model": config.model,
@@ -124,7 +142,7 @@ def _write_all(
     }
     if origin is not None:
         metrics["origin"] = origin.with_params(total).to_dict()
-    with RunLog() as run_log, _places(config, formats) as places:
+    with RunLog() as run_log:
         written = {}
         for name, one in formats.items():
             with clock(name):
@@ -141,12 +159,25 @@ def _write_all(
             _keep_records(Path(source).expanduser(), records)
             write_json(records / "metrics.json", metrics)
             run_log.save(records / "run.log")
-    return {**metrics, "out": str(config.out), "bytes": size_of(config.out)}
+    return metrics
+
+
+def _bytes(model: nn.Module, config: ExportConfig) -> float:
+    """About what the weights of `model` take in all forms, without padding."""
+    whole = sum(p.nbytes for p in model.parameters())
+    total = 0.0
+    for name in config.formats():
+        if name == "gguf":
+            total += sum(p.numel() for p in model.parameters()) * find_quant(config.quant).bits / 8
+        else:
+            total += whole
+    return total
 
 
 @contextmanager
-def _places(config: ExportConfig, formats: dict[str, Format]) -> Iterator[dict[str, Path]]:
+def _places(config: ExportConfig) -> Iterator[dict[str, Path]]:
     """Where each format is written; all of it comes to its place when the block ends well."""
+    formats = config.formats()
     if len(formats) > 1:
         with staged(config.out, config.overwrite) as folder:
             places = {name: folder / _entry(name, one, formats) for name, one in formats.items()}

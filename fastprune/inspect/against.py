@@ -8,7 +8,6 @@ distribution when this layer alone is exchanged.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from fastprune.models.families import block_parameters, geometries
 from fastprune.models.forward import CHUNK_LOGITS
 from fastprune.models.layers import Layers
 from fastprune.progress import track
+from fastprune.readers import read_json
 
 WINDOWS, TOKENS = 4, 128
 """Hidden states are compared on so many windows of so many tokens. The divergences cost half as
@@ -131,9 +131,9 @@ def kept_layers(folder: Path) -> list[int] | None:
     without one."""
     file = folder / "fastprune" / "plan.json"
     try:
-        layers = json.loads(file.read_text(encoding="utf-8"))["layers"]
+        layers = read_json(file)["layers"]
         return [layer["index"] for layer in layers if layer["kv_groups"] or layer["channels"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -6,7 +6,6 @@ comparison with the dense model follow where they are wanted.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -18,9 +17,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from fastprune.bounds import LENGTH, Range
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import Document, load_documents, opening, token_stream
+from fastprune.data.text import Document, characters_for, load_documents, opening, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
 from fastprune.inspect import findings as say
 from fastprune.inspect.against import Comparison, check_comparable, compare, kept_layers
@@ -56,9 +56,10 @@ from fastprune.inspect.verdict import (
 )
 from fastprune.messages import Message
 from fastprune.models.dequantised import open_shards
-from fastprune.models.load import STATE_SUFFIXES, load_model, resolve_source
+from fastprune.models.load import STATE_SUFFIXES, check_source, load_model, resolve_source
 from fastprune.models.shards import FILE, INDEX, ShardReader
-from fastprune.models.vocabulary import check_largest
+from fastprune.models.vocabulary import check_largest, embedding_rows, take_tokens
+from fastprune.readers import read_json
 from fastprune.report.run import Clock, command_line, settings, versions
 
 FORWARD_TOKENS = 32
@@ -85,10 +86,10 @@ class DiagnoseConfig(CommonConfig):
     dense: str | None = None
     """the model before pruning, to compare with layer by layer; on builtin:wikitext2 where no
     --text is given"""
-    seq_len: Annotated[int | None, Group.EVALUATION] = None
+    seq_len: Annotated[int | None, Group.EVALUATION, LENGTH] = None
     """tokens per window of the text, at most the model's maximum positions (default: 1024, or that
     maximum)"""
-    windows: Annotated[int, Group.EVALUATION] = 16
+    windows: Annotated[int, Group.EVALUATION, Range(1, 10**6)] = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
     tokenizer: Annotated[str | None, Group.FILES] = None
     """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
@@ -173,7 +174,10 @@ def run_diagnose(config: DiagnoseConfig) -> Diagnosis:
     config.check()
     clock = Clock()
     text = config.text or (EVALUATION_TEXT if config.dense else None)
-    documents = load_documents(text) if text else None
+    enough = characters_for(config.windows * (config.seq_len or SEQ_LEN))
+    documents = load_documents(text, enough) if text else None
+    if config.dense is not None:
+        check_source(config.dense)
     model: nn.Module | None = None
     tokenizer: Any = None
     source = Path(config.model).expanduser()
@@ -240,7 +244,9 @@ def _measure(
     dense = None
     if config.dense is not None:
         with clock("load"):
-            dense, _ = _load(config, config.dense)
+            dense, own = _load(config, config.dense)
+            if embedding_rows(dense) != embedding_rows(model):
+                take_tokens(dense, own, tokenizer)
             check_comparable(model, dense)
     with clock("perplexity"):
         measured = found.perplexity = evaluate(model, windows)
@@ -348,12 +354,9 @@ def _reader(folder: Path, settings: Mapping[str, Any]) -> ShardReader | None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{folder}: not a model folder (it has no config.json)") from error
-    except ValueError as error:
-        raise InputError(f"{file}: broken config: {error}") from error
+    if not file.exists():
+        raise InputError(f"{folder}: not a model folder (it has no config.json)")
+    described = read_json(file)
     if not isinstance(described, dict):
         raise InputError(f"{file}: broken config: it is not an object")
     return described

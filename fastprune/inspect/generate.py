@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,21 +14,25 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
+from fastprune.bounds import Range
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import end_of_turn, has_template
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.forward import finite_logits
 from fastprune.models.adapter import read_fingerprint
+from fastprune.models.checks import reason
 from fastprune.models.gpt2 import learned_positions
 from fastprune.models.load import load_model, load_tokenizer
 from fastprune.models.quantised import quantise
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import is_seq2seq, with_end
 from fastprune.models.vocabulary import check_largest, embedding_rows
+from fastprune.readers import read_text
 
 log = logging.getLogger("fastprune")
 
+GENERATION_CONFIG = "the model's generation_config.json"
 EXIT, CLEAR = "/exit", "/clear"
 
 
@@ -49,9 +54,9 @@ class SamplingConfig(CommonConfig):
 
     model: Positional[str]
     """Hugging Face directory, hub id, .gguf file, .pt of a GPT-2, or smollm2-135m"""
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Range(1, 2**24)] = 128
     """stop after this many tokens"""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(0, 1000)] = 0.0
     """0 takes the likeliest token each time; higher draws more freely"""
     adapter: Path | None = None
     """folder with a LoRA adapter, put onto the model without being merged"""
@@ -145,13 +150,10 @@ def nothing_said(result: Generation, tokenizer: Any, *, chat: bool) -> str | Non
 
 def read_prompts(value: str) -> list[str]:
     """`value` itself, or the lines of the `.txt` file it names. Raises InputError."""
-    file = Path(value)
-    if file.suffix != ".txt" or len(value.splitlines()) != 1 or not file.is_file():
+    if not value.endswith(".txt") or len(value.splitlines()) != 1 or not os.path.isfile(value):
         return [value]
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as text") from error
+    file = Path(value)
+    lines = read_text(file).splitlines()
     if not any(map(str.strip, lines)):
         raise InputError(f"{file}: no prompts in it; write one a line")
     return [line for line in lines if line.strip()]
@@ -215,8 +217,13 @@ def generate(
                 max_length=None,
                 pad_token_id=pad_token(model, tokenizer),
                 streamer=streamer,
+                tokenizer=tokenizer,  # which looks for `stop_strings`
                 **settings,
             )
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{GENERATION_CONFIG}: broken: {reason(error)}") from error
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
@@ -262,9 +269,13 @@ def chat(
     while True:
         try:
             line = read("> ").strip()
+            line.encode()
         except EOFError:
             print()
             return
+        except UnicodeError:
+            log.warning("that was not UTF-8 text; say it again")
+            continue
         if line == EXIT:
             return
         if line == CLEAR:

@@ -293,6 +293,8 @@ def _outliers(
 ) -> int:
     """Values beyond 6 sigma of the whole tensor, in a second reading of the pieces that reach so
     far."""
+    if whole.min == whole.max:
+        return 0
     limit = SIGMAS * math.sqrt(max(0.0, whole.second_moment - whole.mean**2))
     far = [p.max - whole.mean > limit or whole.mean - p.min > limit for p in parts]
     if not any(far):

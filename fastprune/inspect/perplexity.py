@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import distributed
+from fastprune.bounds import LENGTH, Range, check_ranges
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
-from fastprune.data.text import Document, eval_windows, load_documents, opening, token_stream
+from fastprune.data.text import (
+    Document,
+    characters_for,
+    eval_windows,
+    load_documents,
+    opening,
+    token_stream,
+)
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
 from fastprune.inspect.memory import forget_peak, peak_memory_bytes
@@ -26,7 +34,7 @@ from fastprune.messages import Message
 from fastprune.models.checks import layer_parameters
 from fastprune.models.forward import batches, chunked_loss, decoder_and_head
 from fastprune.models.layers import Layers
-from fastprune.models.load import load_model
+from fastprune.models.load import check_source, load_model
 from fastprune.models.quantised import quantise
 from fastprune.models.seq2seq import halves, is_seq2seq, response_states
 from fastprune.models.vocabulary import check_largest
@@ -52,8 +60,35 @@ class Perplexity:
     tokens_per_second: float
     """tokens read (windows * seq_len) per second"""
     peak_memory_bytes: int
+    text_bytes: int | None = None
+    """bytes of text, in UTF-8, that the scored tokens stand for, where they were counted"""
 
-    def to_dict(self) -> dict[str, float | int]:
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that a scored token stands for, on average."""
+        assert self.text_bytes is not None  # counted by `with_bytes`
+        return max(self.text_bytes, 1) / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The mean negative log-likelihood of a byte of text, in bits.
+
+        Unlike a perplexity it compares models of different tokens.
+        """
+        return math.log2(self.perplexity) / self.bytes_per_token
+
+    def per_token_of(self, other: Perplexity) -> Perplexity:
+        """The same loss a byte as a perplexity per token of ``other``, which reads other tokens."""
+        mean = math.log(self.perplexity) * other.bytes_per_token / self.bytes_per_token
+        return replace(
+            self,
+            perplexity=_exp(mean),
+            tokens=other.tokens,
+            windows=other.windows,
+            text_bytes=other.text_bytes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them."""
         return asdict(self)
 
@@ -71,6 +106,10 @@ class Evaluation(Perplexity):
     speed: dict[str, Speed] = field(default_factory=dict)
     """of the `model` and, where one was named, of the `dense` one, measured in turns"""
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them, and the bits per byte."""
+        return {**super().to_dict(), "bits_per_byte": self.bits_per_byte}
+
 
 @dataclass(kw_only=True)
 class EvalConfig(TaskOptions, CommonConfig):
@@ -87,11 +126,11 @@ class EvalConfig(TaskOptions, CommonConfig):
     text: str = EVALUATION_TEXT
     """text to read: a path, hf:NAME[:CONFIG[:SPLIT]], a short name, or builtin:wikitext2, :c4 or
     :pydocs; several, joined by commas, are read one after the other"""
-    seq_len: Annotated[int | None, Group.EVALUATION] = None
+    seq_len: Annotated[int | None, Group.EVALUATION, LENGTH] = None
     """tokens per window, at most the model's maximum positions (default: 1024, or that maximum)"""
-    windows: Annotated[int, Group.EVALUATION] = 16
+    windows: Annotated[int, Group.EVALUATION, Range(1, 10**6)] = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
-    batch_size: Annotated[int | None, Group.EVALUATION] = None
+    batch_size: Annotated[int | None, Group.EVALUATION, Range(1, 2**16)] = None
     """windows, or requests of a task, per forward pass (default: about 2048 tokens, 8 requests)"""
     speed: bool = False
     """also measure how fast prompts of 128, 512 and 2048 tokens are read, and how fast 1, 8 and 32
@@ -113,9 +152,8 @@ class EvalConfig(TaskOptions, CommonConfig):
 
     def check(self) -> None:
         """InputError when a value is out of range, or what --tasks needs is not installed."""
+        check_ranges(self)
         self.check_tasks()
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
         if self.dense is not None and not self.speed:
             raise InputError("--dense is the model that --speed compares with: give both")
 
@@ -126,7 +164,10 @@ def run_eval(config: EvalConfig) -> Evaluation:
     Raises InputError, and NumericalError when the loss is not a number.
     """
     config.check()
-    documents = load_documents(config.text)
+    enough = characters_for(config.windows * (config.seq_len or SEQ_LEN))
+    documents = load_documents(config.text, enough)
+    if config.dense is not None:
+        check_source(config.dense, config.trust_remote_code)
     model, tokenizer = _load(config, config.model, config.adapter, config.tokenizer)
     params = {
         "total": sum(p.numel() for p in model.parameters()),
@@ -140,6 +181,7 @@ def run_eval(config: EvalConfig) -> Evaluation:
     speed = _speeds(config, model) if config.speed else {}
     result = evaluate(model, windows, batch_size=config.batch_size)
     sound(result, model, Message("the loss of {model}", model=config.model))
+    result = with_bytes(result, tokenizer, windows)
     tasks = {}
     if config.tasks:
         tasks = evaluate_tasks(
@@ -184,6 +226,20 @@ def sound(found: Perplexity, model: nn.Module, what: str) -> Perplexity:
     if math.isnan(found.perplexity):
         raise unsound(model, what)
     return found
+
+
+def with_bytes(found: Perplexity, tokenizer: Any, windows: Tensor) -> Perplexity:
+    """``found``, measured on ``windows`` (n, s), with the bytes that its scored tokens stand for.
+
+    They are counted by decoding, so a character that a window cuts counts a few bytes too many.
+    """
+    unscored = found.seq_len - found.tokens // found.windows
+    rows = windows.tolist()
+    whole, first = (
+        sum(len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode()) for ids in part)
+        for part in (rows, [row[:unscored] for row in rows])
+    )
+    return replace(found, text_bytes=whole - first)
 
 
 def text_windows(tokenizer: Any, documents: list[Document], seq_len: int, windows: int) -> Tensor:

@@ -5,13 +5,14 @@ The dense model, how much of it is left and what it could do travel with every l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastprune.errors import InputError
 from fastprune.output import RECORDS
+from fastprune.readers import read_json
 
 Windows = tuple[str, int, int]
 """What a perplexity was measured in: the text, tokens of a window, windows. Only figures of equal
@@ -61,6 +62,16 @@ class Origin:
     def with_params(self, now: int) -> Origin:
         """The same where the model has ``now`` parameters in all."""
         return replace(self, params=replace(self.params, now=now))
+
+    def in_other_tokens(self, windows: Windows, now: Windows, longer: float) -> Origin:
+        """The same for a model of other tokens, which are ``longer`` times as many bytes long.
+
+        Figures measured in ``windows`` are those of the windows ``now`` then, per token of that
+        model. What was measured elsewhere is left out.
+        """
+        found = self.figures(windows)
+        figures = [None if f is None else f**longer for f in (found.dense, found.pruned)]
+        return replace(self, perplexity={now: Figures(*figures)})
 
     @staticmethod
     def of(source: str | Path) -> Origin | None:
@@ -113,8 +124,8 @@ class Origin:
 def read_metrics(folder: Path) -> dict[str, Any]:
     """What fastprune/metrics.json in ``folder`` holds; empty where there is none to be read."""
     try:
-        found = json.loads((folder / RECORDS / "metrics.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        found = read_json(folder / RECORDS / "metrics.json")
+    except InputError:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -131,7 +142,7 @@ def _origin(folder: Path, seen: frozenset[Path]) -> Origin | None:
         # Earlier versions did not record it: what they began with leads back.
         earlier = _origin(Path(str(metrics["model"])), seen | {place})
         return Origin.of_pruning(metrics, earlier) if "ratio" in metrics else earlier
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, OSError, RuntimeError):
         return None
 
 

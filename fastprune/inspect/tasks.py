@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,15 +20,16 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
+from fastprune.bounds import STEPS, Range, check_ranges
 from fastprune.config import Group
 from fastprune.data.records import read_file
 from fastprune.errors import InputError
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import is_seq2seq
 from fastprune.progress import stage
+from fastprune.readers import read_yaml
 
 FOLDER = Path(__file__).with_name("tasks")
 EXTRA = "fastprune[eval]"
@@ -49,24 +51,20 @@ class TaskOptions:
     tasks_data: Annotated[Path | None, Group.TASKS] = None
     """folder with arc_easy.jsonl, piqa.jsonl, lambada.jsonl: these tasks read their items there
     instead of from the hub"""
-    task_limit: Annotated[int | None, Group.TASKS] = None
+    task_limit: Annotated[int | None, Group.TASKS, STEPS] = None
     """evaluate only the first so many items of each task"""
-    task_fewshot: Annotated[int | None, Group.TASKS] = None
+    task_fewshot: Annotated[int | None, Group.TASKS, Range(0, 10_000)] = None
     """solved examples before each item (default: what the task says, mostly none)"""
 
     def check_tasks(self) -> None:
         """InputError when a value is out of range, or the harness is not installed."""
-        for name, least in (("task_limit", 1), ("task_fewshot", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {least}, not {value}")
+        check_ranges(self)
         if not self.tasks:
             return
         if self.tasks_data is not None and not self.tasks_data.is_dir():
             raise InputError(f"--tasks-data {self.tasks_data}: no such folder")
         for name in self.tasks:
-            if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+            if (name.endswith((".yaml", ".yml")) or "/" in name) and not os.path.isfile(name):
                 raise InputError(f"--tasks {name}: no such task file")
         _harness()
 
@@ -172,7 +170,7 @@ def _local(name: str, file: Path) -> dict[str, Any]:
     """The definition of the task `name` here, with the items in `file`. Raises InputError."""
     import datasets
 
-    definition = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    definition = read_yaml(FOLDER / f"{name}.yaml")
     fields = definition["metadata"]["fields"]
     if not file.is_file():
         raise InputError(f"--tasks {name}: {file} is not there, where --tasks-data has its items")

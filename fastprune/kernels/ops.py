@@ -241,7 +241,9 @@ def scan_table(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _scan_result(row: list[float]) -> ScanResult:
-    return ScanResult._make([*map(int, row[:4]), *row[4:9], int(row[9])])
+    found = ScanResult._make([*map(int, row[:4]), *row[4:9], int(row[9])])
+    # of equal values the deviation is the rounding error of two moments, and may come out as zero
+    return found._replace(outliers=0) if found.min == found.max else found
 
 
 # ---------------------------------------------------------------------------- adamw

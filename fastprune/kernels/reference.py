@@ -86,6 +86,7 @@ def _health(x: Tensor) -> Tensor:
         mean, second = finite.mean(), (finite * finite).mean()
         sigma = (second - mean * mean).clamp(min=0).sqrt()
         outliers = ((finite - mean).abs() > SIGMAS * sigma).sum()
+        outliers = outliers * (finite.min() < finite.max())  # among equal values there are none
         moments = [finite.min(), finite.max(), finite.abs().max(), mean, second]
     numel = x.new_full((), x.numel())
     return torch.stack([v.to(torch.float64) for v in (*counts, outliers, *moments, numel)])

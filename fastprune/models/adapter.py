@@ -23,11 +23,14 @@ from fastprune.errors import InputError, NumericalError
 from fastprune.models.checks import check_values
 from fastprune.models.families import decoder_layers, geometry
 from fastprune.models.quiet import quiet_libraries
+from fastprune.readers import read_json
 
 CONFIG_FILE, BASE_FILE = "adapter_config.json", "fastprune_base.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SAMPLES = 64
 """Weights of each tensor that enter a fingerprint."""
+MAX_RANK = 2**14
+"""Columns of a low-rank matrix: more than any has, and few enough for the memory."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
@@ -102,6 +105,14 @@ class Fingerprint:
         return model.dtype if self.dtype == "float32" else None
 
 
+def check_adapter(directory: str | Path) -> None:
+    """InputError where there is no usable LoRA adapter in `directory`, whatever model it is for."""
+    directory = Path(directory).expanduser()
+    _check_files(directory)
+    read_fingerprint(directory)
+    _check_names(directory, _tensors(directory))
+
+
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """`model` with the LoRA adapter in `directory` on it, unmerged: a PeftModel for inference.
 
@@ -144,7 +155,7 @@ def fold(adapted: nn.Module) -> nn.Module:
     `adapted` is taken apart. Each weight is added to in fp32 and returns to its own dtype before
     the next, so that little more memory is taken than the model has. Tied embeddings that the
     adapter makes differ from the head are no longer tied. Raises NumericalError when a merged
-    weight is not finite.
+    weight is not finite, InputError for a kind of LoRA that cannot be merged.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -166,6 +177,8 @@ def fold(adapted: nn.Module) -> nn.Module:
                 "the merged weights hold NaN or Inf: the adapter or the model is broken; nothing "
                 "was written"
             ) from error
+        except (NotImplementedError, TypeError, AttributeError) as error:
+            raise InputError(f"the adapter cannot be merged: {error}; use it unmerged") from error
         layer.to(dtype)
     with quiet_libraries():
         model = adapted.unload()
@@ -184,8 +197,15 @@ def read_fingerprint(directory: Path) -> Fingerprint | None:
     if not file.is_file():
         return None
     try:
-        return Fingerprint(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        found = Fingerprint(**read_json(file))
+        sizes = [size for layer in found.layers for size in layer]
+        texts = (found.base, found.dtype, *found.digests, *found.digests.values())
+        if not all(type(n) is int for n in (found.parameters, *sizes)):
+            raise ValueError("sizes are whole numbers")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("names and digests are texts")
+        return found
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: broken; copy the adapter again") from error
 
 
@@ -218,12 +238,15 @@ def _check_files(directory: Path) -> None:
     if not file.is_file():
         raise InputError(f"--adapter {directory}: not an adapter folder (it has no {CONFIG_FILE})")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
         kind = settings["peft_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: broken adapter config; copy the adapter again") from error
     if kind != "LORA":
         raise InputError(f"--adapter {directory}: a {kind} adapter; only LoRA can be used")
+    rank = settings.get("r")
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise InputError(f"{file}: the rank r must be a whole number from 1 to {MAX_RANK}")
     import peft
 
     known = {field.name for field in fields(peft.LoraConfig)}

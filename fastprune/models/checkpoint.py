@@ -39,6 +39,7 @@ from fastprune.models.families import (
 from fastprune.models.multimodal import enclosing
 from fastprune.models.portable import add_older_keys, write_generation_config
 from fastprune.models.quiet import quiet_libraries
+from fastprune.space import disk_trouble
 
 UNIFORM = "--layout uniform"
 CODE_FILE = "modeling_fastprune.py"
@@ -138,6 +139,8 @@ def check_savable(model: nn.Module, tokenizer: Any) -> None:
                 tokenizer.save_pretrained(name)
             add_older_keys(Path(name))
         except Exception as error:  # validators and tokenizers raise whatever they like
+            if (full := disk_trouble(error)) is not None:
+                raise InputError(f"{name}: cannot be written: {full}") from error
             reason = " ".join(str(error).split())
             raise InputError(
                 f"the model's config or tokenizer cannot be written again: {reason}; mend it "

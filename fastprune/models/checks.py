@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastprune.errors import InputError
 
 POINTER = b"version https://git-lfs"
@@ -24,6 +26,8 @@ WHOLE = (
 )
 """Dtypes whose numbers are what they say, by their names in torch and in safetensors: weights, and
 positions and masks that lie beside them."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What weights are computed in."""
 TRUST = "trust_remote_code"
 
 log = logging.getLogger("fastprune")
@@ -53,6 +57,20 @@ def without_wrappers(weights: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return result
 
 
+def inside(folder: Path, name: Any, source: Path) -> Path:
+    """The file `name` of `folder`, as the file `source` in it says.
+
+    Raises InputError where the name leads out of the folder. What lies there may be a link.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise InputError(
+            f"{source}: names the file {name}, which is outside of its folder; copy that file "
+            "there and name it without a path"
+        )
+    return folder / path
+
+
 def check_pointer(file: Path) -> None:
     """Raise InputError where `file` is what Git LFS leaves in the place of a large file."""
     if not file.is_file():
@@ -62,6 +80,16 @@ def check_pointer(file: Path) -> None:
             raise InputError(
                 f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
             )
+
+
+def check_config_dtype(config: Any, name: str) -> None:
+    """InputError, naming `name`, for a config whose weights are of no dtype that is worked in."""
+    if config.dtype is not None and config.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise InputError(
+            f"{name}: its dtype is {str(config.dtype).removeprefix('torch.')}, not one of {known}; "
+            "save the model in one of these"
+        )
 
 
 def quantisation(config: Any) -> Mapping[str, Any] | None:

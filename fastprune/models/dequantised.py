@@ -29,6 +29,8 @@ WRITTEN = "BF16"
 """The dtype that dequantised weights are given."""
 BITS = (2, 4, 8)
 """Sizes of packed integers that are read."""
+BLOCK = (128, 128)
+"""Rows and columns of a weight in FP8 that share a scale, where a config does not say."""
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 ACTIVATIONS = tuple(
     f".{kind}"
@@ -40,9 +42,9 @@ ACTIVATIONS = tuple(
 )
 """How the names of tensors end that say how activations and caches are quantised."""
 TOOLS = {
-    "gptq": "GPTQModel (gptqmodel.utils.model_dequant.dequantize_model)",
-    "awq": "GPTQModel (gptqmodel.utils.model_dequant.dequantize_model)",
-    "compressed-tensors": "the package compressed-tensors (ModelCompressor.decompress_model)",
+    "gptq": "GPTQModel, or what else made it",
+    "awq": "AutoAWQ, or what else made it",
+    "compressed-tensors": "transformers (CompressedTensorsConfig(dequantize=True))",
     "mxfp4": "transformers (quantization_config=Mxfp4Config(dequantize=True))",
     "higgs": "transformers (model.dequantize())",
     "torchao": "torchao (dequantize() of each weight)",
@@ -226,7 +228,7 @@ def _awq(shards: DequantisedShards, settings: Mapping[str, Any]) -> Iterator[tup
 
 
 def _float8(shards: DequantisedShards, settings: Mapping[str, Any]) -> Iterator[tuple[str, Packed]]:
-    yield from _scaled(shards, settings.get("weight_block_size"), FLOAT8)
+    yield from _scaled(shards, settings.get("weight_block_size") or BLOCK, FLOAT8)
 
 
 def _scaled(

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import pickle
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +25,7 @@ from torch import nn
 
 from fastprune.cache import cache_directory
 from fastprune.errors import InputError
-from fastprune.files import is_sealed, seal
+from fastprune.files import SEAL, is_sealed, seal
 from fastprune.models.checkpoint import rebuild
 from fastprune.models.checks import check_complete, check_pointer, reason, refusal, without_wrappers
 from fastprune.models.gguf import (
@@ -45,12 +44,14 @@ from fastprune.models.gguf_words import has_known_words, read_tokenizer
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.skeleton import skeleton
 from fastprune.models.states import filled
-from fastprune.output import sync_folder
+from fastprune.output import replacing
 from fastprune.progress import stage
+from fastprune.space import check_space
+from fastprune.workplace import claimed, remove_all_leftovers
 
 LAYOUT = "4"  # raise when the conversion changes, so that older copies are left alone
-UNFINISHED = "unfinished-"
-STALE_SECONDS = 24 * 3600  # what takes longer than this to write has been killed
+FP32 = 4  # bytes of a number
+ANOTHER_CACHE = "name another folder for it in the environment variable XDG_CACHE_HOME"
 
 log = logging.getLogger("fastprune")
 
@@ -72,58 +73,57 @@ def convert_gguf(path: Path) -> Path:
 
 
 def cached_folder(
-    name: str, write: Callable[[Path], None], root: Path | None = None, *, digests: bool = True
+    name: str,
+    write: Callable[[Path], None],
+    root: Path | None = None,
+    *,
+    digests: bool = True,
+    size: float = 0,
 ) -> Path:
     """The folder `name` in the cache, or in `root`; `write` fills it where it is not there yet.
 
-    Whole or not at all, and safe against concurrent callers: each writes a folder of its own, and
-    a rename decides. It is written anew where its files have other sizes than they had at first,
-    or, with `digests`, other content.
+    Whole or not at all, and safe against concurrent callers: one writes it and the others wait. It
+    is written anew where its files have other sizes than they had at first, or, with `digests`,
+    other content. Raises InputError where the cache cannot be written, or has no room for about
+    `size` bytes.
     """
     target = (root or cache_directory()) / name
     if is_sealed(target, digests):
         return target
-    if target.exists():
-        log.warning("%s is damaged or of an earlier version; it is made anew", target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target.parent)
-    work = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent))
-    try:
-        write(work)
-        seal(work)
-        sync_folder(work)
-        if target.exists() and not is_sealed(target, digests):
-            _remove_folder(target)
-        try:
-            work.rename(target)
-        except OSError:  # another process was first: its folder is as good as ours
-            if not is_sealed(target, digests):
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    _check_cache(target.parent, size)
+    remove_all_leftovers(target.parent)
+    with claimed(target, wait=True) as claim:
+        if is_sealed(target, digests):  # another process has just made it
+            return target
+        if target.exists():
+            log.warning("%s is damaged or of an earlier version; it is made anew", target)
+        with replacing(target, claim=claim) as fresh:
+            write(fresh)
+            seal(fresh)
     return target
 
 
+def _check_cache(folder: Path, size: float) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; {ANOTHER_CACHE}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: the cache cannot be written; {ANOTHER_CACHE}")
+    check_space(folder, size, "what is kept in the cache")
+
+
 def discard(folder: Path) -> bool:
-    """Remove `folder` if it is a converted copy of ours; whether it was."""
-    if folder.parent != cache_directory():
+    """Remove `folder` if it is a copy that `convert_gguf` made; whether it was.
+
+    Models that the user has put into the cache's folder are not.
+    """
+    ours = folder.name.startswith(f"gguf-{LAYOUT}-") and (folder / SEAL).is_file()
+    if folder.parent != cache_directory() or not ours:
         return False
-    shutil.rmtree(folder, ignore_errors=True)
+    with claimed(folder, wait=True):
+        shutil.rmtree(folder, ignore_errors=True)
     return True
-
-
-def _remove_folder(folder: Path) -> None:
-    """Remove `folder` in one step, as others see it."""
-    aside = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
-    with suppress(FileNotFoundError):  # another process was first
-        folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_stale(directory: Path) -> None:
-    for leftover in directory.glob(f"{UNFINISHED}*"):
-        if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _save_dequantised(path: Path, folder: Path) -> None:
@@ -134,10 +134,12 @@ def _save_dequantised(path: Path, folder: Path) -> None:
     try:
         with quiet_libraries():
             header = read_header(path)
+            numbers = sum(tensor.numel for tensor in header.contents.tensors.values())
+            check_space(cache_directory(), FP32 * numbers, f"{path.name} in float32")
             if header.architecture == DECI:
                 model = read_weights(header)
             else:
-                with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder.parent) as aside:
+                with tempfile.TemporaryDirectory(dir=folder) as aside:
                     model = _read_gguf(header, Path(aside) / path.name)
             tokenizer = _read_words(header, model.config)
     except InputError:

@@ -65,6 +65,11 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 INNOCUOUS = {"rope.scaling.finetuned": (False, True), "attention.causal": (True,)}
 """Settings that change nothing at these values."""
 ATTENTION = "rope.scaling.attn_factor"
+WIDE_QUERIES = {"gemma2": 46, "gemma3_text": 62}
+"""Layers of the one Gemma, 27B, whose attention is scaled by the width of the model over its heads:
+as in llama.cpp, since no setting says so. That of others is scaled by the size of a head."""
+SAME_NAME = ("attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual")
+"""Settings that go by their names in a config, and that transformers' reader leaves out."""
 READ = (
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
     *("attention.key_length", "attention.value_length", "attention.sliding_window"),
@@ -148,6 +153,10 @@ def complete_config(config: Any, header: Header) -> Any:
     if config.model_type in MAPPED:
         _complete_family(config, header)
     else:
+        if config.model_type in WIDE_QUERIES:
+            wide = config.num_hidden_layers == WIDE_QUERIES[config.model_type]
+            heads = config.num_attention_heads
+            config.query_pre_attn_scalar = config.hidden_size // heads if wide else config.head_dim
         _check_others(config, header)
     return config
 
@@ -238,7 +247,7 @@ def _llama3(header: Header, divisors: Tensor, theta: float, head_dim: int) -> di
 
 
 def _check_others(config: Any, header: Header) -> None:
-    """InputError where the file says another rotary embedding than `config`."""
+    """InputError where the file says another rotary embedding than `config`, or other caps."""
     said = getattr(config, "rope_parameters", None) or {}
     ropes = [value for value in said.values() if isinstance(value, Mapping)] or [said]
     head_dim = getattr(config, "head_dim", None) or (
@@ -257,10 +266,13 @@ def _check_others(config: Any, header: Header) -> None:
         ],
         **INNOCUOUS,
     }
+    known |= {name: [getattr(config, name, None)] for name in SAME_NAME}
     for name, value in header.settings.items():
         if isinstance(value, list):
             value = [item for item in value if item]
-        if name.startswith("rope.") and not any(_same(value, v) for v in known.get(name, ())):
+        if name.startswith(("rope.", *SAME_NAME)) and not any(
+            _same(value, v) for v in known.get(name, ())
+        ):
             raise _not_read(header, name)
 
 

@@ -8,6 +8,7 @@ directions. transformers' own reader takes GPT-2's rules whatever the file says.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ DIGITS = "digits"
 """Every digit by itself."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of tokens in `tokenizer.ggml.token_type`."""
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+"""A token for one byte of a character that the vocabulary has no token for."""
 
 
 @dataclass(frozen=True)
@@ -160,3 +163,9 @@ def _add_ends(tokenizer: Any, own: Mapping[str, Any]) -> None:
 def parsed(tokenizer: Any) -> dict[str, Any]:
     """The `tokenizer.json` of a fast tokenizer."""
     return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def merged_pairs(backend: Mapping[str, Any]) -> list[list[str]]:
+    """The merges of a `tokenizer.json`, parsed, in their order; older files have them as texts."""
+    merges = backend["model"]["merges"]
+    return [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in merges]

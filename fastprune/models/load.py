@@ -9,7 +9,6 @@ on.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import re
 import zipfile
@@ -27,8 +26,10 @@ from fastprune.models.attention import use_attention
 from fastprune.models.checkpoint import settle_tie
 from fastprune.models.checks import (
     check_complete,
+    check_config_dtype,
     check_pointer,
     check_values,
+    inside,
     quantisation,
     reason,
     refusal,
@@ -41,7 +42,7 @@ from fastprune.models.modeling import register
 from fastprune.models.multimodal import auto_class, is_multimodal, processor_files, text_part
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
-from fastprune.models.shards import ShardReader
+from fastprune.models.shards import ShardReader, listed_files
 from fastprune.models.skeleton import skeleton
 from fastprune.models.states import (
     NeedsPickle,
@@ -57,6 +58,7 @@ from fastprune.models.states import (
 )
 from fastprune.precision import convert_weights
 from fastprune.progress import track
+from fastprune.readers import read_json
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -93,6 +95,10 @@ def load_model(
     wanted = _dtype(dtype)
     target = resolve_device(device) if isinstance(device, str) else device
     given = None if tokenizer is None else named_tokenizer(tokenizer)
+    if adapter is not None:
+        from fastprune.models.adapter import check_adapter, load_adapter  # with peft: a second
+
+        check_adapter(adapter)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in STATE_SUFFIXES:
         model, words = _load_file(path, allow_pickle, given)
@@ -109,8 +115,6 @@ def load_model(
             "%s: the adapter beside this model is left out; give --adapter %s to use it", path, path
         )
     if adapter is not None:
-        from fastprune.models.adapter import load_adapter  # peft takes a second to import
-
         own = len(model.get_input_embeddings().weight)
         model = load_adapter(model, adapter)
         folder = Path(adapter).expanduser()
@@ -157,6 +161,18 @@ def load_or_start(
 def load_config(source: str | Path) -> Any:
     """The config of the model that `source` names, without its weights. Raises InputError."""
     return _read_config(resolve_source(source))
+
+
+def check_source(source: str | Path, trust_remote_code: bool = False) -> None:
+    """InputError where `source` names no model, or one whose config or weight files are missing or
+    broken; weights themselves are not read."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in STATE_SUFFIXES:
+        check_pointer(path)
+        return
+    folder = resolve_source(source)
+    _read_config(folder, trust_remote_code)
+    _check_weights(folder)
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -273,7 +289,7 @@ def _read_config(folder: Path, trust: bool = False) -> Any:
         raise InputError(f"{folder}: not a model folder (it has no config.json)")
     check_pointer(file)
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
         if not isinstance(settings, dict) or "model_type" not in settings:
             raise ValueError("it names no model_type")
         with quiet_libraries():
@@ -282,6 +298,7 @@ def _read_config(folder: Path, trust: bool = False) -> Any:
             )
     except Exception as error:  # a config may be wrong in as many ways as it has fields
         raise refusal(file, "broken or unknown config", error) from error
+    check_config_dtype(config, str(file))
     if not trust:  # code that was not run is not passed on with the model either
         vars(config).pop("auto_map", None)
     return config
@@ -318,11 +335,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            try:
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise InputError(f"{index}: broken index of weight files") from error
-            return [folder / shard for shard in sorted(shards)]
+            return listed_files(index)
     raise InputError(f"{folder}: no weights (model.safetensors) in this folder")
 
 
@@ -345,6 +358,7 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
         )
     for name in TOKENIZER_FILES:
         check_pointer(folder / name)
+    _check_tokenizer_files(folder)
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -355,6 +369,20 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
     if not trust:
         tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raise InputError where the library would read files of the tokenizer from elsewhere.
+
+    Where tokenizer.json is in `folder`, it reads no others: old paths in the settings do no harm.
+    """
+    file = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return
+    named = read_json(file)
+    for key, value in named.items() if isinstance(named, dict) else ():
+        if key.endswith("_file") and isinstance(value, str):
+            inside(folder, value, file)
 
 
 def _read_weights(folder: Path, config: Any, dtype: torch.dtype | None, trust: bool) -> nn.Module:

@@ -16,6 +16,8 @@ CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokeni
 FAST_TOKENIZER = "PreTrainedTokenizerFast"
 """The class of any `tokenizer.json`, by the name that transformers 4 and 5 both know."""
 NAMED_BY_VERSION_5 = ("TokenizersBackend",)
+APART = ("rope_theta", "partial_rotary_factor")
+"""What transformers 4 keeps beside the scaling of the rotary embedding, not in it."""
 OF_ITS_LOADING = ("is_local", "local_files_only", "backend")
 """What transformers 5 writes into a tokenizer's file about how it happened to be read."""
 
@@ -47,8 +49,8 @@ def older_config_keys(config: dict[str, Any]) -> dict[str, Any]:
     # Layers that differ, and a rope for each kind of layer (nested), have no older spelling.
     plain_layers = "per_layer_config" not in config
     if plain_layers and isinstance(rope, dict) and "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        scaling = {key: value for key, value in rope.items() if key not in APART}
+        found |= {key: rope[key] for key in APART if key in rope}
         default = scaling.get("rope_type", "default") == "default"
         plain = default and "mrope_section" not in scaling
         found["rope_scaling"] = None if plain else scaling

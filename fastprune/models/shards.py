@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastprune.errors import InputError
 from fastprune.models.checks import check_dtype, check_pointer, unscaled, without_wrappers
+from fastprune.readers import parse_json, read_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -193,11 +194,17 @@ def _files(folder: Path) -> list[Path]:
             f"{folder}: no weights in safetensors (model.safetensors), from which models are "
             "streamed and quantised ones read; save the model again with save_pretrained"
         )
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{index}: broken index of weight files") from error
-    return [folder / shard for shard in sorted(shards)]
+    return listed_files(index)
+
+
+def listed_files(index: Path) -> list[Path]:
+    """The weight files that `index` lists, which lie beside it, sorted. InputError if broken."""
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise InputError(f"{index}: broken index of weight files; copy or download it again")
+    return [index.with_name(name) for name in sorted(set(names))]
 
 
 def _entries(file: Path) -> dict[str, Entry]:
@@ -207,10 +214,12 @@ def _entries(file: Path) -> dict[str, Entry]:
         length = int.from_bytes(data.read(8), "little")
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError("its header is too long")
-        header: dict[str, Any] = json.loads(data.read(length))
+        header: dict[str, Any] = parse_json(data.read(length))
     header.pop("__metadata__", None)
     found = {}
     for name, tensor in header.items():
+        if not all(type(n) is int and n >= 0 for n in (*tensor["shape"], *tensor["data_offsets"])):
+            raise ValueError(f"{name} has a shape or a place that is none")
         start, stop = (8 + length + offset for offset in tensor["data_offsets"])
         entry = Entry(file, tensor["dtype"], tuple(tensor["shape"]), start, stop)
         dtype = (DTYPES | PACKED).get(entry.dtype)

@@ -8,7 +8,6 @@ their fields. The tokenizer, and the config of anything but a GPT-2, lie beside 
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import zipfile
@@ -36,6 +35,7 @@ from fastprune.models.inert import Record, fields_of, plain, read_inert
 from fastprune.models.multimodal import is_multimodal
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.seq2seq import check_family
+from fastprune.readers import read_json
 
 STATES = ("model", "model_state_dict", "state_dict", "module")
 """Under which of these a training script keeps the weights."""
@@ -186,12 +186,9 @@ def _config_beside(path: Path) -> dict[str, Any]:
     file = path.with_name("config.json")
     if not file.is_file():
         return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise InputError(f"{file}: broken config: {error}") from error
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise InputError(f"{file}: broken config: not an object")
     return settings
 
 

@@ -6,7 +6,7 @@ that asks for sizes only (families, plans, checkpoint forms) works on it as on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ from fastprune.config import resolve_device, resolve_dtype
 from fastprune.errors import InputError
 from fastprune.models.adopted import adopt, check_known, is_known
 from fastprune.models.checkpoint import EMBEDDING, HEAD
-from fastprune.models.checks import check_complete, quantisation
+from fastprune.models.checks import check_complete, quantisation, refusal
 from fastprune.models.dequantised import DequantisedShards, open_shards, unquantised
 from fastprune.models.layers import FetchedLayers
-from fastprune.models.load import load_config, load_tokenizer, named_tokenizer, resolve_source
+from fastprune.models.load import (
+    STATE_SUFFIXES,
+    load_config,
+    load_tokenizer,
+    named_tokenizer,
+    resolve_source,
+)
 from fastprune.models.multimodal import is_multimodal
 from fastprune.models.quiet import quiet_libraries
 from fastprune.models.shards import DTYPES, ShardReader
@@ -51,12 +57,7 @@ class StreamedModel(FetchedLayers):
         family: str | None = None,
     ) -> None:
         folder = resolve_source(source)
-        config = load_config(folder)
-        settings = quantisation(config)
-        if settings:
-            config = unquantised(config)
-        if family is not None or not is_known(config):
-            check_known(skeleton(config, torch.float32), family)
+        config, settings = _known_config(folder, family)
         if is_multimodal(config):
             raise InputError(
                 f"--stream reads language models alone, and a '{config.model_type}' has more than "
@@ -67,7 +68,7 @@ class StreamedModel(FetchedLayers):
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):
             config.tie_word_embeddings = False
-        model = self._fitting(config)
+        model = _fitting(config, self.shards, self.dtype)
         adopt(model, family)
         super().__init__(model, resolve_device(device))
         _read_generation_config(self.model, folder)
@@ -88,36 +89,72 @@ class StreamedModel(FetchedLayers):
             yield str(file), f"{status.st_size} {status.st_mtime_ns}"
         yield "dtype", str(self.dtype)
 
-    def _fitting(self, config: Any) -> nn.Module:
-        """The model of ``config`` on the meta device, its layers of the sizes in the files.
 
-        InputError unless the files hold every weight at its size.
-        """
-        model = skeleton(config, self.dtype)
-        if isinstance(self.shards, DequantisedShards):
-            self.shards.leave_zero_biases(model.state_dict())
-        found = self._compared(model)
-        if misfits(config, found):
-            config = resized_config(self.shards.folder, config, self.shards.entries)
-            model = skeleton(config, self.dtype)
-            found = self._compared(model)
-        check_complete(found, self.shards.folder)
-        return model
+def outline(source: str | Path, family: str | None = None) -> nn.Module | None:
+    """The model that ``source`` names on the meta device, its layers of the sizes in its files.
 
-    def _compared(self, model: nn.Module) -> dict[str, Any]:
-        """How the files' weights differ from those of ``model``, as transformers' loading info."""
-        expected, found = model.state_dict(), self.shards.entries
-        if model.config.tie_word_embeddings:
-            expected.pop(HEAD, None)
-        return {
-            "missing_keys": expected.keys() - found.keys(),
-            "unexpected_keys": found.keys() - expected.keys() - {HEAD},
-            "mismatched_keys": {
-                (name, found[name].shape, tuple(expected[name].shape))
-                for name in expected.keys() & found.keys()
-                if found[name].shape != expected[name].shape
-            },
-        }
+    None where these are not in safetensors, or do not go together: then only loading the model
+    tells what is wrong, if anything is. Raises InputError where there is no model at all.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in STATE_SUFFIXES:
+        return None
+    folder = resolve_source(source)
+    config, settings = _known_config(folder, family)
+    if is_multimodal(config):
+        return None
+    try:
+        shards = open_shards(folder, settings)
+        model = _fitting(config, shards, _own_dtype(config, shards))
+    except InputError:
+        return None
+    adopt(model, family)
+    return model
+
+
+def _known_config(folder: Path, family: str | None) -> tuple[Any, Mapping[str, Any] | None]:
+    """The config of ``folder``, of a type that is declared or is adopted as ``family``, and by what
+    settings its weights are quantised, if they are. Raises InputError."""
+    config = load_config(folder)
+    settings = quantisation(config)
+    if settings:
+        config = unquantised(config)
+    if family is not None or not is_known(config):
+        check_known(skeleton(config, torch.float32), family)
+    return config, settings
+
+
+def _fitting(config: Any, shards: ShardReader, dtype: torch.dtype) -> nn.Module:
+    """The model of ``config`` on the meta device, its layers of the sizes in the files.
+
+    InputError unless the files hold every weight at its size.
+    """
+    model = skeleton(config, dtype)
+    if isinstance(shards, DequantisedShards):
+        shards.leave_zero_biases(model.state_dict())
+    found = _compared(model, shards)
+    if misfits(config, found):
+        config = resized_config(shards.folder, config, shards.entries)
+        model = skeleton(config, dtype)
+        found = _compared(model, shards)
+    check_complete(found, shards.folder)
+    return model
+
+
+def _compared(model: nn.Module, shards: ShardReader) -> dict[str, Any]:
+    """How the files' weights differ from those of ``model``, as transformers' loading info."""
+    expected, found = model.state_dict(), shards.entries
+    if model.config.tie_word_embeddings:
+        expected.pop(HEAD, None)
+    return {
+        "missing_keys": expected.keys() - found.keys(),
+        "unexpected_keys": found.keys() - expected.keys() - {HEAD},
+        "mismatched_keys": {
+            (name, found[name].shape, tuple(expected[name].shape))
+            for name in expected.keys() & found.keys()
+            if found[name].shape != expected[name].shape
+        },
+    }
 
 
 def _fill_buffers(model: nn.Module, device: torch.device) -> None:
@@ -153,6 +190,11 @@ def _equal(shards: ShardReader, name: str, other: str) -> bool:
 def _read_generation_config(model: nn.Module, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
         with quiet_libraries():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # as many ways to be wrong as there are settings
+        raise refusal(file, "broken generation settings", error) from error

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from fastprune.errors import InputError
-from fastprune.models.families import COARSE, FINEST
+from fastprune.models.families import COARSE, FINEST, UNITS
 from fastprune.pruning.sizes import (
     LayerSize,
     Limits,
@@ -82,6 +82,7 @@ def allocate_same(
     """The same counts in every layer, as near to ``target`` as a step in all of them allows.
 
     ``fits`` says of a removal of coarse units whether a standard model can have what is left.
+    Raises InputError where that leaves nothing to remove.
     """
     if any(size != sizes[0] for size in sizes):
         raise InputError("the uniform layout needs layers of one size; use --layout per-layer")
@@ -89,8 +90,14 @@ def allocate_same(
     one, share = sizes[0], target / len(sizes)
     rate = share / one.prunable
     mixes = itertools.product(*(limits.counts(one, kind) for kind in COARSE))
-    coarse = [Removal(dict(zip(COARSE, mix))) for mix in mixes]
-    coarse = [removal for removal in coarse if fits(removal)] or [Removal()]
+    every = [Removal(dict(zip(COARSE, mix))) for mix in mixes]
+    coarse = [removal for removal in every if fits(removal)] or [Removal()]
+    if not one.finest.units and len(every) > 1 and not any(r.units for r in coarse):
+        units = " or ".join(UNITS[kind] for kind in COARSE)
+        raise InputError(
+            f"the uniform layout: no standard model of this family has layers with fewer {units}; "
+            f"let {UNITS[FINEST]} go as well with --structures, or use --layout per-layer"
+        )
 
     def off(removal: Removal) -> float:
         return sum(abs(removal.count(k) - rate * one.sublayers[k].units) for k in COARSE)

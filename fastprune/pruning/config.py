@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from fastprune.bounds import LENGTH, POSITIVE, SHARE, Range, check_ranges
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
 from fastprune.data.records import SELF, source_names
@@ -15,6 +15,8 @@ from fastprune.errors import InputError
 
 ALL = "all"
 """As `--layers`: every layer."""
+KEEP = "keep:"
+"""As `--vocab`: before a text whose tokens stay."""
 Importance = Literal[
     "taylor-first",
     "taylor-second",
@@ -46,20 +48,24 @@ class PruneConfig(CommonConfig):
     """directory of the pruned checkpoint"""
     overwrite: bool = False
     """replace what an earlier run left in --out"""
-    ratio: float | None = None
+    ratio: Annotated[float | None, Range(0, 1, closed=(True, False))] = None
     """fraction of the block parameters to remove"""
     ratio_of: Annotated[Literal["block", "structures"], Group.SIZE] = "block"
     """what --ratio is a fraction of: all block parameters, or those of the --structures in the
     --layers, as when 0.2 shall mean a fifth of the attention"""
-    target_params: Annotated[int | None, Group.SIZE] = None
+    target_params: Annotated[int | None, Group.SIZE, Range(1, 10**15)] = None
     """total parameters of the result, instead of --ratio"""
     target_bytes: Annotated[str | None, Group.SIZE] = None
     """size of the result's weight files at most, instead of --ratio: for example 200MB or 1.5GiB"""
-    target_latency: Annotated[float | None, Group.SIZE] = None
+    target_latency: Annotated[float | None, Group.SIZE, POSITIVE] = None
     """milliseconds a token at most when the result decodes at batch 1 here, instead of --ratio"""
-    latency_context: Annotated[int, Group.SIZE] = 128
+    latency_context: Annotated[int, Group.SIZE, Range(1, 2**24)] = 128
     """tokens before the one whose decoding is timed for --target-latency"""
-    iterations: Annotated[int, Group.SIZE] = 1
+    vocab: Annotated[str | None, Group.SIZE] = None
+    """trim the vocabulary as well, or alone: keep:TEXT keeps the tokens that occur in TEXT; a
+    number, as 20000, or a share, as 40%, keeps so many tokens in all, the most frequent of --calib
+    first. Tokens that every text needs stay"""
+    iterations: Annotated[int, Group.SIZE, Range(1, 1000)] = 1
     """reach the budget in this many equal steps, scoring anew after each"""
     effort: Literal["fast", "balanced", "thorough"] = "balanced"
     """time against quality: chooses what is not said of structures, allocation, layers, limits,
@@ -71,7 +77,7 @@ class PruneConfig(CommonConfig):
     """criterion that ranks the units of a layer"""
     allocation: Annotated[Allocation, Group.SELECTION] = "auto"
     """how the ratio is spread over the layers (auto: by --effort)"""
-    exchange_rounds: Annotated[int | None, Group.SELECTION] = None
+    exchange_rounds: Annotated[int | None, Group.SELECTION, Range(0, 10_000)] = None
     """rounds after the search in which layers trade units while the whole model's divergence
     falls; 0 for none (default: by --effort)"""
     layer_importance: Annotated[str, Group.SELECTION] = "removal"
@@ -80,9 +86,9 @@ class PruneConfig(CommonConfig):
     alpha: Annotated[float | None, Group.SELECTION] = None
     """exponent of the sensitivity; for global, how much of the difference between layers counts:
     from 0 (none: all layers alike) to 1 (all of it) (default: 1, or by --effort)"""
-    min_layer_ratio: Annotated[float, Group.SELECTION] = 0.0
+    min_layer_ratio: Annotated[float, Group.SELECTION, SHARE] = 0.0
     """least share of a layer's KV groups and channels, by parameters, to remove"""
-    max_layer_ratio: Annotated[float | None, Group.SELECTION] = None
+    max_layer_ratio: Annotated[float | None, Group.SELECTION, SHARE] = None
     """largest share of a layer's KV groups and channels, by parameters, to remove unit by unit
     (default: by --effort, at most 0.9)"""
     layers: Annotated[str | None, Group.SELECTION] = None
@@ -93,30 +99,30 @@ class PruneConfig(CommonConfig):
     layout: Annotated[Literal["per-layer", "uniform", "deci"], Group.SIZE] = "per-layer"
     """uniform: every layer the same size, so that any engine loads the result; deci: heads stay and
     channels go, or whole sublayers, as the engines that read DeciLM (nemotron-nas) ask for"""
-    align: Annotated[int | None, Group.SIZE] = None
+    align: Annotated[int | None, Group.SIZE, Range(1, 2**20)] = None
     """keep channels in multiples of this number (default: 32 where the model's own widths are
     multiples of it and large, else 1; with --layout deci 256)"""
     calib: str = TRAINING_TEXT
     """calibration text, or self for text that the model writes before it is pruned; several, joined
     by commas, give an equal share of the windows each"""
-    calib_samples: Annotated[int | None, Group.CALIBRATION] = None
+    calib_samples: Annotated[int | None, Group.CALIBRATION, Range(1, 10**6)] = None
     """calibration windows (default: by --effort, 128 or 512)"""
-    calib_seq_len: Annotated[int | None, Group.CALIBRATION] = None
+    calib_seq_len: Annotated[int | None, Group.CALIBRATION, LENGTH] = None
     """tokens of a calibration window, at most the model's maximum positions (default: 256, or that
     maximum)"""
-    sensitivity_samples: Annotated[int, Group.CALIBRATION] = 16
+    sensitivity_samples: Annotated[int, Group.CALIBRATION, Range(1, 10**6)] = 16
     """calibration windows used for layer sensitivity"""
-    search_samples: Annotated[int, Group.CALIBRATION] = 128
+    search_samples: Annotated[int, Group.CALIBRATION, Range(2, 10**6)] = 128
     """calibration windows that search measures and refits by; --importance and the refit that stays
     use all"""
     eval: str = EVALUATION_TEXT
     """evaluation text; several, joined by commas, are read one after the other"""
-    eval_seq_len: Annotated[int | None, Group.EVALUATION] = None
+    eval_seq_len: Annotated[int | None, Group.EVALUATION, LENGTH] = None
     """tokens of an evaluation window, at most the model's maximum positions (default: 1024, or that
     maximum)"""
-    eval_windows: Annotated[int, Group.EVALUATION] = 16
+    eval_windows: Annotated[int, Group.EVALUATION, Range(1, 10**6)] = 16
     """evaluation windows, from the start of the text"""
-    gate_ppl_ratio: Annotated[float | None, Group.EVALUATION] = None
+    gate_ppl_ratio: Annotated[float | None, Group.EVALUATION, POSITIVE] = None
     """stop without writing when perplexity grows by more than this factor"""
     keep_worse: Annotated[bool, Group.EVALUATION] = False
     """write the result even where its perplexity is beyond any use (100 times the dense one)"""
@@ -125,7 +131,7 @@ class PruneConfig(CommonConfig):
     dry_run: Annotated[bool, Group.PLAN] = False
     """make the plan, say what the run would cost, and stop; MODEL may be a folder with nothing but
     a config.json"""
-    ranks: Annotated[int, Group.PLAN] = 1
+    ranks: Annotated[int, Group.PLAN, Range(1, 2**16)] = 1
     """processes (torchrun) for which --dry-run computes costs"""
     read_back: Annotated[bool, Group.FILES] = True
     """load the result from its files and compare its logits before it counts as written"""
@@ -149,34 +155,17 @@ class PruneConfig(CommonConfig):
 
     def check(self) -> None:
         """InputError when a value is out of range or two contradict each other."""
+        check_ranges(self)
         self._check_budget()
+        self._check_vocab()
         low, high = (0, 1) if self.allocation == "global" else (-10, 10)
         if self.alpha is not None and not low <= self.alpha <= high:
             raise InputError(
                 f"--alpha must lie between {low} and {high} with --allocation {self.allocation}, "
                 f"not {self.alpha}"
             )
-        for name, least in (
-            ("exchange_rounds", 0),
-            ("iterations", 1),
-            ("latency_context", 1),
-            ("calib_samples", 1),
-            ("calib_seq_len", 2),
-            ("sensitivity_samples", 1),
-            ("search_samples", 2),
-            ("eval_seq_len", 2),
-            ("eval_windows", 1),
-            ("ranks", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {least}, not {value}")
-        if self.gate_ppl_ratio is not None:
-            if not self.gate_ppl_ratio > 0:
-                raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
-            if self.keep_worse:
-                raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
+        if self.gate_ppl_ratio is not None and self.keep_worse:
+            raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
         self._check_stream()
         if self.iterations > 1 and self.plan is not None:
             raise InputError("--plan is applied as it is; leave --iterations out")
@@ -185,6 +174,7 @@ class PruneConfig(CommonConfig):
     def inputs(self) -> list[str | Path]:
         """What the command reads, as it was named; --out must lie apart from it."""
         texts = [*source_names(self.calib), *source_names(self.eval)]
+        texts += source_names(self.vocab_text() or "") if self.vocab else []
         files: list[str | Path] = [p for p in (self.plan, self.tokenizer) if p is not None]
         if self.layer_importance not in ("removal", "activation"):
             files.append(self.layer_importance)
@@ -196,18 +186,56 @@ class PruneConfig(CommonConfig):
             *(self.ratio, self.target_params, self.target_bytes, self.target_latency),
             self.plan,
         ]
+        if self.only_trims:
+            return
         given = sum(budget is not None for budget in budgets)
         if given != 1:
             raise InputError(
                 "give exactly one of --ratio, --target-params, --target-bytes, --target-latency "
-                "and --plan" + ("" if given else ", for example --ratio 0.2")
+                "and --plan" + ("" if given else ", for example --ratio 0.2, or --vocab alone")
             )
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise InputError(f"--ratio must lie between 0 and 1, not {self.ratio}")
+        if self.ratio == 0:
+            raise InputError("--ratio 0 removes nothing; leave it out beside --vocab")
         if self.ratio_of == "structures" and (self.ratio is None or not self.structures):
             raise InputError("--ratio-of structures needs both --ratio and --structures")
-        if self.target_latency is not None and not 0 < self.target_latency < math.inf:
-            raise InputError(f"--target-latency must be positive, not {self.target_latency}")
+
+    def _check_vocab(self) -> None:
+        """InputError for a --vocab that names neither a text nor a number."""
+        if self.vocab is None:
+            return
+        text, count = self.vocab_text(), re.fullmatch(r"(\d+(?:\.\d*)?)(%?)", self.vocab)
+        if text is None and (count is None or (not count[2] and "." in count[1])):
+            raise InputError(
+                f"--vocab {self.vocab}: give keep:TEXT, a number of tokens, or a share as 40%"
+            )
+        if text is not None and not text.strip():
+            raise InputError(f"--vocab {self.vocab}: name a text, for example keep:{TRAINING_TEXT}")
+        if text is None and SELF in source_names(self.calib):
+            raise InputError(
+                f"--vocab {self.vocab} counts the tokens of --calib, which is {SELF} here; name a "
+                "text, or give --vocab keep:TEXT"
+            )
+
+    @property
+    def only_trims(self) -> bool:
+        """Whether the vocabulary is all that shall be smaller."""
+        budgets = (self.target_params, self.target_bytes, self.target_latency, self.plan)
+        return self.vocab is not None and not self.ratio and not any(b is not None for b in budgets)
+
+    def vocab_text(self) -> str | None:
+        """The TEXT of --vocab keep:TEXT; None where --vocab is a number or not given."""
+        vocab = self.vocab or ""
+        return vocab.removeprefix(KEEP) if vocab.startswith(KEEP) else None
+
+    def vocab_count(self, tokens: int) -> int:
+        """How many of so many ``tokens`` --vocab keeps, where it is a number or a share."""
+        assert self.vocab is not None
+        share = self.vocab.endswith("%")
+        return round(float(self.vocab[:-1]) / 100 * tokens) if share else int(self.vocab)
+
+    def calibration_texts(self) -> list[str]:
+        """The names of the calibration texts but for the one that the model writes."""
+        return [name for name in source_names(self.calib) if name != SELF]
 
     def _check_layout(self) -> None:
         """InputError when --layout rules out what stands beside it."""
@@ -234,6 +262,11 @@ class PruneConfig(CommonConfig):
         """InputError when --stream stands beside what needs the whole model in memory."""
         if not self.stream:
             return
+        if self.vocab is not None:
+            raise InputError(
+                "--stream reads the embedding from the files as it is; trim with --vocab in a run "
+                "without --stream"
+            )
         if self.target_latency is not None:
             raise InputError(
                 "--stream keeps the weights on disk, so decoding cannot be timed; "

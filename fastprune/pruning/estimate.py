@@ -173,6 +173,8 @@ class Estimate:
             replace(self.exchange(), runs=search and bool(config.exchange_rounds)),
             replace(self.compensate(self.n), runs=config.compensate != "none"),
         ]
+        if config.only_trims:
+            found = [replace(stage, runs=False) for stage in found]
         steps = config.iterations
         return [
             self.evaluate("evaluate before", self.model),

@@ -7,7 +7,6 @@ holds a digest of all that its figures depend on.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +16,10 @@ import torch
 
 from fastprune import distributed
 from fastprune.cache import cache_directory
+from fastprune.errors import InputError
 from fastprune.precision import bf16_is_fast
 from fastprune.pruning.calibration import Calibration
+from fastprune.readers import read_json
 from fastprune.report.run import write_json
 
 log = logging.getLogger("fastprune")
@@ -42,11 +43,11 @@ def remembered(name: str, calibration: Calibration, compute: Callable[[Calibrati
 
 def read(path: Path, kind: type[T] | type[dict[str, float]]) -> Any:
     """What `keep` wrote to ``path``; None where nothing of that ``kind`` lies there."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError):
+    try:
+        found = read_json(path)
+    except InputError:
         found = None
     if not isinstance(found, kind):
         log.warning("%s does not hold measured figures; measuring anew", path)
@@ -56,10 +57,16 @@ def read(path: Path, kind: type[T] | type[dict[str, float]]) -> Any:
 
 
 def keep(path: Path, figures: Any) -> None:
-    """Write ``figures`` to ``path``, in the first process."""
-    if distributed.rank() == 0:
+    """Write ``figures`` to ``path``, in the first process; a warning where that cannot be."""
+    if distributed.rank() > 0:
+        return
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, figures)
+    except OSError as error:  # a full disk, or one that is only read: the figures are at hand
+        log.warning(
+            "%s cannot be written (%s): another run measures its figures anew", path, error.strerror
+        )
 
 
 def fingerprint(calibration: Calibration, more: Sequence[Any] = ()) -> str:

@@ -17,7 +17,7 @@ from fastprune.errors import InputError
 from fastprune.models.adopted import check_known, is_known
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.layers import Layers, resident
-from fastprune.models.load import STATE_SUFFIXES, load_config, load_model
+from fastprune.models.load import STATE_SUFFIXES, load_config, load_model, load_tokenizer
 from fastprune.models.multimodal import is_multimodal, text_part
 from fastprune.models.readback import check_read_back
 from fastprune.models.skeleton import skeleton
@@ -25,6 +25,7 @@ from fastprune.models.streamed import StreamedModel
 from fastprune.output import RECORDS, RUN_LOG, check_out, staged
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.dryrun import lacks_weights, sizes_only
+from fastprune.pruning.early import check_early
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import STAGES, PruneRun, check_layout
 from fastprune.pruning.sensitivity import save_layer_importance
@@ -35,7 +36,8 @@ from fastprune.report.run import Clock, RunLog, lasting_log
 
 @dataclass
 class PruneResult:
-    """What `prune` made. ``model`` was cut in place unless it was a dry run."""
+    """What `prune` made. ``model`` was cut in place unless it was a dry run; ``tokenizer`` is
+    another one where the vocabulary was trimmed."""
 
     model: nn.Module
     tokenizer: Any
@@ -81,22 +83,27 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
     clock = Clock()
     if lacks_weights(config):
         model, decided = sizes_only(config)
-        run = PruneRun(resident(model), None, config, clock)
+        tokenizer = None if config.vocab is None else load_tokenizer(config.model)
+        run = PruneRun(resident(model), tokenizer, config, clock)
         return carry_out(run, planning=decided)
-    with distributed.joined(config.device), _log(config) as run_log:
+    check_early(config)
+    with (
+        distributed.joined(config.device),
+        _staged(config.out, config.overwrite) as directory,
+        _log(config) as run_log,
+    ):
         with clock("load"):
             layers, tokenizer = _load(config)
-        if config.out is None:
+        if directory is None:
             return carry_out(PruneRun(layers, tokenizer, config, clock))
         check_savable(layers.model, tokenizer)
-        with _staged(config.out, config.overwrite) as directory:
-            run = PruneRun(layers, tokenizer, config, clock, directory)
-            result = carry_out(run, beside=beside)
-            result.out = config.out
-            if distributed.rank() == 0:
-                write_result(directory, result, config, clock, run_log)
-                if beside is not None:
-                    beside.write(result.model, tokenizer, directory)
+        run = PruneRun(layers, tokenizer, config, clock, directory)
+        result = carry_out(run, beside=beside)
+        result.out = config.out
+        if distributed.rank() == 0:
+            write_result(directory, result, config, clock, run_log)
+            if beside is not None:
+                beside.write(result.model, result.tokenizer, directory)
     return result
 
 
@@ -126,8 +133,14 @@ def _log(config: PruneConfig) -> AbstractContextManager[RunLog]:
 
 
 @contextmanager
-def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
-    """`staged` of the first process, under its name in all; the others must not write there."""
+def _staged(out: Path | None, overwrite: bool) -> Iterator[Path | None]:
+    """`staged` of the first process, under its name in all; the others must not write there.
+
+    None where there is no ``out``.
+    """
+    if out is None:
+        yield None
+        return
     if distributed.rank() > 0:
         yield distributed.from_first(out)
         return
@@ -162,6 +175,8 @@ def carry_out(
     and no weights. ``beside`` is asked whether it can be made of the result. Raises what `prune`
     raises.
     """
+    model, tokenizer = run.model, run.tokenizer
+    run.trim()
     run.prepare(texts=planning is None)
     if not run.config.dry_run:
         run.measure_dense()
@@ -171,8 +186,8 @@ def carry_out(
         if beside is not None:
             beside.check(run.model)
         run.measure_pruned()
-    made = run.made
-    return PruneResult(run.model, run.tokenizer, run.plan, run.record(), made.layer_importance)
+        tokenizer = run.tokenizer
+    return PruneResult(model, tokenizer, run.plan, run.record(), run.made.layer_importance)
 
 
 def _load(config: PruneConfig) -> tuple[Layers, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastprune.errors import InputError
 from fastprune.models.families import KINDS, UNITS, Geometry
+from fastprune.readers import read_json
 
 FORMAT = "fastprune-plan/1"
 FIELDS = {"attention": "kv_groups", "mlp": "channels"}
@@ -104,11 +105,9 @@ class Plan:
     def load(path: Path) -> Plan:
         """Read a plan; InputError when the file is missing or is not a plan."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"cannot read the plan {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise InputError(f"{path} is not a plan: it does not hold JSON") from error
+            data = read_json(path)
+        except InputError as error:
+            raise InputError(f"plan {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError(f"{path} is not a plan: its format is not '{FORMAT}'")
         try:

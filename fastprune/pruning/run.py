@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.inspect.memory import peak_memory_bytes
-from fastprune.inspect.perplexity import Perplexity, evaluate_layers, sound
+from fastprune.inspect.perplexity import Perplexity, evaluate_layers, sound, with_bytes
 from fastprune.inspect.record import Origin
 from fastprune.messages import Message
 from fastprune.models.checkpoint import one_size_only, settle_enclosing
@@ -36,19 +36,22 @@ from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.curves import judging
 from fastprune.pruning.divergence import Yardstick
 from fastprune.pruning.dryrun import facts
+from fastprune.pruning.early import check_settled
 from fastprune.pruning.effort import decided
 from fastprune.pruning.iterate import plan_in_steps
 from fastprune.pruning.latency import CostTable
-from fastprune.pruning.plan import Plan
+from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.planning import Planned, Request, parameters_removed
 from fastprune.pruning.stream import write_cut
 from fastprune.pruning.surgery import apply_plan
 from fastprune.pruning.texts import run_windows, with_lengths
 from fastprune.pruning.trial import check_decoder, check_surgery
+from fastprune.pruning.vocabulary import Vocabulary, trim, twin
 from fastprune.pruning.worth import check_worth, conclude
 from fastprune.report.record import PruneRecord
 from fastprune.report.run import Clock, command_line, settings, versions
 from fastprune.report.summary import prune_lines
+from fastprune.space import check_space
 
 log = logging.getLogger("fastprune")
 
@@ -59,8 +62,8 @@ class PruneRun:
     """The steps of a run in their order, and what each leaves for the next.
 
     ``layers`` are the model's, wherever its weights are. The result is the model itself, cut in
-    place, or goes to ``directory`` where its weights stay on disk. A dry run is `prepare` and
-    `make_plan`; `record` may be called after either.
+    place, or goes to ``directory`` where its weights stay on disk. A dry run is `trim`, `prepare`
+    and `make_plan`; `record` may be called after either.
     """
 
     def __init__(
@@ -85,6 +88,11 @@ class PruneRun:
             self.given.check_model(self.sizes)
             if len(set(self.given.result())) > 1 and (why := one_size_only(self.model)):
                 raise InputError(f"--plan: {why}")
+        if config.only_trims:
+            self.given = keep_all(self.sizes)
+        self.vocabulary: Vocabulary | None = None
+        self.untrimmed: nn.Module | None = None
+        self.own_tokens: Perplexity | None = None
         self.budget: Budget | None = None
         self.table: CostTable | None = None
         self.test: Tensor | None = None
@@ -94,6 +102,7 @@ class PruneRun:
         self.yardstick: Yardstick | None = None
         self.divergence: float | None = None
         self.earlier = Origin.of(config.model)
+        self.milliseconds: float
         self.made: Planned
 
     @property
@@ -104,22 +113,60 @@ class PruneRun:
     @property
     def refits(self) -> bool:
         """Whether what is kept takes over what it can of what is removed."""
-        return self.config.compensate != "none"
+        return self.config.compensate != "none" and not self.config.only_trims
+
+    def trim(self) -> None:
+        """Trim the vocabulary where that is asked for; what follows goes by what is left.
+
+        The perplexity of the dense model is measured before, unless it is known or this is a dry
+        run, which trims a copy. Raises InputError as `vocabulary.trim`.
+        """
+        config = self.config
+        if config.vocab is None:
+            return
+        if not config.dry_run and self.dense is None:
+            test, _ = run_windows(config, self.model, self.tokenizer, calibrate=False)
+            with self.clock("evaluate"):
+                found = evaluate_layers(self.layers, test)
+                found = sound(found, self.model, Message("the loss of the model"))
+                self.dense = with_bytes(found, self.tokenizer, test)
+        dense, timed = self.model, config.target_latency is not None
+        with self.clock("surgery"):
+            if config.dry_run:
+                self.model = twin(dense)
+            elif timed:
+                dense = twin(dense)
+            self.untrimmed = dense if timed else None
+            self.tokenizer, self.vocabulary = trim(self.model, self.tokenizer, config)
+        self.layers = type(self.layers)(self.model, self.layers.device)
 
     def prepare(self, *, texts: bool) -> None:
         """Time the model where a latency is asked for, read the budget, and cut the ``texts``.
 
-        Raises InputError for a budget that cannot be met and for texts that are missing.
+        Raises InputError for a budget that cannot be met, for texts that are missing, and where the
+        disk has no room for the result.
         """
         if self.config.target_latency is not None:
             with self.clock("plan"):
                 context = self.config.latency_context
                 # by one process alone: the others would disturb the clock
                 self.table = distributed.by_first(partial(latency.measure, self.model, context))
-        self.budget = budget_of(self.config, self.model, self.table)
-        self.config = decided(self.config, self.model, self._share())
+                self.milliseconds = self.table.dense
+                if self.untrimmed is not None:
+                    again = partial(latency.measure_again, self.untrimmed, self.table)
+                    self.milliseconds, self.untrimmed = distributed.by_first(again), None
+        if self.given is None:
+            self.budget = budget_of(self.config, self.model, self.table)
+        share = self._share()
+        self.config = decided(self.config, self.model, share)
         if is_adopted(self.model.config):
             check_surgery(self.model, self._structures())
+        if self.budget is not None:
+            check_settled(self.config, self.model, self.budget)
+        if self.directory is not None and not self.config.dry_run:
+            assert self.config.out is not None  # where `directory` comes to lie
+            left = self.bytes * (1 - share * self.block / self.params)
+            check_space(self.config.out, left, "the pruned model")
         if texts:
             calibrate = self.given is None or self.refits
             self.test, windows = run_windows(
@@ -208,21 +255,36 @@ class PruneRun:
                 self.pruned = sound(
                     found, self.layers.model, Message("the loss of the pruned model")
                 )
+                if self.vocabulary is not None:
+                    self.pruned = with_bytes(self.pruned, self.tokenizer, self.test)
+        if self.vocabulary is not None:
+            self._count_alike()
         written = self.directory is not None
         check_worth(self.config, self.dense, self.pruned, self.earlier, written=written)
         if self.yardstick is not None:
             with self.clock("evaluate"):
                 self.divergence = self.yardstick.divergence(self.layers)
 
+    def _count_alike(self) -> None:
+        """Express what was measured before the trimming per token of the result."""
+        assert self.dense is not None and self.pruned is not None
+        own, new = self.dense, self.pruned
+        self.own_tokens, self.dense = own, own.per_token_of(new)
+        if self.earlier is not None:
+            before, after = ((self.config.eval, p.seq_len, p.windows) for p in (own, new))
+            longer = new.bytes_per_token / own.bytes_per_token
+            self.earlier = self.earlier.in_other_tokens(before, after, longer)
+
     def record(self) -> PruneRecord:
         """What is known of the run so far."""
         config, plan = self.config, self.plan
         found = _latency(self) if self.table is not None else None
+        trimmed = 0 if self.vocabulary is None else self.vocabulary.params
         record = PruneRecord(
             model=config.model or type(self.model).__name__,
             params={
                 "before": self.params,
-                "after": self.params - self.removed,
+                "after": self.params - self.removed - trimmed,
                 "block_before": self.block,
                 "block_after": self.block - self.removed,
             },
@@ -231,7 +293,8 @@ class PruneRun:
                 "achieved": self.removed / self.block,
             },
             bytes={"before": self.bytes, "after": saved_bytes(self.model, plan.result())},
-            perplexity=_perplexities(config.eval, self.dense, self.pruned),
+            perplexity=_perplexities(config.eval, self.dense, self.pruned, self.own_tokens),
+            vocabulary=None if self.vocabulary is None else self.vocabulary.to_dict(),
             layers=_layers(self.sizes, plan),
             divergence=None
             if self.made.divergence is None
@@ -258,7 +321,8 @@ def check_layout(model: nn.Module, config: PruneConfig) -> None:
     layout that ``config`` asks for.
     """
     family_of(model)
-    if config.layout != "uniform" and config.plan is None and (why := one_size_only(model)):
+    planned = config.plan is None and not config.only_trims
+    if config.layout != "uniform" and planned and (why := one_size_only(model)):
         raise InputError(why)
     if config.target_latency is not None and is_adopted(model.config):
         raise InputError(
@@ -282,7 +346,7 @@ def _latency(run: PruneRun) -> dict[str, float | int | None]:
         if not run.config.dry_run:
             after = distributed.by_first(partial(latency.measure_again, run.model, table))
     return {
-        "before": table.dense,
+        "before": run.milliseconds,
         "predicted": table.predicted(run.plan.result()),
         "after": after,
         "context": table.context,
@@ -309,19 +373,24 @@ def _budget(budget: Budget, record: PruneRecord) -> dict[str, Any]:
 
 
 def _perplexities(
-    text: str, dense: Perplexity | None, pruned: Perplexity | None
+    text: str, dense: Perplexity | None, pruned: Perplexity | None, own: Perplexity | None
 ) -> list[dict[str, Any]]:
+    """The figures of both models; ``own`` is the dense one's per token of its own vocabulary, where
+    the result has another."""
     if dense is None or pruned is None:
         return []
-    return [
-        {
-            "text": text,
-            "seq_len": dense.seq_len,
-            "windows": dense.windows,
-            "before": dense.perplexity,
-            "after": pruned.perplexity,
-        }
-    ]
+    found = {
+        "text": text,
+        "seq_len": dense.seq_len,
+        "windows": dense.windows,
+        "before": dense.perplexity,
+        "after": pruned.perplexity,
+    }
+    if own is not None:
+        found["before_own_tokens"] = own.perplexity
+        found["bits_per_byte_before"] = own.bits_per_byte
+        found["bits_per_byte_after"] = pruned.bits_per_byte
+    return [found]
 
 
 def _layers(sizes: list[Geometry], plan: Plan) -> list[dict[str, int]]:

@@ -18,8 +18,11 @@ from fastprune.messages import Message
 from fastprune.models.forward import Head, chunked_loss
 from fastprune.models.layers import Branches
 from fastprune.pruning.calibration import Calibration
+from fastprune.readers import read_json
 
 FORMAT = "fastprune-layer-importance/1"
+MEASURED = ("removal", "activation")
+"""Sensitivities that are measured; others are read from a file."""
 
 
 @torch.no_grad()
@@ -107,11 +110,9 @@ def load_layer_importance(path: Path, layers: int) -> list[float]:
     Accepts what `save_layer_importance` writes, a bare ``{"0": value, …}``, and a list.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the layer importance {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} does not hold JSON") from error
+        data = read_json(path)
+    except InputError as error:
+        raise InputError(f"layer importance {error}") from error
     if isinstance(data, dict):
         data = data.get("layer_importance", data)
     try:

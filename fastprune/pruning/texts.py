@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.data.records import SELF, source_names
-from fastprune.data.text import load_sources, opening, sample_mix, token_stream
+from fastprune.data.text import characters_for, load_sources, opening, sample_mix, token_stream
 from fastprune.data.written import written_windows
 from fastprune.inspect.perplexity import SEQ_LEN, text_windows, window_length
 from fastprune.models.vocabulary import check_largest
@@ -34,13 +34,16 @@ def run_windows(
     config: PruneConfig, model: nn.Module, tokenizer: Any, *, calibrate: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Evaluation windows from the text's start, calibration windows from what is not tested."""
-    assert config.calib_seq_len and config.eval_seq_len and config.calib_samples  # decided
-    sources = load_sources(config.eval)
+    assert config.eval_seq_len  # decided
+    wanted = (config.calib_samples or 0) * (config.calib_seq_len or 0)
+    enough = characters_for(wanted + config.eval_windows * config.eval_seq_len)
+    sources = load_sources(config.eval, enough)
     documents = [text for texts in sources.values() for text in texts]
     test = text_windows(tokenizer, documents, config.eval_seq_len, config.eval_windows)
     check_largest(model, tokenizer, int(test.max()), config.eval)
     if not calibrate:
         return test, None
+    assert config.calib_seq_len and config.calib_samples  # decided
     start = opening(tokenizer)
     tested = {}
     left = test[:, len(start) :].numel()
@@ -54,7 +57,7 @@ def run_windows(
             share = len(range(first, config.calib_samples, len(names)))
             streams[name] = _written(config, model, tokenizer, share, len(start))
         else:
-            texts = sources.get(name) or load_sources(name)[name]
+            texts = sources.get(name) or load_sources(name, enough)[name]
             streams[name] = token_stream(tokenizer, texts)[tested.get(name, 0) :]
     windows = sample_mix(
         streams, config.calib_seq_len, config.calib_samples, config.seed, opening=start

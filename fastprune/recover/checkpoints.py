@@ -6,6 +6,7 @@
       scheduler.pt          the learning rate's place in its schedule
       rng_state.pth         random states, one file a process where there are several
       fastprune.json        step, figures, what the guard and the monitor have seen
+      sealed.json           sizes and digests of these
     best.safetensors        weights of the best evaluation
 
 Tensors of a sharded model (FSDP2) are whole in it: all processes gather them and the first one
@@ -14,11 +15,9 @@ writes, so that a run goes on with any number of processes.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
-import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,21 +31,26 @@ from torch import Tensor, nn
 
 from fastprune import distributed
 from fastprune.errors import InputError
+from fastprune.files import SEAL, is_sealed, seal, sync
 from fastprune.kernels.optim import AdamW
 from fastprune.models.checks import check_values
+from fastprune.output import sync_folder
+from fastprune.readers import read_json
 from fastprune.recover.freeze import rates_of, reschedule
 from fastprune.recover.processes import barrier, is_first_process, world_size
+from fastprune.recover.state import State
 from fastprune.report.run import write_json
 from fastprune.sharding import collected, local, shard_of
+from fastprune.space import disk_errors
 
 WEIGHTS, OWN_STATE = "weights.safetensors", "fastprune.json"
 OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
-BEST = "best.safetensors"
+BEST, WRITING = "best.safetensors", "writing"
 
 
 def own_state(checkpoint: Path) -> dict[str, Any]:
     """The figures in `checkpoint`."""
-    return json.loads((checkpoint / OWN_STATE).read_text(encoding="utf-8"))
+    return read_json(checkpoint / OWN_STATE)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -62,18 +66,54 @@ def last_words(checkpoint: Path) -> str | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of `checkpoint`; None where they are whole.
 
-    Their ends are looked at, not all that they hold: files are cut short by full disks and kills.
+    All that they hold is compared with what was written; of a checkpoint without a seal, as earlier
+    versions wrote them, only their form is looked at. The best weights belong to it where there
+    were any.
     """
     try:
-        own_state(checkpoint)
-        with safe_open(checkpoint / WEIGHTS, "pt"):
-            pass
-        for file in (OPTIMIZER, SCHEDULE):
-            with zipfile.ZipFile(checkpoint / file):
-                pass
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        return " ".join(str(error).split())
+        if (checkpoint / SEAL).is_file():
+            if not is_sealed(checkpoint):
+                return "a file is missing, cut short, or holds something else than was written"
+        else:
+            _check_form(checkpoint)
+        state, _ = State.resumed(own_state(checkpoint), {})
+        best = checkpoint.parent / BEST
+        if state.monitor.best is not None and not (best.is_file() and _is_readable(best)):
+            return f"the best weights, {best}, are missing or damaged"
+    except Exception as error:  # damaged bytes lead readers to any error
+        return " ".join(f"{type(error).__name__}: {error}".split())
     return None
+
+
+def _check_form(checkpoint: Path) -> None:
+    """Read the files of `checkpoint` as far as their form goes; raises what their readers do."""
+    with safe_open(checkpoint / WEIGHTS, "pt"):
+        pass
+    for file in (OPTIMIZER, SCHEDULE):
+        torch.load(checkpoint / file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write `tensors` to the file `path`, whole or not at all, and to the disk."""
+    beside = path.with_name(f".{path.name}")
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, beside, metadata=metadata)
+        sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -99,29 +139,48 @@ class CheckpointFolder:
         self.device = next(model.parameters()).device
 
     def write(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint aside, rename it when it is complete, and drop the oldest."""
-        first, work = is_first_process(), self.folder / "writing"
+        """Write a checkpoint aside, rename it when it is on the disk, and drop the oldest.
+
+        Raises InputError where the disk is full; what was written of it is removed.
+        """
+        first, work = is_first_process(), self.folder / WRITING
         made = work / f"checkpoint-{step}"
         if first:
             shutil.rmtree(work, ignore_errors=True)
         barrier(self.device)
+        try:
+            with disk_errors(self.folder):
+                self._fill(made, state)
+                barrier(self.device)
+                if first:
+                    self._put_in_place(made)
+        finally:
+            if first:
+                shutil.rmtree(work, ignore_errors=True)
+
+    def _fill(self, made: Path, state: Mapping[str, Any]) -> None:
+        """Write the files of a checkpoint into the folder `made`."""
+        first = is_first_process()
         made.mkdir(parents=True, exist_ok=True)  # processes may have folders of their own
         self._write_weights(made / WEIGHTS)
         optimizer = collected(self.optimizer.state_dict(), keep=first)
         if first:
-            torch.save(optimizer, made / OPTIMIZER)
-            torch.save(self.schedule.state_dict(), made / SCHEDULE)
+            _save(optimizer, made / OPTIMIZER)
+            _save(self.schedule.state_dict(), made / SCHEDULE)
             write_json(made / OWN_STATE, dict(state))
-        torch.save(_random_state(self.device), made / _random_file())
-        barrier(self.device)
-        if first:
-            place = self.folder / made.name
-            if place.exists():
-                place.rename(work / "old")
-            made.rename(place)
-            for number, path in enumerate(checkpoints(self.folder)[: -self.keep_last]):
-                path.rename(work / f"old-{number}")
-            shutil.rmtree(work, ignore_errors=True)
+        _save(_random_state(self.device), made / _random_file())
+
+    def _put_in_place(self, made: Path) -> None:
+        """Give the complete checkpoint `made` its name, and drop the oldest."""
+        seal(made)
+        sync_folder(made)
+        place, work = self.folder / made.name, made.parent
+        if place.exists():
+            place.rename(work / "old")
+        made.rename(place)
+        sync(self.folder)
+        for number, path in enumerate(checkpoints(self.folder)[: -self.keep_last]):
+            path.rename(work / f"old-{number}")
 
     def read(self, checkpoint: Path, *, rescheduled: bool) -> None:
         """Bring model, optimizer and schedule to where they were in `checkpoint`.
@@ -166,7 +225,8 @@ class CheckpointFolder:
 
     def write_best(self, step: int) -> None:
         """The weights as they are after `step` are the best so far."""
-        self._write_weights(self.folder / BEST, {"step": str(step)})
+        with disk_errors(self.folder):
+            self._write_weights(self.folder / BEST, {"step": str(step)})
 
     def read_best(self) -> None:
         """Put the best weights back."""
@@ -186,10 +246,13 @@ class CheckpointFolder:
         tensors = collected(self._learning(), keep=is_first_process())
         if is_first_process():
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}")
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, beside, metadata=metadata)
-            os.replace(beside, path)
+            write_tensors(path, tensors, metadata)
+
+
+def _save(content: Any, path: Path) -> None:
+    """As torch.save, but for the errors, which are the operating system's."""
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def _random_file() -> str:

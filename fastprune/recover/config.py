@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from fastprune.bounds import LENGTH, MINUTES, POSITIVE, RATE, SHARE, STEPS, Range, check_ranges
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
 from fastprune.data.records import source_names
 from fastprune.errors import InputError
 
+DECAY = Range(0, 10, closed=(False, True))
 Method = Literal["full", "lora"]
 FROZEN = ("none", "most", "half", "ends", "attention", "mlp")
 PROJECTS = ("wandb", "trackio")
@@ -55,41 +57,41 @@ class FinetuneConfig(CommonConfig):
     """what stays as it is: most (all but the last 5 layers), last:N (all but the last N layers),
     half (the first half), ends (the outer quarters), attention, mlp; each freezes the embeddings
     and the head too (default: none)"""
-    lr: float | None = None
+    lr: Annotated[float | None, RATE] = None
     """learning rate (default: 2e-5)"""
     find_lr: Annotated[bool, Group.TRAINING] = False
     """choose the learning rate by a short range test on the model itself"""
-    layer_lr_decay: Annotated[float | None, Group.TRAINING] = None
+    layer_lr_decay: Annotated[float | None, Group.TRAINING, DECAY] = None
     """each layer learns at this fraction of the rate of the one after it (default: 1)"""
-    layer_lrs: Annotated[tuple[float, ...], Group.TRAINING] = ()
+    layer_lrs: Annotated[tuple[float, ...], Group.TRAINING, RATE] = ()
     """learning rates of equal parts of the depth, first layers first; instead of --lr"""
     schedule: Annotated[Schedule | None, Group.TRAINING] = None
     """how the learning rate goes down after the warm-up (default: cosine)"""
-    warmup_steps: Annotated[int | None, Group.TRAINING] = None
+    warmup_steps: Annotated[int | None, Group.TRAINING, Range(0, 10**9)] = None
     """steps until the learning rate is reached"""
-    warmup_ratio: Annotated[float | None, Group.TRAINING] = None
+    warmup_ratio: Annotated[float | None, Group.TRAINING, SHARE] = None
     """the same as a share of all steps (default: 0.05)"""
-    div_factor: Annotated[float | None, Group.TRAINING] = None
+    div_factor: Annotated[float | None, Group.TRAINING, Range(1)] = None
     """one-cycle starts at the learning rate divided by this (default: 25)"""
-    weight_decay: Annotated[float | None, Group.TRAINING] = None
+    weight_decay: Annotated[float | None, Group.TRAINING, Range(0)] = None
     """decoupled weight decay; never on norms and biases (default: 0)"""
-    max_grad_norm: Annotated[float | None, Group.TRAINING] = None
+    max_grad_norm: Annotated[float | None, Group.TRAINING, Range(0)] = None
     """clip the norm of the gradients; 0 does not (default: 1)"""
-    epochs: float | None = None
+    epochs: Annotated[float | None, Range(0, 10**6, closed=(False, True))] = None
     """passes over the data (default: 1)"""
-    max_steps: Annotated[int | None, Group.TRAINING] = None
+    max_steps: Annotated[int | None, Group.TRAINING, STEPS] = None
     """stop after so many optimizer steps, whatever --epochs says"""
-    minutes: float | None = None
+    minutes: Annotated[float | None, MINUTES] = None
     """train a stage for about so long: as many steps as there is time for, decided before the first
     one, so that a continued run ends alike"""
-    samples: Annotated[int | None, Group.DATA] = None
+    samples: Annotated[int | None, Group.DATA, STEPS] = None
     """use at most so many training samples (windows of text, or records)"""
-    seq_len: Annotated[int | None, Group.DATA] = None
+    seq_len: Annotated[int | None, Group.DATA, LENGTH] = None
     """tokens of a training window, at most the model's maximum positions (default: 512, or that
     maximum)"""
-    batch_size: Annotated[int | None, Group.TRAINING] = None
+    batch_size: Annotated[int | None, Group.TRAINING, Range(1, 2**16)] = None
     """samples per forward pass and device (default: 4)"""
-    grad_accum: Annotated[int | None, Group.TRAINING] = None
+    grad_accum: Annotated[int | None, Group.TRAINING, Range(1, 2**16)] = None
     """forward passes per optimizer step (default: 4)"""
     precision: Annotated[Precision | None, Group.TRAINING] = None
     """fp32: everything in fp32, half-precision weights are brought to fp32 and rounded when they
@@ -99,22 +101,22 @@ class FinetuneConfig(CommonConfig):
     stop_loss: Annotated[float | None, Group.TRAINING] = None
     """stop a stage when the mean training loss falls below this"""
 
-    lora_r: Annotated[int | None, Group.LORA] = None
+    lora_r: Annotated[int | None, Group.LORA, Range(1, 2**14)] = None
     """rank of the LoRA matrices (default: 8)"""
-    lora_alpha: Annotated[float | None, Group.LORA] = None
+    lora_alpha: Annotated[float | None, Group.LORA, POSITIVE] = None
     """LoRA scale, divided by the rank (default: 16)"""
-    lora_dropout: Annotated[float | None, Group.LORA] = None
+    lora_dropout: Annotated[float | None, Group.LORA, Range(0, 1, closed=(True, False))] = None
     """dropout before the LoRA matrices (default: 0.05)"""
     lora_target_modules: Annotated[tuple[str, ...], Group.LORA] = ()
     """projections that get LoRA matrices (default: q, k, v, o, gate, up and down)"""
 
     teacher: Annotated[str | None, Group.TEACHER] = None
     """learn from this model's output (the dense model) besides the text"""
-    distill_weight: Annotated[float | None, Group.TEACHER] = None
+    distill_weight: Annotated[float | None, Group.TEACHER, SHARE] = None
     """share of the teacher's loss, 0 to 1; the text's own loss has the rest (default: 0.5)"""
-    distill_temperature: Annotated[float | None, Group.TEACHER] = None
+    distill_temperature: Annotated[float | None, Group.TEACHER, POSITIVE] = None
     """both distributions are softened by this (default: 1)"""
-    distill_hidden_weight: Annotated[float | None, Group.TEACHER] = None
+    distill_hidden_weight: Annotated[float | None, Group.TEACHER, Range(0)] = None
     """weight of the distance between the hidden states (default: 0, none)"""
 
     kind: Annotated[Literal["auto", "text", "instructions", "chat"], Group.DATA] = "auto"
@@ -125,7 +127,7 @@ class FinetuneConfig(CommonConfig):
     resize_embeddings: Annotated[bool, Group.DATA] = False
     """give the model's embedding (and head) a row for every token of the tokenizer, where it has
     too few; the new rows begin near the mean of the others"""
-    val_size: Annotated[float | None, Group.DATA] = None
+    val_size: Annotated[float | None, Group.DATA, Range(0, 10**9)] = None
     """samples held out for validation: a number, or a share below 1 (default: 0)"""
     val_data: Annotated[str | None, Group.DATA] = None
     """validation data of its own, named as --data is; instead of --val-size"""
@@ -133,22 +135,22 @@ class FinetuneConfig(CommonConfig):
     """data to measure the finished model on, once, named as --data is"""
     eval: str = EVALUATION_TEXT
     """text whose perplexity is measured before, between the stages and after"""
-    eval_seq_len: Annotated[int | None, Group.EVALUATION] = None
+    eval_seq_len: Annotated[int | None, Group.EVALUATION, LENGTH] = None
     """tokens of an evaluation window, at most the model's maximum positions (default: 1024, or that
     maximum)"""
-    eval_windows: Annotated[int, Group.EVALUATION] = 16
+    eval_windows: Annotated[int, Group.EVALUATION, Range(0, 10**6)] = 16
     """evaluation windows, from the start of the text; 0 measures nothing"""
-    eval_steps: Annotated[int | None, Group.EVALUATION] = None
+    eval_steps: Annotated[int | None, Group.EVALUATION, STEPS] = None
     """every so many steps measure the validation loss, or the perplexity where nothing is held
     out, and keep the best weights (default: only at the end of a stage)"""
-    bleu_samples: Annotated[int | None, Group.EVALUATION] = None
+    bleu_samples: Annotated[int | None, Group.EVALUATION, Range(0, 10**9)] = None
     """at every evaluation answer so many of the validation prompts, and say the BLEU-4 of the
     answers (default: 0)"""
     best_by: Annotated[Literal["loss", "bleu"] | None, Group.TRAINING] = None
     """which figure makes an evaluation the best one, whose weights are kept (default: loss)"""
-    early_stop: Annotated[int | None, Group.TRAINING] = None
+    early_stop: Annotated[int | None, Group.TRAINING, STEPS] = None
     """stop a stage after so many evaluations without improvement"""
-    gate_ppl_ratio: Annotated[float | None, Group.EVALUATION] = None
+    gate_ppl_ratio: Annotated[float | None, Group.EVALUATION, POSITIVE] = None
     """exit 3 without writing a checkpoint when perplexity after is more than this times before
     (default: 1)"""
     keep_worse: Annotated[bool, Group.EVALUATION] = False
@@ -157,18 +159,18 @@ class FinetuneConfig(CommonConfig):
     prompt: Annotated[str | None, Group.EVALUATION] = None
     """continue this prompt during training, to look at, put as the training data put theirs; a .txt
     file holds one prompt a line"""
-    generate_steps: Annotated[int | None, Group.EVALUATION] = None
+    generate_steps: Annotated[int | None, Group.EVALUATION, STEPS] = None
     """continue --prompt every so many steps (default: only at the end)"""
 
-    save_steps: Annotated[int | None, Group.LOGS] = None
+    save_steps: Annotated[int | None, Group.LOGS, STEPS] = None
     """write a checkpoint to resume from every so many steps (default: 500)"""
-    keep_last: Annotated[int | None, Group.LOGS] = None
+    keep_last: Annotated[int | None, Group.LOGS, STEPS] = None
     """resume checkpoints to keep (default: 2)"""
     resume: Annotated[str, Group.LOGS] = "auto"
     """auto: continue what --out began, else start from MODEL (from random weights where it is only
     a config); never: start anew; or the checkpoint folder to continue from, with another --lr,
     --epochs or --max-steps if wanted"""
-    log_steps: Annotated[int | None, Group.LOGS] = None
+    log_steps: Annotated[int | None, Group.LOGS, STEPS] = None
     """steps per line of train_log.jsonl (default: at most 200 lines a stage)"""
     log_to: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], Group.LOGS] = "none"
     """also send the log to this logger"""
@@ -182,12 +184,12 @@ class FinetuneConfig(CommonConfig):
     a copy of all in each (DDP); with one process it changes nothing"""
     gradient_checkpointing: Annotated[bool, Group.MACHINE] = False
     """compute activations twice instead of keeping them: less memory, a third more time"""
-    guard_steps: Annotated[int, Group.SAFETY] = 5
+    guard_steps: Annotated[int, Group.SAFETY, STEPS] = 5
     """so many steps in a row with a non-finite loss or gradient bring back the last good state and
     halve the learning rate"""
-    guard_rollbacks: Annotated[int, Group.SAFETY] = 3
+    guard_rollbacks: Annotated[int, Group.SAFETY, Range(0, 10**9)] = 3
     """give up (exit 4) after bringing it back so many times"""
-    guard_snapshot_steps: Annotated[int, Group.SAFETY] = 50
+    guard_snapshot_steps: Annotated[int, Group.SAFETY, Range(0, 10**9)] = 50
     """remember a good state every so many steps, in memory of the host (12 bytes for each parameter
     that learns, twice that until the next sound step); 0: only at the start and when saving"""
     read_back: Annotated[bool, Group.FILES] = True
@@ -202,22 +204,8 @@ class FinetuneConfig(CommonConfig):
 
     def check(self) -> None:
         """InputError when a value is out of range; what a recipe may say too, `Stage` checks."""
-        for name, least in (
-            ("eval_seq_len", 2),
-            ("eval_windows", 0),
-            ("log_steps", 1),
-            ("guard_steps", 1),
-            ("guard_rollbacks", 0),
-            ("guard_snapshot_steps", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(
-                    f"--{name.replace('_', '-')} must be at least {least}, not {value}"
-                )
+        check_ranges(self)
         if self.gate_ppl_ratio is not None:
-            if not self.gate_ppl_ratio > 0:
-                raise InputError(f"--gate-ppl-ratio must be positive, not {self.gate_ppl_ratio}")
             if not self.eval_windows:
                 raise InputError("--gate-ppl-ratio needs a perplexity: leave out --eval-windows 0")
             if self.keep_worse:

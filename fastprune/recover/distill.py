@@ -25,6 +25,7 @@ from fastprune.kernels.ops import cross_entropy
 from fastprune.models import forward
 from fastprune.models.forward import Head, decoder_and_head
 from fastprune.models.load import STATE_SUFFIXES, load_model
+from fastprune.models.vocabulary import take_tokens
 from fastprune.recover.align import align_layers
 from fastprune.recover.loss import head_loss, product_dtype, scored_tokens
 from fastprune.sharding import inside, spread, whole
@@ -48,8 +49,8 @@ def load_teacher(
     """The teacher that `source` names, in eval mode and without gradients.
 
     Weights alone in a file take the tokenizer that `words` names. With `shard` it is spread over
-    all processes, which must all call this. Raises InputError when it cannot be loaded or reads
-    other tokens than the student's `tokenizer`.
+    all processes, which must all call this. A teacher that has all tokens of the student's
+    `tokenizer`, and more, is cut to these. Raises InputError when it cannot be loaded or lacks one.
     """
     place = "cpu" if shard else device
     teacher, own = load_model(
@@ -60,7 +61,7 @@ def load_teacher(
         trust_remote_code=trust_remote_code,
         tokenizer=words if Path(source).suffix in STATE_SUFFIXES else None,
     )
-    if tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
+    if tokenizer is not None and not take_tokens(teacher, own, tokenizer):
         raise InputError(
             f"--teacher {source}: its vocabulary is not the student's ({len(own.get_vocab())} and "
             f"{len(tokenizer.get_vocab())} tokens); distillation compares them word by word"

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastprune.inspect.perplexity import evaluate
+from fastprune.data.text import characters_for, load_documents
+from fastprune.inspect.perplexity import SEQ_LEN, evaluate, text_windows, window_length
+from fastprune.models.vocabulary import check_largest
 from fastprune.recover.batches import Counted, load_batches
+from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.held_out import bleu_of
 from fastprune.recover.objective import Objective
 from fastprune.recover.processes import total
 from fastprune.recover.recipes import Stage
+
+log = logging.getLogger("fastprune")
 
 
 @dataclass(frozen=True)
@@ -79,3 +85,21 @@ class Evaluation:
         model.train()
         sums = total(sums)
         return float(sums[0] / sums[1].clamp(min=1))
+
+
+def perplexity_windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> Tensor | None:
+    """The evaluation windows; says so when the text is among the training data."""
+    if not config.eval_windows:
+        return None
+    seq_len = window_length(model, "--eval-seq-len", config.eval_seq_len, SEQ_LEN)
+    names = {name.strip() for name in config.data.split(",")}
+    if shared := sorted(names & {name.strip() for name in config.eval.split(",")}):
+        log.warning(
+            "%s is both training data and evaluation text: its perplexity will say how well it was "
+            "learnt by heart; give another --eval",
+            shared[0],
+        )
+    documents = load_documents(config.eval, characters_for(seq_len * config.eval_windows))
+    windows = text_windows(tokenizer, documents, seq_len, config.eval_windows)
+    check_largest(model, tokenizer, int(windows.max()), config.eval)
+    return windows

@@ -24,24 +24,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastprune.errors import InputError, NumericalError
+from fastprune.files import sync, write_whole
 from fastprune.output import (
     RECORDS,
     RUN_LOG,
     check_apart,
     check_out,
     check_place,
-    remove_leftovers,
     replacing,
 )
 from fastprune.progress import log as progress_log
-from fastprune.recover.checkpoints import OWN_STATE, checkpoints, damage, last_words
+from fastprune.readers import parse_json, read_json
+from fastprune.recover.checkpoints import (
+    BEST,
+    OWN_STATE,
+    WRITING,
+    checkpoints,
+    damage,
+    last_words,
+    write_tensors,
+)
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.loggers import EVENTS
 from fastprune.report.run import lasting_log, settings, write_json
+from fastprune.space import disk_errors
+from fastprune.workplace import remove_leftovers
 
 NOT_COMPARED = {
     "json", "quiet", "verbose", "threads", "out", "overwrite", "resume", "log_to", "log_steps",
@@ -77,6 +89,8 @@ class RunFolder:
         self.resumed = False
         self.lasting = False
         """whether a later call can continue it; none does where there is no `out`"""
+        self.claim: Path | None = None
+        """what `claimed` gave for `out`, where the caller has it while the run lasts"""
 
     # ------------------------------------------------------------------------ beginning
 
@@ -98,7 +112,7 @@ class RunFolder:
         if config.resume not in ("auto", "never"):
             folder._continue_from(Path(config.resume).expanduser(), config)
             return folder
-        begun = folder._unfinished()
+        begun = folder._unfinished(anew=config.resume == "never")
         if begun is None or config.resume == "never" or folder._never_stepped(begun, config):
             earlier = (folder.records / "metrics.json").exists()
             check_out(out, config.overwrite or (begun is not None and not earlier))
@@ -119,11 +133,17 @@ class RunFolder:
         come_far = record["stage"] or record["results"] or checkpoints(self.stage_folder(0))
         return not come_far and self._other_settings(record, config) is not None
 
-    def _unfinished(self) -> dict[str, Any] | None:
+    def _unfinished(self, *, anew: bool) -> dict[str, Any] | None:
+        """What run.json holds of a run that can go on; `anew` takes a damaged one for that, too."""
         file = self.state / "run.json"
         if not file.is_file():
             return None
-        record = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            record = _read_record(file)
+        except InputError:
+            if not anew:
+                raise
+            return {}
         return None if record.get("finished") else record
 
     def _adopt(
@@ -174,7 +194,7 @@ class RunFolder:
         own = source == self.state
         if not own:
             check_out(self.records.parent, config.overwrite, [path])
-        record = json.loads((source / "run.json").read_text(encoding="utf-8"))
+        record = _read_record(source / "run.json")
         stage = int(path.parent.name.rpartition("-")[2])
         record["stage"] = stage
         if record.pop("finished", False) or not own:
@@ -191,15 +211,29 @@ class RunFolder:
         """Make the folder, before the first step: the state of an abandoned run goes."""
         if self.resumed:
             self.state.mkdir(parents=True, exist_ok=True)
-            start = f"start-{self.record['stage']}.safetensors"
-            if self._source is not None and (self._source / start).is_file():
-                _take_along(self._source / start, self.state / start)
+            self._take_over_weights()
+            self._remove_half_written()
             self.save()
             return
         shutil.rmtree(self.records / EVENTS, ignore_errors=True)
         self.log_file.unlink(missing_ok=True)
         with replacing(self.state) as state:  # in one step, so that none goes on from the old one
             write_json(state / "run.json", self.record)
+
+    def _take_over_weights(self) -> None:
+        """Of a run that is continued in another folder: how its stage began, and its best."""
+        number = self.record["stage"]
+        for name in (f"start-{number}.safetensors", f"stage-{number}/{BEST}"):
+            if self._source is not None and (self._source / name).is_file():
+                (self.state / name).parent.mkdir(exist_ok=True)
+                _take_along(self._source / name, self.state / name)
+
+    def _remove_half_written(self) -> None:
+        """Remove what a killed process was writing into `state`."""
+        for path in [*self.state.glob(".*"), *self.state.glob("stage-*/.*")]:
+            path.unlink(missing_ok=True)
+        for path in self.state.glob(f"stage-*/{WRITING}"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def save(self) -> None:
         """Write run.json."""
@@ -214,9 +248,12 @@ class RunFolder:
         """All weights as the stage at work began; None where it begins with MODEL."""
         number = self.record["stage"]
         file = (self._source or self.state) / f"start-{number}.safetensors"
-        if number and not file.is_file():
-            raise InputError(f"{file} is missing: begin the run anew (--resume never)")
-        return load_file(file, device="cpu") if number else None
+        try:
+            return load_file(file, device="cpu") if number else None
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{file} is missing or damaged: begin the run anew (--resume never)"
+            ) from error
 
     def perplexity(self) -> float | None:
         """What the weights kept so far have; None where it is not measured."""
@@ -234,11 +271,9 @@ class RunFolder:
     def next_stage(self, model: nn.Module) -> None:
         """Another stage begins, with the weights of `model`."""
         number = self.record["stage"] + 1
-        file = self.state / f"start-{number}.safetensors"
-        beside = file.with_name(f".{file.name}")
-        tensors = {n: p.detach().contiguous() for n, p in model.named_parameters()}
-        save_file(tensors, beside)
-        os.replace(beside, file)
+        with disk_errors(self.state):
+            tensors = {n: p.detach() for n, p in model.named_parameters()}
+            write_tensors(self.state / f"start-{number}.safetensors", tensors)
         self.record["stage"] = number
         self.save()
         (self.state / f"start-{number - 1}.safetensors").unlink(missing_ok=True)
@@ -256,7 +291,14 @@ class RunFolder:
             if self.checkpoint is not None:
                 step = int(self.checkpoint.name.rpartition("-")[2])
                 progress_log.info("continuing at step %d from %s", step, self.checkpoint)
-            yield
+            try:
+                yield
+            except KeyboardInterrupt:
+                if self.state.is_dir():
+                    auto = self.record["settings"]["resume"] == "auto"
+                    command = "the same command" + ("" if auto else " without --resume")
+                    log.warning("the state is in %s; %s continues", self.state, command)
+                raise
 
     def add_line(self, line: dict[str, Any]) -> None:
         """Append one line to train_log.jsonl."""
@@ -267,20 +309,26 @@ class RunFolder:
         """The lines of train_log.jsonl so far; a last one cut short by a kill is left out."""
         if not self.log_file.is_file():
             return []
-        found = []
-        for text in self.log_file.read_text(encoding="utf-8").splitlines():
+        found: list[dict[str, Any]] = []
+        for text in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                found.append(json.loads(text))
+                line = parse_json(text)
             except ValueError:
                 break
+            if not isinstance(line, dict) or not {"stage", "step"} <= line.keys():
+                break
+            found.append(line)
         return found
+
+    def sync_log(self) -> None:
+        """Wait until train_log.jsonl is on the disk, of which a checkpoint is the continuation."""
+        if self.log_file.is_file():
+            sync(self.log_file)
 
     def cut_log(self, stage: int, step: int) -> None:
         """Forget the lines after `step` of stage number `stage`: these steps are done again."""
         kept = [x for x in self.lines() if (x["stage"], x["step"]) <= (stage, step)]
-        beside = self.log_file.with_name(".train_log.jsonl")
-        beside.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
-        os.replace(beside, self.log_file)
+        write_whole(self.log_file, "".join(json.dumps(x) + "\n" for x in kept))
 
     # ------------------------------------------------------------------------ the end
 
@@ -291,7 +339,7 @@ class RunFolder:
         A kill at any moment leaves a run that the same command finishes, or the complete model.
         """
         out = self.records.parent
-        with replacing(out) as fresh:
+        with replacing(out, claim=self.claim) as fresh:
             write(fresh)
             files = sorted(path.name for path in fresh.iterdir() if path.name != RECORDS)
             earlier = self.record.get("files", [])
@@ -305,7 +353,7 @@ class RunFolder:
     def _to_keep(self, out: Path, earlier: list[str]) -> list[Path]:
         """What DIR shall hold besides the new model; `earlier` are this run's own files in it."""
         own = [*self.state.iterdir(), self.log_file, self.run_log, self.records / EVENTS]
-        own = [path for path in own if not path.name.startswith("start-") and path.exists()]
+        own = [path for path in own if not path.name.startswith(("start-", ".")) and path.exists()]
         if self.record.get("replaces"):
             return own
         others = [path for path in out.iterdir() if path.name not in (RECORDS, *earlier)]
@@ -315,6 +363,25 @@ class RunFolder:
             if path != self.state and not path.name.startswith((UNFINISHED, ".state."))
         ]
         return [*own, *others, *records]
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """What run.json holds. Raises InputError where it is not what a run of ours has written."""
+    try:
+        record = read_json(file)
+        whole = (
+            isinstance(record["stage"], int)
+            and isinstance(record["settings"], dict)
+            and isinstance(record["results"], list)
+        )
+    except (InputError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(
+            f"{file}: missing or damaged, so the run cannot be continued; begin it anew: --resume "
+            "never"
+        )
+    return record
 
 
 def _instead(path: Path) -> str:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 log = logging.getLogger("fastprune")
+
+
+class Stopped(KeyboardInterrupt):
+    """The first signal, where it is heeded at once."""
 
 
 class Interrupt:
@@ -16,6 +22,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.asked = False
+        self._at_once = False
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -28,8 +35,20 @@ class Interrupt:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """The block changes nothing that a signal must not leave half done: the first one raises
+        Stopped, also where it came before the block."""
+        self._at_once = True
+        try:
+            if self.asked:
+                raise Stopped
+            yield
+        finally:
+            self._at_once = False
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+        again, self.asked = self.asked, True
+        if again or self._at_once:
+            raise KeyboardInterrupt if again else Stopped
         log.warning("stopping after this step; the state will be saved (again: at once)")

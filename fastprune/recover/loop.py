@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.evaluation import Evaluation, Samples
 from fastprune.recover.freeze import make_optimizer, make_schedule, pace, rates_of, reschedule
 from fastprune.recover.guard import LOSS_LIMIT, Guard, poison
-from fastprune.recover.interrupt import Interrupt
+from fastprune.recover.interrupt import Interrupt, Stopped
 from fastprune.recover.loggers import Logger, open_logger, perplexity_key
 from fastprune.recover.moments import take_over
 from fastprune.recover.monitor import ADVICE, NAMES
@@ -59,13 +59,14 @@ class Hooks:
     ``line`` takes every line of the training log; ``sample`` the step when prompts are due;
     ``gradients`` step and model, to look at or tamper with them in tests and experiments; ``steps``
     the step and the seconds of training so far, and returns how many steps it is to be in all from
-    now on, None where that does not change.
+    now on, None where that does not change; ``save`` is called before a checkpoint is written.
     """
 
     line: Callable[[dict[str, Any]], None] = lambda line: None
     sample: Callable[[int], None] = lambda step: None
     gradients: GradientHook | None = None
     steps: Callable[[int, float], int | None] = lambda step, seconds: None
+    save: Callable[[], None] = lambda: None
 
 
 class Loop:
@@ -150,6 +151,8 @@ class Loop:
         self.guard.keep(state.step)
         reporter = Reporter(self.stage.name, self.steps, state.step, state.guard.skipped)
         with closing(reporter) as self.reporter, self._interrupt:
+            if state.unseen:
+                self._look()
             while not self._over():
                 self._epoch()
 
@@ -282,14 +285,11 @@ class Loop:
             save, self._save_later = False, True
         elif self._save_later and calm:
             save, self._save_later = True, False
-        if stage.generate_steps is not None and step % stage.generate_steps == 0:
-            self.hooks.sample(step)
         self.reporter.step()
         self.interrupted = self._stop_agreed()
         if step % self.log_steps == 0:
             self._log_step()
-        if self.eval_steps is not None and step % self.eval_steps == 0:
-            self.evaluate()
+        self._look()
         if save or self.interrupted:
             self._save()
             if self._sound():
@@ -303,6 +303,34 @@ class Loop:
         reschedule(self.schedule, self.optimizer, rates_of(self.optimizer), begun)
         self.guard.schedule = self.checkpoints.schedule = self.schedule
         self.reporter.plan(steps, self.state.step)
+
+    def _look(self) -> None:
+        """Continue the prompts and evaluate, where that is due after this step.
+
+        An interrupt ends that at once; the run that goes on begins with it.
+        """
+        state, step = self.state, self.state.step
+        samples, evaluates = self.stage.generate_steps, self.eval_steps
+        state.unseen = True
+        try:
+            if samples is not None and step % samples == 0:
+                with self._undisturbed():
+                    self.hooks.sample(step)
+            if evaluates is not None and step % evaluates == 0:
+                self.evaluate()
+        except Stopped:
+            self.interrupted = True
+        else:
+            state.unseen = False
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Something is looked at in the block: torch's random state stays as it was, and an
+        interrupt is heeded at once. Several processes end it together."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        alone = world_size() == 1
+        with torch.random.fork_rng(devices), self._interrupt.at_once() if alone else nullcontext():
+            yield
 
     def _sound(self) -> bool:
         """Whether the state is worth coming back to."""
@@ -353,12 +381,18 @@ class Loop:
             )
 
     def _report_epoch(self) -> None:
-        """Say what the pass over the data came to; torch's random state stays as it was."""
+        """Say what the pass over the data came to. An interrupt ends that, with the state saved."""
         step = self.state.step
         measured = dict(self.evaluated) if self.evaluated.get("step") == step else {}
         if self.evaluation.validation is not None and "eval_loss" not in measured:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                measured["eval_loss"] = self.evaluation.validation_loss()
+            try:
+                with self._undisturbed():
+                    measured["eval_loss"] = self.evaluation.validation_loss()
+            except Stopped:
+                self.interrupted = True
+                if self._saved_step != step:
+                    self._save()
+                return
         measured["bleu"] = self.state.bleu
         self.reporter.epoch(self.passes, step, _mean(self._epoch_sums), measured)
 
@@ -367,8 +401,9 @@ class Loop:
     def evaluate(self) -> dict[str, Any]:
         """Measure the model as it is now; the best weights go to the disk. A line of the log."""
         state, stage, step = self.state, self.stage, self.state.step
+        with self._undisturbed():
+            figures, bleu = self.evaluation.measure()
         state.evaluated_step = step
-        figures, bleu = self.evaluation.measure()
         if bleu is not None:
             state.bleu = {"step": step, **bleu}
         figure = figures["eval_loss" if "eval_loss" in figures else "eval_perplexity"]
@@ -395,6 +430,7 @@ class Loop:
     def _save(self) -> None:
         state = self.state
         own = state.saved(self.pace, stage=self.stage.name, seconds=self.elapsed())
+        self.hooks.save()
         self.checkpoints.write(state.step, own)
         self._saved_step = state.step
 

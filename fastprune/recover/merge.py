@@ -9,7 +9,6 @@ written unless both agree.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from fastprune.bounds import Range, check_ranges
 from fastprune.config import CommonConfig, Group, Positional, resolve_device
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import load_documents
@@ -34,6 +34,7 @@ from fastprune.models.vocabulary import check_largest
 from fastprune.output import RECORDS, check_out, staged
 from fastprune.precision import convert_weights
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
+from fastprune.space import check_space
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 """Relative error of the logits, ‖merged − unmerged‖ / ‖unmerged‖, that is allowed.
@@ -62,7 +63,7 @@ class MergeConfig(CommonConfig):
     """folder with the adapter (adapter_config.json, adapter_model.safetensors)"""
     out: Path
     """directory of the merged checkpoint"""
-    strength: float = 1.0
+    strength: Annotated[float, Range(0, 1000, closed=(False, True))] = 1.0
     """part of what the adapter learnt that is taken over"""
     overwrite: bool = False
     """replace what an earlier run left in --out"""
@@ -100,12 +101,11 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     NumericalError when the merged weights are not finite or the logits disagree; `config.out` is
     complete or untouched.
     """
-    if not 0 < config.strength < math.inf:
-        raise InputError(f"--strength must be above 0, got {config.strength:g}")
+    check_ranges(config)
     words = [] if config.tokenizer is None else [config.tokenizer]
     check_out(config.out, config.overwrite, [config.model, config.adapter, *words])
     clock = Clock()
-    with RunLog() as run_log:
+    with staged(config.out, config.overwrite) as directory, RunLog() as run_log:
         with clock("load"):
             adapted, tokenizer = load_model(
                 config.model,
@@ -118,7 +118,8 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
             )
             check_savable(adapted.get_base_model(), tokenizer)
             scale(adapted, config.strength)
-            trained = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
+            whole, trained = _sizes(adapted)
+            check_space(config.out, whole, "the merged model")
             windows = _sample(adapted, tokenizer)
             take_wording(adapted.get_base_model(), tokenizer, config.adapter.expanduser())
         merged, agreements = merge_adapter(adapted, windows, clock)
@@ -139,17 +140,24 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
             "command": command_line(),
             "settings": settings(config),
         }
-        with staged(config.out, config.overwrite) as directory:
-            with clock("save"):
-                save_checkpoint(merged, tokenizer, directory)
-                if config.read_back:
-                    check_read_back(merged, directory)
-            metrics["seconds"] = clock.totals(("load", "merge", "verify", "save"))
-            records = directory / RECORDS
-            records.mkdir()
-            write_json(records / "metrics.json", metrics)
-            run_log.save(records / "run.log")
+        with clock("save"):
+            save_checkpoint(merged, tokenizer, directory)
+            if config.read_back:
+                check_read_back(merged, directory)
+        metrics["seconds"] = clock.totals(("load", "merge", "verify", "save"))
+        records = directory / RECORDS
+        records.mkdir()
+        write_json(records / "metrics.json", metrics)
+        run_log.save(records / "run.log")
     return {**metrics, "out": str(config.out)}
+
+
+def _sizes(adapted: nn.Module) -> tuple[int, int]:
+    """Bytes of the weights of the PeftModel `adapted` without its adapter, and the adapter's
+    parameters."""
+    named = list(adapted.named_parameters())
+    whole = sum(p.nbytes for n, p in named if ".lora_" not in n)
+    return whole, sum(p.numel() for n, p in named if ".lora_" in n)
 
 
 def _origin(model: str, merged: nn.Module) -> dict[str, Any]:

@@ -16,17 +16,14 @@ from torch import nn
 from fastprune.data.describe import describe
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import has_template, template_of
-from fastprune.data.text import load_documents
 from fastprune.data.training import TrainingData
 from fastprune.errors import InputError
 from fastprune.inspect.generate import generate, read_prompts, stop_at_end_of_turn
 from fastprune.inspect.health import check_weights
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import (
-    SEQ_LEN,
     evaluate,
     sound,
-    text_windows,
     window_length,
 )
 from fastprune.inspect.record import Origin
@@ -39,10 +36,13 @@ from fastprune.models.multimodal import text_part
 from fastprune.models.readback import check_read_back
 from fastprune.models.seq2seq import is_seq2seq
 from fastprune.models.vocabulary import check_largest, grow_embeddings
+from fastprune.output import check_place
 from fastprune.precision import convert_weights
 from fastprune.progress import log as progress_log
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.distill import load_teacher
+from fastprune.recover.early import check_inputs
+from fastprune.recover.evaluation import perplexity_windows
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.guard import bits
 from fastprune.recover.held_out import held_out_figures
@@ -72,6 +72,7 @@ from fastprune.report.finetune import write_finetune_report
 from fastprune.report.run import Clock, command_line, settings, versions, write_json
 from fastprune.report.summary import recovery_lines, verdict_lines
 from fastprune.sharding import is_sharded
+from fastprune.workplace import claimed
 
 log = logging.getLogger("fastprune")
 
@@ -104,40 +105,47 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
     """
     if not config.model:
         raise InputError("no MODEL given: name a directory, a hub id, a .gguf file or smollm2-135m")
-    if config.out is None:
+    if (out := config.out) is None:
         raise InputError("--out DIR is needed")
     config = take_over_sharding(config)
     recipe = _checked(config)
-    folder = RunFolder.open(config)
-    barrier(own_device(config.device))  # all have seen the folder as it was
-    clock = Clock()
-    with folder.keeping_log() if is_first_process() else nullcontext():
-        with clock("load"):
-            model, tokenizer = load_or_start(
-                config.model,
-                dtype=config.dtype,
-                device=torch.device("cpu") if shards(config) else own_device(config.device),
-                allow_pickle=config.allow_pickle,
-                trust_remote_code=config.trust_remote_code,
-                tokenizer=config.tokenizer,
-            )
-        check_savable(model, tokenizer)
-        check_shardable(model, config)
-        result = _finetune(model, tokenizer, config, recipe, folder, clock)
-        result.out = config.out
-        if is_first_process():
-            with clock("save"):
-                base = config.model
+    check_place(out)
+    with claimed(out) if is_first_process() else nullcontext() as claim:
+        folder = RunFolder.open(config)
+        folder.claim = claim
+        barrier(own_device(config.device))  # all have seen the folder as it was
+        with folder.keeping_log() if is_first_process() else nullcontext():
+            return _run(config, recipe, folder)
 
-                def write(directory: Path) -> None:
-                    _write(directory, result, base)
-                    if config.read_back:
-                        adapter_of = base if result.adapter else None
-                        check_read_back(result.model, directory, adapter_of)
-                    result.metrics["seconds"] = clock.totals(STAGES)
-                    _record(directory / "fastprune", result, folder)
 
-                folder.finish(write)
+def _run(config: FinetuneConfig, recipe: Recipe, folder: RunFolder) -> FinetuneResult:
+    """`run_finetune` in the run's `folder`."""
+    clock, base = Clock(), config.model
+    with clock("load"):
+        model, tokenizer = load_or_start(
+            base,
+            dtype=config.dtype,
+            device=torch.device("cpu") if shards(config) else own_device(config.device),
+            allow_pickle=config.allow_pickle,
+            trust_remote_code=config.trust_remote_code,
+            tokenizer=config.tokenizer,
+        )
+    check_savable(model, tokenizer)
+    check_shardable(model, config)
+    result = _finetune(model, tokenizer, config, recipe, folder, clock)
+    result.out = config.out
+    if is_first_process():
+        with clock("save"):
+
+            def write(directory: Path) -> None:
+                _write(directory, result, base)
+                if config.read_back:
+                    adapter_of = base if result.adapter else None
+                    check_read_back(result.model, directory, adapter_of)
+                result.metrics["seconds"] = clock.totals(STAGES)
+                _record(directory / "fastprune", result, folder)
+
+            folder.finish(write)
     return result
 
 
@@ -173,6 +181,7 @@ def _checked(config: FinetuneConfig) -> Recipe:
         read_prompts(config.prompt)  # an unreadable file is told now
     data_kind(config)
     recipe = load_recipe(config)
+    check_inputs(config)
     if config.resize_embeddings and any(stage.method == "lora" for stage in recipe.stages):
         raise InputError(
             "--resize-embeddings changes the model itself, which an adapter is not: finetune all "
@@ -204,7 +213,7 @@ def _finetune(
     else:
         check_weights(model)
     with clock("evaluate"):
-        windows = _windows(config, model, tokenizer)
+        windows = perplexity_windows(config, model, tokenizer)
     course = Course(
         config,
         tokenizer,
@@ -399,9 +408,6 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         with clock("train"):
             run = run_stage(model, stage, number, course)
         if run.interrupted:
-            if folder.lasting:
-                less = "" if course.config.resume == "auto" else " without --resume"
-                log.warning("the state is in %s; the same command%s continues", folder.state, less)
             raise KeyboardInterrupt
         result = run.result
         standing = folder.perplexity()
@@ -444,24 +450,6 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
         if is_first_process():
             folder.next_stage(model)
     return model
-
-
-def _windows(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> torch.Tensor | None:
-    """The evaluation windows; says so when the text is among the training data."""
-    if not config.eval_windows:
-        return None
-    seq_len = window_length(model, "--eval-seq-len", config.eval_seq_len, SEQ_LEN)
-    names = {name.strip() for name in config.data.split(",")}
-    if shared := sorted(names & {name.strip() for name in config.eval.split(",")}):
-        log.warning(
-            "%s is both training data and evaluation text: its perplexity will say how well it was "
-            "learnt by heart; give another --eval",
-            shared[0],
-        )
-    documents = load_documents(config.eval)
-    windows = text_windows(tokenizer, documents, seq_len, config.eval_windows)
-    check_largest(model, tokenizer, int(windows.max()), config.eval)
-    return windows
 
 
 def _continue(model: nn.Module, course: Course, step: int | None) -> None:

@@ -14,15 +14,14 @@ The built-in recipes are the YAML files in `recipes/`; a user's own has the same
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-
+from fastprune.bounds import POSITIVE, check_ranges
 from fastprune.errors import InputError
 from fastprune.flags import typed_values
+from fastprune.readers import read_yaml
 from fastprune.recover.config import FROZEN, LAST, FinetuneConfig, Method, Precision, Schedule
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -34,7 +33,7 @@ class Stage:
     """One stage with every setting decided; the fields mean what those of FinetuneConfig do."""
 
     name: str = "finetune"
-    gate: float | None = None
+    gate: Annotated[float | None, POSITIVE] = None
     """keep the stage only if perplexity after it is at most this times the one before it"""
     on_worse: Literal["stop", "continue"] = "stop"
     """after a stage was rolled back: skip the stages that follow, or go on with them"""
@@ -82,23 +81,7 @@ class Stage:
         """
         if self.freeze not in FROZEN and not LAST.fullmatch(self.freeze):
             raise InputError(f"--freeze {self.freeze}: give one of {', '.join(FROZEN)}, last:N")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise InputError(
-                    f"--{name.replace('_', '-')} must be at least {least}, not {value}"
-                )
-        for name in ("lr", "epochs", "minutes", "distill_temperature", "layer_lr_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be positive, not {getattr(self, name)}")
-        for name in ("warmup_ratio", "lora_dropout", "distill_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must lie between 0 and 1, not {getattr(self, name)}")
-        if any(not rate > 0 for rate in self.layer_lrs):
-            raise InputError("--layer-lrs must be positive")
+        check_ranges(self, FinetuneConfig)
         if self.layer_lrs and (self.layer_lr_decay != 1 or self.find_lr):
             raise InputError("--layer-lrs gives every rate: leave out --layer-lr-decay, --find-lr")
         if self.minutes is not None and self.max_steps is not None:
@@ -109,29 +92,6 @@ class Stage:
             raise InputError("--bleu-samples are validation's: give --val-size and --eval-steps")
         if self.best_by == "bleu" and not self.bleu_samples:
             raise InputError("--best-by bleu needs BLEU measured: give --bleu-samples too")
-
-
-_LEAST = {
-    "warmup_steps": 0,
-    "div_factor": 1,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "max_steps": 1,
-    "samples": 1,
-    "seq_len": 2,
-    "batch_size": 1,
-    "grad_accum": 1,
-    "lora_r": 1,
-    "lora_alpha": 0,
-    "distill_hidden_weight": 0,
-    "val_size": 0,
-    "eval_steps": 1,
-    "bleu_samples": 0,
-    "early_stop": 1,
-    "generate_steps": 1,
-    "save_steps": 1,
-    "keep_last": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -191,10 +151,9 @@ def _find(name: str) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"recipe {file}: cannot be read: {reason}") from error
+        content = read_yaml(file)
+    except InputError as error:
+        raise InputError(f"recipe {error}") from error
     if not isinstance(content, dict) or not content.get("stages"):
         raise InputError(f"recipe {file}: must hold a list of stages; copy one of {FOLDER}")
     if unknown := sorted(set(content) - {"about", "stages", "needs_teacher"}):

@@ -47,12 +47,15 @@ from fastprune.recover.recipes import Stage
 from fastprune.recover.steps import describe, steps_per_epoch, total_steps, unusual_for_answers
 from fastprune.report.format import duration
 from fastprune.sharding import bring_back, sharded_copy
+from fastprune.space import check_space
 
 log = logging.getLogger("fastprune")
 
 Sampler = Callable[[nn.Module, int | None], None]
 """(model, optimizer step, None at the end) -> None: continues the prompts."""
 
+CHECKPOINT_BYTES = 12
+"""Of a weight that learns: its value and its two moments in fp32."""
 GROWTH = 10.0
 """Times the largest weight before: larger ones were not learnt."""
 
@@ -158,6 +161,8 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         torch.manual_seed(course.config.seed)  # the same matrices in all processes
         model = attach(model, stage)
     learning = freeze(model, stage.freeze)
+    if is_first_process():
+        _check_room(model, stage, course, number)
     trained, largest = course.placed(model), _largest(model)
     if course.config.gradient_checkpointing:
         _recompute_activations(trained)
@@ -174,6 +179,7 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         _line_writer(course.folder, number),
         lambda step: course.sample(trained, step),
         course.gradient_hook,
+        save=course.folder.sync_log,
     )
     if stage.minutes is not None:
         timetable = _timetable(objective, stage, batch, number, course.folder)
@@ -203,6 +209,16 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     if not loop.interrupted:
         _check_size(model, stage, max(LARGE, GROWTH * largest))
     return StageRun(model, _result(loop, stage, learning, found, best), loop.interrupted)
+
+
+def _check_room(model: nn.Module, stage: Stage, course: Course, number: int) -> None:
+    """InputError where the disk has no room for the checkpoints of `stage` and for the result."""
+    folder = course.folder
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    there = len(checkpoints(folder.stage_folder(number)))
+    more = max(1, stage.keep_last + 1 - there)  # one is written before the oldest goes
+    result = sum(p.nbytes for p in model.parameters() if folder.lasting)
+    check_space(folder.records, more * CHECKPOINT_BYTES * learning + result, "what this run writes")
 
 
 def _distiller(model: nn.Module, stage: Stage, course: Course) -> Distiller | None:

@@ -24,6 +24,8 @@ class State:
     stopped: str | None = None
     """why the stage ended early; None while it runs and when it went to its end"""
     evaluated_step: int = -1
+    unseen: bool = False
+    """prompts or an evaluation were due after the step, and an interrupt came before they ended"""
     bleu: dict[str, Any] | None = None
     """the last one measured, with the step it is of"""
     gave_up: str | None = None

@@ -5,11 +5,9 @@ A run is what `prune`, `finetune` or `merge` left, or the JSON of an `eval`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,10 +17,12 @@ from typing import Any
 from fastprune.config import CommonConfig, Positional
 from fastprune.errors import InputError
 from fastprune.files import check_file
+from fastprune.readers import read_json
 from fastprune.report import format
 from fastprune.report.html import environment
 from fastprune.report.pareto import Point, figure, front
 from fastprune.report.run import as_json, marked
+from fastprune.workplace import NEW, claimed
 
 NOT_SHOWN = (
     *(
@@ -86,12 +86,14 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
         config.out: render_comparison(result),
     }
     try:
-        with tempfile.TemporaryDirectory(dir=config.out.parent, prefix=".compare.") as folder:
+        with claimed(config.out) as work:
+            fresh = work / NEW
+            fresh.mkdir()
             for path, text in files.items():
-                (Path(folder) / path.name).write_text(text, encoding="utf-8")
+                (fresh / path.name).write_text(text, encoding="utf-8")
             _check_out(config)
             for path in files:
-                os.replace(Path(folder) / path.name, path)
+                os.replace(fresh / path.name, path)
     except OSError as error:
         raise InputError(f"--out {config.out}: cannot be written: {error.strerror}") from error
     return result
@@ -266,13 +268,7 @@ def _metrics_file(run: Path) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     """What a comparison needs of one metrics.json, checked. Raises InputError."""
-    try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(metrics, ensure_ascii=False).encode()  # half a character pair cannot be written
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON, or damaged: {error}") from error
+    metrics = read_json(file)
     kind = _kind(metrics)
     try:
         read = _Reader(metrics)
@@ -448,7 +444,7 @@ def _is_page(path: Path) -> bool:
 
 def _is_comparison(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        content = read_json(path)
+    except InputError:
         return False
     return isinstance(content, dict) and {"runs", "measurements"} <= set(content)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastprune.printing import Console
 from fastprune.report import format
 from fastprune.report.finetune import figure
 from fastprune.report.html import environment, layer_figure
@@ -29,9 +30,16 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
         ("in the blocks", *(format.count(f["block"]) for f in found)),
         ("weight files", *_sizes(metrics)),
     ]
+    vocabulary = metrics.get("vocabulary")
+    if vocabulary:
+        sizes = (vocabulary[side] for side in ("before", "after", "after"))
+        table.append(("tokens of the vocabulary", *(f"{size:,}" for size in sizes)))
     for i, text in enumerate(found[0]["perplexity"]):
-        label = f"perplexity, {text['text']}, {text['windows']} × {text['seq_len']}"
+        what = "perplexity per token of the result" if vocabulary else "perplexity"
+        label = f"{what}, {text['text']}, {text['windows']} × {text['seq_len']}"
         table.append((label, *(_perplexity(f, found[0], i) for f in found)))
+        if vocabulary:
+            table.append((f"bits per byte, {text['text']}", *(_bits_per_byte(f, i) for f in found)))
     table += [
         (f"{task}, {name}", *(_metric(f, task, name) for f in found))
         for task, result in found[0]["tasks"].items()
@@ -99,6 +107,11 @@ def _perplexity(found: Mapping[str, Any], dense: Mapping[str, Any], index: int) 
     value, before = (f["perplexity"][index]["perplexity"] for f in (found, dense))
     text = format.perplexity(value)
     return text if found is dense else f"{text} ({format.factor(before, value)})"
+
+
+def _bits_per_byte(found: Mapping[str, Any], index: int) -> str:
+    p = found["perplexity"][index]
+    return f"{math.log2(p['perplexity']) * p['tokens'] / p['text_bytes']:.4f}"
 
 
 def _metric(found: Mapping[str, Any], task: str, name: str) -> str:

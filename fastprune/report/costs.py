@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastprune.printing import Console
 from fastprune.report import format
 
 WAYS = {"memory": "in memory", "stream": "--stream"}

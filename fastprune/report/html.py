@@ -6,7 +6,12 @@ from typing import Any
 import jinja2
 
 from fastprune.report import format
-from fastprune.report.summary import budget_line, divergence_line, verdict_lines
+from fastprune.report.summary import (
+    budget_line,
+    divergence_line,
+    verdict_lines,
+    vocabulary_lines,
+)
 
 LEFT, COLUMN, GAP = 44, 20, 4  # figure units: label margin, width of a layer, space between two
 CELL, BARS = 12, 110  # height of a KV group and of the channel bars
@@ -53,6 +58,7 @@ def render_prune_report(metrics: dict[str, Any], plan: dict[str, Any]) -> str:
     return environment.get_template("prune.html.j2").render(
         m={"peak_memory_bytes": None, "latency": None, **metrics},
         lines=[
+            *vocabulary_lines(metrics),
             *filter(None, [budget_line(metrics), divergence_line(metrics)]),
             *verdict_lines(metrics),
         ],

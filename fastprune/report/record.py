@@ -42,11 +42,14 @@ class PruneRecord(Record):
     bytes: dict[str, int]
     """of the weight files, before and after"""
     perplexity: list[dict[str, Any]]
-    """text, seq_len, windows, before, after"""
+    """text, seq_len, windows, before, after; where the vocabulary was trimmed, before is per token
+    of the result too, and before_own_tokens, bits_per_byte_before and bits_per_byte_after follow"""
     layers: list[dict[str, int]]
     processes: int
     divergence: dict[str, float | None] | None = None
     """after a search: predicted and actual, in nats a token"""
+    vocabulary: dict[str, int] | None = None
+    """where it was trimmed: rows of the embedding before and after, and params that went"""
     latency: dict[str, float | int | None] | None = None
     budget: dict[str, Any] | None = None
     origin: dict[str, Any] | None = None
@@ -74,6 +77,9 @@ class CompressRecord(Record):
     """the record of the pruning"""
     finetune: dict[str, Any]
     """the record of the recovery"""
+    vocabulary: dict[str, int] | None = None
+    """as in the record of the first pruning; perplexities are per token of the result then, and the
+    dense model's per token of its own is perplexity_own_tokens"""
     origin: dict[str, Any] | None = None
     """the dense model, sizes and perplexities, as `inspect.record.Origin` has them"""
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.files import MARK, check_file, is_result, write_file, write_whole
+from fastprune.printing import LogFormatter
 from fastprune.progress import phase
 
 log = logging.getLogger("fastprune")
@@ -58,7 +59,7 @@ class RunLog:
         self._handler: logging.StreamHandler[Any] = logging.StreamHandler(self._text)
         if path is not None:
             self._handler = logging.FileHandler(path, encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
 
     def __enter__(self) -> RunLog:
         log.addHandler(self._handler)
@@ -90,8 +91,9 @@ class RunLog:
 def lasting_log(path: Path, begun: Callable[[], bool] = lambda: False) -> Iterator[RunLog]:
     """A `RunLog` with the file `path`, for a run whose folder is not there yet.
 
-    After an InputError the file is gone, and the folders that were made for it, unless it was there
-    before or the run has `begun`: nothing shall be in the way of the corrected command.
+    After an InputError, or where a file cannot be read or written, the file is gone, and the
+    folders that were made for it, unless it was there before or the run has `begun`: nothing shall
+    be in the way of the corrected command.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     earlier = path.exists()
@@ -99,7 +101,7 @@ def lasting_log(path: Path, begun: Callable[[], bool] = lambda: False) -> Iterat
     try:
         with RunLog(path) as run_log:
             yield run_log
-    except InputError:
+    except (InputError, OSError):
         if not (earlier or begun()):
             path.unlink(missing_ok=True)
             with suppress(OSError):  # something else has come to lie there

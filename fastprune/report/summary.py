@@ -21,6 +21,7 @@ def prune_lines(metrics: Mapping[str, Any]) -> list[str]:
         f"achieved ratio: {ratio['achieved']:.2%} of the block parameters{asked}",
         f"parameters: {params['before']:,} -> {params['after']:,}",
         gqa_line(metrics["layers"]),
+        *vocabulary_lines(metrics),
         *filter(None, [budget_line(metrics), divergence_line(metrics)]),
         *(
             f"perplexity on {p['text']} ({p['windows']} windows of {p['seq_len']}): "
@@ -91,6 +92,23 @@ def gqa_line(layers: Sequence[Mapping[str, Any]]) -> str:
         return f"GQA ratio: changed in some layers ({', '.join(changed)})"
     kept = ", ".join(f"{now}:1" for _, now in sorted(ratios)) or "nothing, no attention is left"
     return f"GQA ratio: all layers kept {kept}"
+
+
+def vocabulary_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """What a trimming of the vocabulary took away and cost, a line each; none without one."""
+    found = metrics.get("vocabulary")
+    if not found:
+        return []
+    saved = f"{format.count(found['params'])} parameters less"
+    lines = [f"vocabulary: {found['before']:,} -> {found['after']:,} tokens, {saved}"]
+    for p in metrics["perplexity"]:
+        bits = (f"{p[f'bits_per_byte_{side}']:.4f}" for side in ("before", "after"))
+        lines.append(
+            f"bits per byte on {p['text']}: {' -> '.join(bits)}; both perplexities are per token "
+            "of the trimmed vocabulary, the dense model's per token of its own is "
+            f"{format.perplexity(p['before_own_tokens'])}"
+        )
+    return lines
 
 
 def budget_line(metrics: Mapping[str, Any]) -> str | None:

@@ -2,15 +2,21 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fastprune.messages import shown
+from fastprune.printing import Console
 from fastprune.report import format
 from fastprune.report.costs import show_costs
 from fastprune.report.speed import speed_rows
-from fastprune.report.summary import budget_line, divergence_line, gqa_line, recovery_lines
+from fastprune.report.summary import (
+    budget_line,
+    divergence_line,
+    gqa_line,
+    recovery_lines,
+    vocabulary_lines,
+)
 
 
 def show_prune(result: dict[str, Any]) -> None:
@@ -37,7 +43,8 @@ def show_prune(result: dict[str, Any]) -> None:
         table.add_row(Text(name), *row)
     out.print(_layers(result["layers"]), table, sep="\n")
     out.print(Text(gqa_line(result["layers"])), soft_wrap=True)
-    for line in filter(None, [budget_line(result), divergence_line(result)]):
+    lines = [*vocabulary_lines(result), budget_line(result), divergence_line(result)]
+    for line in filter(None, lines):
         out.print(Text(line), soft_wrap=True)
     if "costs" in result:
         show_costs(out, result)
@@ -87,6 +94,7 @@ def show_eval(result: dict[str, Any]) -> None:
     """Perplexity with the window it was measured at, memory; the tasks and speeds below."""
     table = _table("", "")
     table.add_row("perplexity", format.perplexity(result["perplexity"]))
+    table.add_row("bits per byte", f"{result['bits_per_byte']:.4f}")
     table.add_row("windows", f"{result['windows']} × {result['seq_len']} tokens")
     table.add_row("evaluated", f"{result['tokens_per_second']:,.0f} tokens/s")
     table.add_row("time", format.duration(result["seconds"]))

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ ERRORS = {
     "numerical": NumericalError("not finite"),
     "bug": KeyError("oops"),
     "stop": KeyboardInterrupt(),
+    "disk": OSError(28, "No space left on device", "/cache/x"),
 }
 
 
@@ -40,7 +42,9 @@ def run_echo(config: EchoConfig) -> dict[str, object]:
     log = logging.getLogger("fastprune")
     log.info("echoing")
     log.warning("take care")
-    if config.fail:
+    if config.fail == "sigterm":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif config.fail:
         raise ERRORS[config.fail]
     return {"word": config.word}
 
@@ -79,6 +83,8 @@ def test_quiet_prints_nothing(capsys):
         ("gate", 3, "fastprune: error: too bad"),
         ("numerical", 4, "fastprune: error: not finite"),
         ("stop", 130, "fastprune: interrupted"),
+        ("sigterm", 130, "fastprune: interrupted"),
+        ("disk", 2, "fastprune: error: [Errno 28] No space left on device: '/cache/x'"),
         ("bug", 1, "fastprune: error: KeyError: 'oops' (unexpected; run again with --verbose"),
     ],
 )
@@ -113,7 +119,7 @@ def test_verbose_shows_the_traceback(capsys):
         (["ecko"], "no command 'ecko'; did you mean echo?"),
         (["zzz"], "no command 'zzz'; one of "),
         (["echo", "--words", "x"], "did you mean --word?"),
-        (["echo", "--threads", "0"], "--threads 0: must be at least 1"),
+        (["echo", "--threads", "0"], "--threads must be at least 1, not 0"),
         (["echo", "--json", "missing/out.json"], "its folder does not exist"),
         (["echo", "--json", "."], "is a folder; name a file"),
     ],

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from fastprune import cli, progress
 from fastprune.inspect import conclude, verdict
 from fastprune.pruning import pipeline, run
+from fastprune.workplace import claimed
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,15 @@ def test_the_log_is_there_while_the_run_lives(prune, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "load_model", load)
     assert prune("--ratio", "0.3")[0] == 0
     assert "INFO" in seen[0]
+
+
+def test_of_two_runs_the_second_is_refused_before_it_loads(prune, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_load", lambda _: pytest.fail("it loads"))
+    with claimed(tmp_path / "out"):
+        status, _, stderr = prune("--ratio", "0.2")
+    assert status == 2
+    assert "another fastprune" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_writes_the_plan_that_prune_applies(prune, tmp_path):

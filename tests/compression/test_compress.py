@@ -1,6 +1,7 @@
 """`fastprune compress` on a tiny model: the whole way, stopped anywhere, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer
 import fastprune
 from fastprune import cli, progress
 from fastprune.compression import measure, pipeline
+from fastprune.compression.config import CompressConfig
 from fastprune.compression.schedule import (
     Pace,
     check_minutes,
@@ -18,12 +20,14 @@ from fastprune.compression.schedule import (
     is_hurried,
     least_minutes,
 )
+from fastprune.compression.steps import Steps
 from fastprune.errors import InputError
 from fastprune.inspect.record import Origin
 from fastprune.models.families import geometries
 from fastprune.models.load import load_model
 from fastprune.pruning.plan import Plan
 from fastprune.report.compare import compare
+from fastprune.workplace import claimed
 
 FLAGS = ["--ratio", "0.2", "--effort", "fast", "--calib-samples", "4", "--calib-seq-len", "32"]
 FLAGS += ["--eval-windows", "2", "--eval-seq-len", "32", "--eval-also", "none", "--no-speed"]
@@ -229,6 +233,48 @@ def test_an_out_that_holds_something_else_is_refused(compress, tmp_path):
     assert "exists already" in stderr
     assert compress("--overwrite")[0] == 2
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+def test_two_runs_do_not_share_an_output(compress, tmp_path):
+    with claimed(tmp_path / "out"):
+        status, stderr = compress()
+    assert status == 2
+    assert "another fastprune" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_what_continues(compress, tmp_path, monkeypatch):
+    def stopped(self, dense, number):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.CompressRun, "prune", stopped)
+    logged = tmp_path / "out/fastprune/state/run.log"
+    assert compress()[0] == 130
+    assert "the same command continues" in logged.read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"command": "compress", "steps": {"dense": 3}}'])
+def test_a_damaged_state_is_told_and_can_be_given_up(compress, tmp_path, content):
+    state = tmp_path / "out/fastprune/state"
+    state.mkdir(parents=True)
+    (state / "run.json").write_text(content)
+    (state / "run.log").write_text("said")
+    status, stderr = compress()
+    assert status == 2
+    assert "damaged; the run cannot be continued: --resume never begins anew" in stderr
+    config = CompressConfig(model="m", out=tmp_path / "out", ratio=0.2, resume="never")
+    steps = Steps.open(config)
+    steps.begin()
+    assert json.loads((state / "run.json").read_text())["steps"] == {}
+
+
+def test_a_disk_without_room_is_told_first(compress, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    status, stderr = compress()
+    assert status == 2
+    assert "this run takes about" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_from_python_the_model_in_memory_stays_as_it_is(files, tmp_path):

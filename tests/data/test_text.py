@@ -12,6 +12,7 @@ from pyarrow import parquet
 from tiny import TEXT, tiny_tokenizer
 from tokenizers import processors
 
+from fastprune.data import records, text
 from fastprune.data.records import SHORT_NAMES
 from fastprune.data.text import (
     eval_windows,
@@ -268,3 +269,43 @@ def test_windows_that_do_not_fit_are_refused():
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_pieces_give_the_tokens_of_the_whole(monkeypatch):
+    long = "".join(f"{number} – {TEXT} 你好，世界 😀\n\n" for number in range(40))
+    whole = text._tokenise(tiny_tokenizer(), long)
+    monkeypatch.setattr(text, "PIECE", 500)
+    monkeypatch.setattr(text, "OVERLAP", 100)
+    assert torch.equal(text._tokenise(tiny_tokenizer(), long), whole)
+    assert torch.equal(text._tokenise(tiny_tokenizer(), long[:1200]), whole_of(long[:1200]))
+
+
+def whole_of(part):
+    return torch.tensor(tiny_tokenizer()(part, add_special_tokens=False)["input_ids"])
+
+
+def test_no_more_is_read_than_is_wanted(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "READ_BYTES", 1000)
+    taken = []
+    decoded = records._decoded
+    monkeypatch.setattr(
+        records, "_decoded", lambda path: (taken.append(p) or p for p in decoded(path))
+    )
+    file = tmp_path / "a.txt"
+    file.write_text("word " * 100_000)
+    assert text.load_documents(file, 2500) == [("word " * 100_000)[:2500]]
+    assert len(taken) < 6
+
+
+def test_half_a_character_is_no_text(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a \\ud800"}\n')
+    with pytest.raises(InputError, match="line 1: holds half of a surrogate pair"):
+        text.load_documents(file)
+
+
+def test_parquet_that_holds_no_text_is_refused(tmp_path):
+    raw = pyarrow.array([b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="not a Parquet file, or damaged"):
+        text.load_documents(tmp_path / "a.parquet")

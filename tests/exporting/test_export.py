@@ -112,9 +112,8 @@ def test_nothing_is_written_unless_every_format_can_be(model, tmp_path, monkeypa
     def refuse(*_):
         raise InputError("no")
 
-    monkeypatch.setitem(
-        FORMATS, "never", SimpleNamespace(suffix="", writer=SimpleNamespace(check=refuse))
-    )
+    never = SimpleNamespace(suffix="", entry=str, writer=SimpleNamespace(check=refuse))
+    monkeypatch.setitem(FORMATS, "never", never)
     with pytest.raises(InputError, match="no"):
         run_export(config(model, tmp_path / "out", "hf", "never"))
     assert list(tmp_path.iterdir()) == []

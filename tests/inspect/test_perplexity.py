@@ -4,11 +4,18 @@ import math
 
 import pytest
 import torch
-from tiny import FAMILIES, TEXT, tiny_checkpoint, tiny_model, token_ids
+from sentencepiece_words import sentencepiece_tokenizer
+from tiny import FAMILIES, TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer, token_ids
 from torch.nn.functional import cross_entropy
 
 from fastprune.errors import InputError
-from fastprune.inspect.perplexity import EvalConfig, evaluate, run_eval
+from fastprune.inspect.perplexity import (
+    EvalConfig,
+    Perplexity,
+    evaluate,
+    run_eval,
+    with_bytes,
+)
 from fastprune.models import forward
 from fastprune.models.forward import chunked_loss, loss_and_hidden_grad
 
@@ -121,13 +128,40 @@ def test_run_eval_reports_every_key(tmp_path):
         "seconds",
         "tokens_per_second",
         "peak_memory_bytes",
+        "text_bytes",
         "tasks",
         "model",
         "text",
         "params",
         "speed",
+        "bits_per_byte",
     ]
     assert (result.windows, result.seq_len) == (4, 32)
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), sentencepiece_tokenizer()])
+def test_the_bytes_are_those_of_the_scored_text(tokenizer):
+    encoded = tokenizer(TEXT, add_special_tokens=False, return_offsets_mapping=True)
+    count = len(encoded["input_ids"]) // 32 * 32
+    windows = torch.tensor(encoded["input_ids"][:count]).view(-1, 32)
+    spans = torch.tensor(encoded["offset_mapping"][:count]).view(-1, 32, 2)
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    found = with_bytes(evaluate(model, windows), tokenizer, windows)
+    assert found.text_bytes == int((spans[:, 1:, 1] - spans[:, 1:, 0]).sum())  # TEXT is ASCII
+    nats = math.log(found.perplexity) * found.tokens
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / found.text_bytes)
+
+
+def test_a_perplexity_per_token_of_another_model_has_the_same_bits_per_byte():
+    sizes = {"seq_len": 11, "seconds": 1.0, "tokens_per_second": 1.0, "peak_memory_bytes": 0}
+    long = Perplexity(perplexity=8.0, tokens=20, windows=2, text_bytes=60, **sizes)
+    short = Perplexity(perplexity=5.0, tokens=30, windows=3, text_bytes=60, **sizes)
+    assert long.bits_per_byte == pytest.approx(1.0)
+    found = long.per_token_of(short)
+    assert found.perplexity == pytest.approx(4.0)  # 2 bytes a token
+    assert found.bits_per_byte == pytest.approx(1.0)
+    assert (found.tokens, found.windows) == (30, 3)
+    assert long.per_token_of(long).perplexity == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize(

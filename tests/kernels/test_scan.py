@@ -51,6 +51,12 @@ def test_counts(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.1, -3.7, 1e-30, 6e4])
+def test_equal_values_have_no_outliers(device, dtype, value):
+    assert check(torch.full((70_001,), value, device=device).to(dtype)).outliers == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_outliers_are_told_from_the_mean(device, dtype):
     x = 10 + torch.rand(50_000, device=device)
     x[3], x[40_000] = 30.0, -20.0

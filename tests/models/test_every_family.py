@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from every_command import ABOUT, PAGE, header, row, take_through
 from tiny import (
     EVERY_FAMILY,
     EVERY_KIND,
-    TEXT,
-    tiny_checkpoint,
     tiny_model,
     tiny_tokenizer,
     token_ids,
@@ -19,7 +18,7 @@ from tiny import (
 from tiny import FAMILIES as FAMILIES_OF_ENGINES
 from transformers import AutoModelForCausalLM
 
-from fastprune import ExportConfig, cli, export
+from fastprune import ExportConfig, export
 from fastprune.errors import InputError
 from fastprune.models import modeling
 from fastprune.models.checkpoint import save_checkpoint
@@ -198,28 +197,18 @@ def test_forms_of_other_engines_are_refused_by_family(family, form, tmp_path):
 
 
 @pytest.mark.parametrize("family", EVERY_KIND)
-def test_every_command_takes_the_family(family, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT * 40)
-    # AutoTokenizer gives Qwen2 a token of its own beside those of the tiny tokenizer
-    dense = tiny_checkpoint(tmp_path / "dense", family, vocab_size=304)
-    small, adapter, merged, full = (str(tmp_path / n) for n in ("small", "lora", "merged", "full"))
-    measured = ["--eval", str(text), "--eval-seq-len", "32", "--eval-windows", "2", "--quiet"]
-    learnt = ["--data", str(text), "--seq-len", "32", "--batch-size", "2", "--max-steps", "2"]
-    windows = ["--calib", str(text), "--calib-samples", "16", "--calib-seq-len", "32"]
-
-    def run(*words: str) -> None:
-        assert cli.main([*words, "--device", "cpu"]) == 0
-
-    run("prune", str(dense), "--out", small, "--ratio", "0.3", *windows, *measured, "--keep-worse",
-        "--structures", "attention,mlp,sublayer", "--allocation", "search")  # fmt: skip
-    run("finetune", small, "--out", adapter, "--method", "lora", *learnt, *measured,
-        "--keep-worse")  # fmt: skip
-    run("merge", small, "--adapter", adapter, "--out", merged, "--quiet")
-    run("finetune", small, "--out", full, *learnt, *measured, "--keep-worse")
-    run("diagnose", merged, "--dense", str(dense), "--text", str(text), "--quiet")
-    streamed = str(tmp_path / "streamed")
-    run("prune", str(dense), "--out", streamed, "--ratio", "0.2", *windows, *measured, "--stream",
-        "--keep-worse", "--structures", "attention,mlp", "--align", "1")  # fmt: skip
-    model, _ = load_model(streamed)
+def test_every_command_takes_the_family_as_the_page_says(family, tmp_path):
+    statuses = take_through(family, tmp_path)
+    exports = {title: status for title, status in statuses.items() if title.startswith("export")}
+    assert [title for title in statuses.keys() - exports.keys() if statuses[title] != 0] == []
+    assert set(exports.values()) <= {0, InputError.exit_status}
+    if family in FAMILIES:
+        assert row(family, statuses) in PAGE.read_text(encoding="utf-8").splitlines()
+    model, _ = load_model(str(tmp_path / "streamed"))
     assert torch.isfinite(logits(model)).all()
+
+
+def test_the_page_lists_all_families_and_commands():
+    lines = PAGE.read_text(encoding="utf-8").removeprefix(ABOUT).lstrip().splitlines()
+    assert "\n".join(lines[:2]) == header()
+    assert [line.split("|")[1].strip(" `") for line in lines[2:]] == list(FAMILIES)

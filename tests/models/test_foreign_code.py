@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import TEXT, saved, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from fastprune import cli
 from fastprune.errors import InputError
+from fastprune.models import modeling
 from fastprune.models.checkpoint import save_checkpoint
 from fastprune.models.conform import conform
 from fastprune.models.families import Geometry
 from fastprune.models.load import load_config, load_model, load_tokenizer
+from fastprune.models.shards import ShardReader
 
 MODELLING = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -109,3 +112,41 @@ print(tokenizer({TEXT!r}).input_ids)
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == tiny_tokenizer()(TEXT).input_ids
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_the_modelling_file_of_a_per_layer_checkpoint_is_not_run(tmp_path, trust):
+    """The layers are this program's own, whatever the file says that came with the weights."""
+    model = tiny_model("llama")
+    conform(model, [Geometry(8, 4, 96, 16)] * 3 + [Geometry(0, 0, 96, 16)])
+    save_checkpoint(model, tiny_tokenizer(), tmp_path)
+    file = tmp_path / "modeling_fastprune.py"
+    assert file.read_bytes() == Path(modeling.__file__).read_bytes()
+    file.write_text("raise SystemExit('ran')")
+    read, _ = load_model(tmp_path, trust_remote_code=trust)
+    assert type(read).__module__ == "fastprune.models.modeling"
+    again = tmp_path / "again"
+    again.mkdir()
+    save_checkpoint(read, tiny_tokenizer(), again)
+    assert (again / file.name).read_bytes() == Path(modeling.__file__).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/tmp/secret.safetensors"])
+@pytest.mark.parametrize("read", [load_model, ShardReader])
+def test_an_index_does_not_name_files_of_other_folders(tmp_path, name, read):
+    path = tiny_checkpoint(tmp_path / "model", "llama", layers=2)
+    (path / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="outside of its folder"):
+        read(path)
+
+
+def test_nor_do_the_settings_of_a_tokenizer(tmp_path):
+    path = tiny_checkpoint(tmp_path / "model", "llama", layers=2)
+    edit(path / "tokenizer_config.json", merges_file="/home/me/.ssh/id", tokenizer_class="GPT2")
+    load_tokenizer(path)  # which tokenizer.json is enough for
+    (path / "tokenizer.json").unlink()
+    (path / "vocab.json").write_text('{"a": 0}')
+    with pytest.raises(InputError, match=r"/home/me/\.ssh/id, which is outside of its folder"):
+        load_tokenizer(path)

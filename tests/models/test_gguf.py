@@ -1,15 +1,17 @@
 """Every tensor and setting of a `.gguf` file is read or refused; nothing is filled in at random."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf_files import gguf_tensors, write_gguf
-from tiny import FAMILIES, tiny_model, token_ids
+from tiny import FAMILIES, tiny_config, tiny_model, token_ids
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastprune.errors import InputError
+from fastprune.models.gguf import Header, complete_config
 from fastprune.models.load import load_model
 
 ROPES = {
@@ -192,3 +194,31 @@ def test_texts_are_cut_by_the_rules_that_the_file_names(tmp_path):
         ("4", (3, 4)),
         ("2", (4, 5)),
     ]
+
+
+def test_caps_of_other_values_than_the_reader_s_are_refused():
+    config = tiny_config("gemma2")
+    settings = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 50.0}
+    complete_config(config, Header(Path("m.gguf"), "gemma2", settings, {}, {}))
+    settings["attn_logit_softcapping"] = 20.0
+    with pytest.raises(InputError, match=r"gemma2.attn_logit_softcapping is 20.0"):
+        complete_config(config, Header(Path("m.gguf"), "gemma2", settings, {}, {}))
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "scalar"),
+    # the published sizes: 9B and 27B of Gemma 2, 4B and 27B of Gemma 3
+    [("gemma2", 42, 256), ("gemma2", 46, 144), ("gemma3_text", 34, 256), ("gemma3_text", 62, 168)],
+)
+def test_the_attention_of_the_largest_gemma_is_scaled_otherwise(family, layers, scalar):
+    widths = {"gemma2": (4608, 32), "gemma3_text": (5376, 32)}
+    hidden, heads = widths[family] if scalar != 256 else (3584, 16)
+    config = tiny_config(
+        family,
+        layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        head_dim=128 if scalar != 256 else 256,
+    )
+    config = complete_config(config, Header(Path("m.gguf"), family, {}, {}, {}))
+    assert config.query_pre_attn_scalar == scalar

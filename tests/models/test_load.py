@@ -1,6 +1,7 @@
 """Every source loads, every broken one is named in one line, and nothing is filled in at random."""
 
 import json
+import shutil
 import sys
 import threading
 from types import ModuleType
@@ -367,15 +368,12 @@ def test_interrupted_conversion_leaves_nothing(gguf_file, cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_concurrent_conversions_agree(gguf_file, cache, monkeypatch):
-    together = threading.Barrier(2)
-    original = foreign._save_dequantised
-    lock = threading.Lock()
+def test_of_concurrent_callers_one_converts(gguf_file, cache, monkeypatch):
+    original, converted = foreign._save_dequantised, []
 
     def convert(path, folder):
-        together.wait(timeout=60)
-        with lock:  # transformers itself is not safe to load from two threads of one process
-            original(path, folder)
+        converted.append(folder)
+        original(path, folder)
 
     monkeypatch.setattr(foreign, "_save_dequantised", convert)
     found = []
@@ -389,4 +387,30 @@ def test_concurrent_conversions_agree(gguf_file, cache, monkeypatch):
         thread.join()
     assert len(set(found)) == 1
     assert len(found) == 2
+    assert len(converted) == 1
     assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["mine", f"gguf-{foreign.LAYOUT}-0123"])
+def test_a_model_of_the_user_in_the_cache_folder_stays(cache, name):
+    """Whatever is wrong with it: only copies that were made here are made anew."""
+    folder = tiny_checkpoint(cache / name, layers=2)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match="broken"):
+        load_model(folder)
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_cache_that_cannot_be_made_is_told(gguf_file, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"Not a directory; name another folder .* XDG_CACHE_HOME"):
+        load_model(gguf_file)
+
+
+def test_a_cache_without_room_is_told(gguf_file, cache, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="0 kB are free"):
+        load_model(gguf_file)
+    assert list(cache.iterdir()) == []

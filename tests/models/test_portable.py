@@ -37,6 +37,17 @@ def test_scaled_rope_keeps_its_fields() -> None:
     }
 
 
+def test_the_share_of_a_head_that_turns_is_beside_the_scaling(tmp_path: Path) -> None:
+    found = older_config_keys({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}})
+    assert found["partial_rotary_factor"] == 0.5
+    assert found["rope_scaling"] == older_config_keys({"rope_parameters": YARN})["rope_scaling"]
+    model = tiny_model("stablelm", partial_rotary_factor=0.5)
+    save_checkpoint(model, None, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["partial_rotary_factor"] == 0.5
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.rope_parameters == model.config.rope_parameters
+
+
 def test_a_rope_for_each_kind_of_layer_is_left_alone() -> None:
     nested = {"rope_parameters": {"full_attention": YARN, "sliding_attention": YARN}}
     assert older_config_keys(nested) == nested

@@ -134,3 +134,32 @@ def test_the_command_reports_what_it_reached(tmp_path, monkeypatch, caplog) -> N
     monkeypatch.setattr(latency, "measure_again", lambda *_: 0.9 * dense)
     prune(tiny_model("llama"), tiny_tokenizer(), config)
     assert "above the" in caplog.text
+
+
+def test_the_time_before_is_that_of_the_whole_vocabulary(tmp_path, monkeypatch) -> None:
+    from tiny import TEXT
+
+    from fastprune.models.vocabulary import embedding_rows
+    from fastprune.pruning.config import PruneConfig
+    from fastprune.pruning.pipeline import prune
+
+    clock_by_weights(monkeypatch)
+    monkeypatch.setattr(latency, "measure_again", lambda model, _: float(embedding_rows(model)))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    model = tiny_model("llama", layers=2)
+    config = PruneConfig(
+        target_latency=0.8 * measure(model, 16).dense,
+        latency_context=16,
+        vocab="280",
+        importance="magnitude-l2",
+        compensate="none",
+        calib=str(text),
+        calib_samples=2,
+        calib_seq_len=16,
+        eval=str(text),
+        eval_seq_len=32,
+        eval_windows=1,
+    )
+    found = prune(model, tiny_tokenizer(), config).metrics["latency"]
+    assert (found["before"], found["after"]) == (300.0, 280.0)

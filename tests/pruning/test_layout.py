@@ -5,6 +5,7 @@ import json
 import pytest
 from tiny import TEXT, tiny_checkpoint
 
+from fastprune.errors import InputError
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.pipeline import run_prune
 
@@ -37,3 +38,24 @@ def test_heads_that_do_not_divide_the_hidden_size(tmp_path, bias, model_type, he
     assert json.loads((out / "fastprune/metrics.json").read_text())["ratio"]["achieved"] == (
         pytest.approx(0.25, abs=0.02)
     )
+
+
+def test_heads_that_must_stay_are_no_budget(tmp_path):
+    """StableLM's heads fill the hidden size, so no standard model has fewer of them."""
+    folder = tiny_checkpoint(tmp_path / "model", "stablelm")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
+    small = {"calib_samples": 4, "calib_seq_len": 32, "eval_windows": 1, "eval_seq_len": 32}
+    settings = {"importance": "magnitude-l2", "quiet": True, "calib": str(text), "eval": str(text)}
+    config = PruneConfig(
+        model=str(folder),
+        out=tmp_path / "out",
+        ratio=0.1,
+        layout="uniform",
+        structures=("attention",),
+        **small,
+        **settings,
+    )
+    with pytest.raises(InputError, match="no standard model of this family has layers with fewer"):
+        run_prune(config)
+    assert not (tmp_path / "out").exists()

@@ -100,3 +100,10 @@ def test_a_run_that_was_cut_off_goes_on_with_what_it_had_measured(choice, tmp_pa
     monkeypatch.setattr(measured, "read", lambda *a: read.append(original(*a)) or read[-1])
     prune(tiny_model("llama"), tiny_tokenizer(), config)
     assert len(read) == 1 and len(read[0]) == 4
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(cache, caplog) -> None:
+    cache.write_text("a file in its place")
+    text = calibrated(tiny_model("llama"), token_ids(2, 16))
+    assert remembered("figures", text, lambda _: [1.0]) == [1.0]
+    assert "another run measures its figures anew" in caplog.text

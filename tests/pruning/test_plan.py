@@ -61,9 +61,9 @@ def test_another_model_is_refused() -> None:
 def test_what_is_no_plan(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(InputError, match="is not a plan"):
+    with pytest.raises(InputError, match=r"is not a plan|not JSON"):
         Plan.load(path)
-    with pytest.raises(InputError, match="cannot read the plan"):
+    with pytest.raises(InputError, match="cannot be read"):
         Plan.load(tmp_path / "missing.json")
 
 

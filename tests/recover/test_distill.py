@@ -280,7 +280,7 @@ def test_a_teacher_is_loaded_frozen_and_must_read_the_same_tokens(tmp_path):
 
     class Other:
         def get_vocab(self):
-            return {"a": 0}
+            return {"a token of another tokenizer": 0}
 
     with pytest.raises(InputError, match="not the student's"):
         load_teacher(str(source), Other())

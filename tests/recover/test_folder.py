@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 
 from fastprune import output
 from fastprune.errors import InputError
-from fastprune.recover.checkpoints import OPTIMIZER, OWN_STATE, SCHEDULE, WEIGHTS
+from fastprune.files import seal
+from fastprune.recover.checkpoints import BEST, OPTIMIZER, OWN_STATE, SCHEDULE, WEIGHTS
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.folder import RunFolder
+from fastprune.recover.monitor import Monitor
+from fastprune.recover.state import State
 
 FILES = (OWN_STATE, WEIGHTS, OPTIMIZER, SCHEDULE)
 
@@ -52,7 +55,7 @@ def begun(out: Path, **changed) -> RunFolder:
 def write_checkpoint(checkpoint: Path) -> None:
     """The smallest that is whole."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / OWN_STATE).write_text("{}")
+    (checkpoint / OWN_STATE).write_text(json.dumps(State().saved({})))
     save_file({"weight": torch.zeros(9)}, checkpoint / WEIGHTS)
     for name in (OPTIMIZER, SCHEDULE):
         torch.save({"step": 1}, checkpoint / name)
@@ -287,6 +290,67 @@ class TestDamagedCheckpoints:
         with pytest.raises(InputError, match=rf"is damaged .*; give {older}"):
             RunFolder.open(config(out, resume=str(newest)))
 
+    @pytest.mark.parametrize("file", FILES)
+    def test_a_changed_byte_of_a_sealed_one_is_seen(self, out, file):
+        folder = begun(out)
+        older, newest = (folder.stage_folder(0) / f"checkpoint-{n}" for n in (1, 2))
+        for checkpoint in (older, newest):
+            write_checkpoint(checkpoint)
+            seal(checkpoint)
+        content = bytearray((newest / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest / file).write_bytes(content)
+        assert RunFolder.open(config(out)).checkpoint == older
+
+    @pytest.mark.parametrize("content", ["[]", "{}", '{"monitor": 3}', "null", "\x00"])
+    def test_figures_that_are_none(self, out, content):
+        folder = begun(out)
+        newest = folder.stage_folder(0) / "checkpoint-2"
+        write_checkpoint(newest)
+        (newest / OWN_STATE).write_text(content)
+        assert RunFolder.open(config(out)).checkpoint == folder.stage_folder(0) / "checkpoint-1"
+
+    @pytest.mark.parametrize("content", [None, b"", b"{"])
+    def test_the_best_weights_belong_to_those_that_came_after_them(self, out, content):
+        folder = begun(out)
+        newest = folder.stage_folder(0) / "checkpoint-2"
+        write_checkpoint(newest)
+        state = State(monitor=Monitor(best=1.0, best_step=2)).saved({})
+        (newest / OWN_STATE).write_text(json.dumps(state))
+        if content is not None:
+            (folder.stage_folder(0) / BEST).write_bytes(content)
+        assert RunFolder.open(config(out)).checkpoint == folder.stage_folder(0) / "checkpoint-1"
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"stage": "../../..", "settings": {}}'])
+    def test_of_the_run_itself(self, out, content):
+        folder = begun(out)
+        folder.run_log.write_text("said")
+        (folder.state / "run.json").write_text(content)
+        with pytest.raises(InputError, match=r"run.json: missing or damaged.* --resume never"):
+            RunFolder.open(config(out))
+        checkpoint = folder.stage_folder(0) / "checkpoint-1"
+        with pytest.raises(InputError, match=r"run.json: missing or damaged"):
+            RunFolder.open(config(out, resume=str(checkpoint)))
+        again = RunFolder.open(config(out, resume="never"))
+        again.begin()
+        assert not again.stage_folder(0).exists()
+
+    @pytest.mark.parametrize("content", [None, b"", b"weights"])
+    def test_of_the_weights_that_a_stage_began_with(self, out, content):
+        folder = begun(out)
+        folder.record["stage"] = 1
+        folder.save()
+        if content is not None:
+            (folder.state / "start-1.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="missing or damaged: begin the run anew"):
+            RunFolder.open(config(out)).start_weights()
+
+    def test_of_the_log_what_comes_before_is_kept(self, out):
+        folder = begun(out)
+        with folder.log_file.open("ab") as file:
+            file.write(b'\x00\xff{"stage": 0, "step": 2}\n')
+        assert folder.lines() == [{"stage": 0, "step": 1}]
+
     def test_without_another_one_the_stage_begins_again(self, out):
         folder = begun(out)
         checkpoint = folder.stage_folder(0) / "checkpoint-1"
@@ -328,6 +392,29 @@ class TestNamedCheckpoint:
         assert model_in(out) == "old"
         folder.finish(write)
         assert model_in(out) == "new"
+
+
+def test_what_a_killed_run_was_writing_goes(out):
+    folder = begun(out)
+    (folder.stage_folder(0) / "writing" / "checkpoint-2").mkdir(parents=True)
+    left = [folder.state / ".start-1.safetensors", folder.stage_folder(0) / ".best.safetensors"]
+    left.append(folder.state / ".run.json.fastprune-x7")
+    for file in left:
+        file.write_text("half")
+    again = RunFolder.open(config(out))
+    again.begin()
+    again.finish(write)
+    assert sorted(path.name for path in again.state.rglob("*")) == sorted(
+        ["run.json", "stage-0", "checkpoint-1", *FILES]
+    )
+
+
+def test_the_best_weights_come_along_to_another_folder(tmp_path, out):
+    first = begun(tmp_path / "first")
+    save_file({"weight": torch.zeros(9)}, first.stage_folder(0) / BEST)
+    checkpoint = first.stage_folder(0) / "checkpoint-1"
+    RunFolder.open(config(out, resume=str(checkpoint))).begin()
+    assert (out / "fastprune/state/stage-0" / BEST).is_file()
 
 
 class TestRunLog:

@@ -61,7 +61,7 @@ def test_a_zero_is_a_choice():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("stages: [", "cannot be read"),
+        ("stages: [", "not YAML"),
         ("about: x", "list of stages"),
         ("stages:\n  - lr: fast", "'fast' is not a number"),
         ("stages:\n  - learning: 1", "unknown option 'learning'"),

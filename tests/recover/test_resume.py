@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastprune.recover import pipeline, stage
+from fastprune.recover import checkpoints, pipeline, stage
+from fastprune.recover.evaluation import Evaluation
 from fastprune.recover.folder import RunFolder
 from fastprune.recover.loop import Loop
 from fastprune.recover.pace import BESIDE
+from fastprune.workplace import claimed
 
 KILLED = """
 import os, signal, sys
@@ -119,6 +122,75 @@ def test_a_run_by_the_minutes_goes_on_with_its_steps(
     hooked(None)
     assert finetune(*flags)[0] == 0
     assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_an_evaluation_is_heeded_at_once(finetune, tmp_path, monkeypatch, number):
+    """The run goes on with that evaluation; dropout shows whether random draws are the same."""
+    flags = ["--method", "lora", "--lora-dropout", "0.3", "--max-steps", "4", "--log-steps", "1"]
+    flags += ["--eval-steps", "2", "--save-steps", "100", "--val-size", "4"]
+    assert finetune(*flags, out="whole")[0] == 0
+    original = Evaluation.measure
+
+    def interrupted(self):
+        os.kill(os.getpid(), number)
+        raise AssertionError("the evaluation goes on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "measure", interrupted)
+        status, _, stderr = finetune(*flags)
+    assert status == 130
+    assert "the same command continues" in stderr
+    checkpoint = tmp_path / "out/fastprune/state/stage-0/checkpoint-2"
+    assert json.loads((checkpoint / "fastprune.json").read_text())["unseen"]
+    assert Evaluation.measure is original
+    assert finetune(*flags)[0] == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "out")
+    evaluated = [
+        [line["eval_loss"] for line in map(json.loads, text.splitlines()) if "eval_loss" in line]
+        for text in (
+            (tmp_path / out / "fastprune/train_log.jsonl").read_text() for out in ("whole", "out")
+        )
+    ]
+    assert evaluated[0] == evaluated[1]
+
+
+def test_two_runs_do_not_share_an_output(finetune, tmp_path):
+    with claimed(tmp_path / "out"):
+        status, _, stderr = finetune("--max-steps", "2")
+    assert status == 2
+    assert f"another fastprune (process {os.getpid()}) is writing to it" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_the_state_before_it(finetune, tmp_path, monkeypatch):
+    flags = ["--max-steps", "4", "--save-steps", "2"]
+    assert finetune(*flags, out="whole")[0] == 0
+    real = checkpoints._save
+
+    def full(content, path):
+        if path.parent.name == "checkpoint-4":
+            raise OSError(28, "No space left on device")
+        real(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_save", full)
+        status, _, stderr = finetune(*flags)
+    assert status == 2
+    assert "No space left on device; make room and run the same command again" in stderr
+    stage = tmp_path / "out/fastprune/state/stage-0"
+    assert [path.name for path in stage.iterdir()] == ["checkpoint-2"]
+    assert finetune(*flags)[0] == 0
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(finetune, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    status, _, stderr = finetune("--max-steps", "2")
+    assert status == 2
+    assert "and 1.05 MB are free on the disk of" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_overwrite_goes_on(finetune, hooked, tmp_path):

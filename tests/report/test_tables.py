@@ -69,12 +69,14 @@ def test_eval(capsys):
             "seconds": 30.0,
             "tokens_per_second": 545.6,
             "peak_memory_bytes": 3 * 1024**3,
+            "bits_per_byte": 1.04554,
             "tasks": {},
             "speed": {},
         }
     )
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "perplexity 22.55" in lines
+    assert "bits per byte 1.0455" in lines
     assert "windows 16 × 1024 tokens" in lines
     assert "peak memory 3 GiB" in lines
 
