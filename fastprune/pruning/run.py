@@ -356,8 +356,8 @@ def check_layout(model: nn.Module, config: PruneConfig) -> None:
         raise InputError(why)
     if config.target_latency is not None and is_adopted(model.config):
         raise InputError(
-            f"--target-latency: decoding of a '{model.config.model_type}' cannot be foretold; use "
-            "--ratio, --target-params or --target-bytes"
+            f"--target-latency: no latency is predicted of a '{model.config.model_type}', for that "
+            "type has no declaration; use --ratio, --target-params or --target-bytes"
         )
     if config.layout == "deci" and (reason := obstacle(model.config)):
         raise InputError(f"--layout deci: {reason}; use --layout per-layer or uniform")

@@ -27,6 +27,8 @@ from fastprune.pruning.plan import LayerPlan, Plan
 from fastprune.pruning.surgery import apply_plan
 
 GROUPS, CHANNELS, VOCABULARY = 2, 32, 64
+MOST_QUERIES = 4
+"""Query heads to a KV group of the small model."""
 WINDOWS, LENGTH = 2, 16
 TOLERANCE = 1e-4
 """Relative error of the logits that rounding in fp32 explains."""
@@ -35,7 +37,8 @@ MOST_PARAMETERS = 10**8
 HALF_TOLERANCE = 2e-2
 """The same in half precision."""
 SPREAD = 0.2
-"""Standard deviation of the random weights: a wrong unit shows in the logits."""
+"""Standard deviation of the random norms and biases, which stock models begin with ones and zeros.
+"""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -46,14 +49,15 @@ def check_surgery(model: nn.Module, structures: Iterable[str]) -> None:
     model of its class with its head size, two KV groups and a few channels.
     """
     kind = model.config.model_type
-    problems = {structure: _tried(model, structure) for structure in structures}
-    if found := {structure: problem for structure, problem in problems.items() if problem}:
-        structure, problem = next(iter(found.items()))
-        other = "; use --structures mlp"
-        instead = other if structure == "attention" and not _tried(model, "mlp") else ""
+    for structure in structures:
+        problem = _tried(model, structure)
+        if problem is None:
+            continue
+        channels = structure == "attention" and _tried(model, "mlp") is None
+        instead = "; use --structures mlp" if channels else ""
         raise InputError(
             f"the {UNITS[structure]} of a '{kind}' cannot be removed as those of its family: on a "
-            f"small random model of that type {problem}{instead}"
+            f"small random model of that type, {problem}{instead}"
         )
 
 
@@ -93,7 +97,7 @@ def small_model(model: nn.Module) -> Any:
     """A random fp32 model in eval mode, of the class of `model`, with two layers or one of each of
     its layer types, GROUPS KV groups and CHANNELS channels."""
     size = geometries(model)[0]
-    heads = GROUPS * size.queries_per_kv
+    heads = GROUPS * min(size.queries_per_kv, MOST_QUERIES)
     settings = model.config.to_dict()
     count = settings["num_hidden_layers"]
     kinds = settings.get("layer_types") or ["layer"] * count
@@ -121,8 +125,10 @@ def small_model(model: nn.Module) -> Any:
             raise ValueError("its config leaves parts of it large")
     found = type(model)(config).float().eval()
     for name, parameter in found.named_parameters():
-        centre = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0
-        nn.init.normal_(parameter, mean=centre, std=SPREAD)
+        if parameter.dim() > 1:  # outputs as large as inputs, so that every unit shows
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        else:
+            nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=SPREAD)
     return found
 
 
@@ -147,7 +153,10 @@ def _problem(model: Any, structure: str) -> str | None:
     walked = torch.cat([layers.head(hidden) for hidden in layers.final([ids], "trying")])
     for found, what in (
         (walked, "its logits are not what its head makes of the last hidden states"),
-        (cut(input_ids=ids, use_cache=False).logits, f"cutting {structure} differs from zeroing"),
+        (
+            cut(input_ids=ids, use_cache=False).logits,
+            f"cutting {structure} units differs from zeroing them",
+        ),
         (anew(input_ids=ids, use_cache=False).logits, "its stock class computes something else"),
     ):
         if not (error := _relative(expected, found)) <= TOLERANCE:

@@ -32,6 +32,7 @@ from fastprune.models.adapter import fold
 from fastprune.models.checkpoint import check_savable, save_checkpoint
 from fastprune.models.checks import layer_parameters
 from fastprune.models.load import load_or_start
+from fastprune.models.multimodal import text_part
 from fastprune.models.readback import check_read_back
 from fastprune.models.seq2seq import is_seq2seq
 from fastprune.models.vocabulary import check_largest, grow_embeddings
@@ -130,8 +131,7 @@ def _run(config: FinetuneConfig, recipe: Recipe, folder: RunFolder) -> FinetuneR
             tokenizer=config.tokenizer,
         )
     check_savable(model, tokenizer)
-    if shards(config):
-        check_shardable(model)
+    check_shardable(model, config)
     result = _finetune(model, tokenizer, config, recipe, folder, clock)
     result.out = config.out
     if is_first_process():
@@ -156,7 +156,8 @@ def finetune(
     *,
     gradient_hook: GradientHook | None = None,
 ) -> FinetuneResult:
-    """Finetune ``model`` in place on ``config.data`` and measure it before and after.
+    """Finetune ``model`` in place on ``config.data`` and measure it before and after; of a
+    multimodal model its decoder, which the result holds.
 
     Nothing is written: the state lives in a temporary folder, ``config.out`` is not used.
     ``gradient_hook`` is called with (step, model) when the gradients of a step are complete. Raises
@@ -167,7 +168,8 @@ def finetune(
     barrier(own_device(config.device))
     with tempfile.TemporaryDirectory(prefix="fastprune-") as records:
         folder = RunFolder(Path(records), config)
-        return _finetune(model, tokenizer, config, recipe, folder, Clock(), gradient_hook)
+        own = text_part(model)
+        return _finetune(own, tokenizer, config, recipe, folder, Clock(), gradient_hook)
 
 
 def _checked(config: FinetuneConfig) -> Recipe:

@@ -43,9 +43,9 @@ def shards(config: FinetuneConfig) -> bool:
     return config.shard and world_size() > 1
 
 
-def check_shardable(model: nn.Module) -> None:
-    """InputError when the weights of `model` cannot be spread: those around it are not trained."""
-    if enclosing(model) is not None:
+def check_shardable(model: nn.Module, config: FinetuneConfig) -> None:
+    """InputError when `config` spreads the weights of a `model` that is part of another one."""
+    if shards(config) and enclosing(model) is not None:
         raise InputError(
             "--shard spreads language models alone, and this one is part of a multimodal model; "
             "leave --shard out, and train an adapter where memory is short (--method lora)"

@@ -151,7 +151,7 @@ def test_heads_that_the_stock_class_cannot_have_stay():
 def test_layers_that_only_look_alike_are_refused_by_what_they_compute():
     model = CentredForCausalLM(CentredConfig(**SETTINGS)).eval()
     check_known(model, "llama")
-    with pytest.raises(InputError, match=r"channels of a 'centred'.*differs from zeroing"):
+    with pytest.raises(InputError, match=r"channels of a 'centred'.*differs from zeroing them"):
         check_surgery(model, ("mlp",))
 
 
