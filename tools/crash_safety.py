@@ -10,7 +10,7 @@ Every command runs on a tiny model and replaces, with --overwrite, an earlier re
              what a power cut leaves on a file system that keeps the order of changes
     full     no space left from each change of the disk on, for as many of them; files limited in
              size; a disk of a few megabytes, where one may be mounted
-    read     an output and a cache in folders that are read only (as another user than root)
+    read     an output on a disk that is read only, where one may be mounted
     evals    20 `eval` at the same time, with one cold cache
     steps    the memory of a `finetune` of so many steps
 
@@ -359,7 +359,7 @@ def mounted(folder: Path, kib: int) -> Iterator[bool]:
 
 
 def read_only(command: Command) -> str:
-    """A folder that is read only, as far as that stops the user who runs this."""
+    """An output on a disk that is read only."""
     command.reset()
     with mounted(command.out.parent, 4096) as there:
         if not there:
@@ -367,8 +367,8 @@ def read_only(command: Command) -> str:
         remount = ["mount", "-o", "remount,ro", str(command.out.parent)]
         subprocess.run(remount, check=True)
         if (status := run(command.arguments(), command.root)) != BAD_INPUT:
-            command.found.append(f"a read-only folder: ends with {status}")
-    return "1 read-only folder"
+            command.found.append(f"a read-only disk: ends with {status}")
+    return "1 read-only disk"
 
 
 def evals(root: Path, number: int = 20) -> tuple[str, list[str]]:
@@ -429,8 +429,8 @@ def main() -> int:
     parser.add_argument("--commands", default=",".join(COMMANDS))
     parser.add_argument("--kinds", default="kills,stops,cuts,full,read,evals,steps")
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--cuts", type=int, default=0, help="0: every one")
-    parser.add_argument("--full", type=int, default=0, help="0: every one")
+    parser.add_argument("--cuts", type=int, default=0, help="0: each one")
+    parser.add_argument("--full", type=int, default=0, help="0: each one")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
