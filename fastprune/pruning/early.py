@@ -18,6 +18,7 @@ from fastprune.pruning.allocation import layer_weights
 from fastprune.pruning.budget import Budget, budget_of, layer_sizes, limits_of
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.effort import decided
+from fastprune.pruning.mixtures import check_mixture
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.sensitivity import MEASURED, load_layer_importance
 from fastprune.pruning.sizes import BudgetError, check_align, check_reachable
@@ -37,6 +38,7 @@ def check_early(config: PruneConfig) -> None:
     if model is None:
         return
     family_of(model)
+    check_mixture(model, config)
     config = with_lengths(config, model)
     config.selected_layers(len(decoder_layers(model)))
     if plan is not None:
