@@ -141,7 +141,13 @@ class Guard:
                 where=_names(culprits),
             )
         )
-        returned_to = self._restore()
+        self._roll_back(step)
+        return True
+
+    def _roll_back(self, step: int) -> None:
+        """Bring back the last good state and halve the rates. NumericalError where that has been
+        done too often; the good state is back then too."""
+        state, returned_to = self.state, self._restore()
         if state.rollbacks >= self.limit:
             raise NumericalError(
                 Message(
@@ -169,7 +175,6 @@ class Guard:
                 limit=self.limit,
             )
         )
-        return True
 
     def _read(self, step: int) -> _Reading:
         """Ask the device for what `step` comes to, without waiting for it."""
