@@ -83,6 +83,11 @@ def test_a_chat_template_that_fails_or_does_not_end(monkeypatch, template, words
     assert words in caught.value.reason
 
 
+def test_a_prompt_of_no_tokens():
+    with pytest.raises(InputError, match="the prompt is empty"):
+        generate(tiny_model("llama", layers=1), tiny_tokenizer(), [], 2)
+
+
 def test_generation_settings_that_are_wrong_or_want_the_tokenizer():
     model = tiny_model("llama", layers=1)
     model.generation_config.stop_strings = ["river"]
