@@ -345,6 +345,8 @@ def take_wording(model: nn.Module, tokenizer: Any, adapter: Path) -> None:
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, seq2seq: bool) -> torch.Tensor:
     """Token ids (1, n) of `prompt`; for an empty one the token that a text starts from."""
     if not isinstance(prompt, str):
+        if not prompt:
+            raise InputError("the prompt is empty: the chat template makes nothing of it")
         return torch.tensor([prompt], dtype=torch.long)
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     # a chat template writes the start token itself; a second one would confuse the model

@@ -202,9 +202,14 @@ def listed_files(index: Path) -> list[Path]:
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     names = list(shards.values()) if isinstance(shards, dict) else []
-    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+    if not names or not all(map(_is_plain, names)):
         raise InputError(f"{index}: broken index of weight files; copy or download it again")
     return [index.with_name(name) for name in sorted(set(names))]
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether `name` is that of a file, and leads to no other folder."""
+    return isinstance(name, str) and bool(name) and name == Path(name).name
 
 
 def _entries(file: Path) -> dict[str, Entry]:

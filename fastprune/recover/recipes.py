@@ -117,6 +117,7 @@ def load_recipe(config: FinetuneConfig) -> Recipe:
         if not isinstance(values, dict):
             raise InputError(f"{where}: must hold `setting: value` lines")
         own = typed_values(Stage, values, where, "fastprune finetune")
+        check_ranges(Stage(**own), FinetuneConfig)  # also what the user's settings will replace
         if "layer_lrs" in given or "lr" in given or "find_lr" in given:
             own = {k: v for k, v in own.items() if k not in ("lr", "layer_lrs", "find_lr")}
         if "warmup_steps" in given or "warmup_ratio" in given:

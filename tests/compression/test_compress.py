@@ -205,7 +205,7 @@ def test_a_gate_that_is_not_met_writes_no_model(compress, tmp_path):
         (["--minutes", "0"], "--minutes must be positive"),
         (["--minutes", "-3"], "--minutes must be positive"),
         (["--minutes", "soon"], "is not a number"),
-        (["--minutes", "inf"], "--minutes must be positive"),
+        (["--minutes", "inf"], "--minutes must be a finite number"),
         (["--minutes", "1e-6"], "is too short"),
         (["--dry-run"], "does not take --dry-run"),
         (["--stream"], "does not take --stream"),

@@ -248,6 +248,7 @@ def _paths(base: Base) -> Iterator[Case]:
             written_to = flag in ("--out", "--json")
             usable = written_to and what in ("missing", "escapes", "blank", "comma", "null device")
             unused = flag == "--layer-importance" or (flag == "--text" and what == "empty")
+            unused |= flag == "--tasks" and what in ("comma", "empty", "blank")  # none are named
             yield Case(
                 f"{command} {flag}: {what}",
                 lambda place, given=(command, flag, what): _with_path(base, place, *given),
