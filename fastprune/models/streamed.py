@@ -49,10 +49,8 @@ class StreamedModel(FetchedLayers):
         folder = resolve_source(source)
         config = load_config(folder)
         family_of_config(config)
-        settings = quantisation(config)
-        self.shards = open_shards(folder, settings)
-        if settings:
-            config = unquantised(config)
+        self.shards = open_shards(folder, quantisation(config))
+        config = unquantised(config)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else named_tokenizer(tokenizer)
         self.dtype = resolve_dtype(dtype) or _own_dtype(config, self.shards)
         if config.tie_word_embeddings and not _equal(self.shards, HEAD, EMBEDDING):

@@ -18,6 +18,7 @@ from torch import nn
 from fastprune.config import resolve_dtype
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import per_layer_form, stock_form
+from fastprune.models.dequantised import unquantised
 from fastprune.models.load import load_config
 from fastprune.models.modeling import per_layer_config
 from fastprune.models.skeleton import skeleton
@@ -55,7 +56,7 @@ def sizes_only(config: PruneConfig) -> tuple[nn.Module, PruneConfig]:
     if config.target_latency is not None or "sublayer" in config.structures:
         wanted = "--structures sublayer" if config.target_latency is None else "--target-latency"
         raise InputError(f"{config.model} has no weights, and {wanted} has to measure them")
-    model_config = load_config(config.model)
+    model_config = unquantised(load_config(config.model))
     dtype = resolve_dtype(config.dtype) or model_config.dtype or torch.float32
     model = skeleton(model_config, dtype)
     allocation = config.allocation
