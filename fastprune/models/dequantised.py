@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastprune.errors import InputError
 from fastprune.models import packing
-from fastprune.models.checks import quantisation_method, reason
+from fastprune.models.checks import quantisation, quantisation_method, reason
 from fastprune.models.packing import WORD
 from fastprune.models.shards import DTYPES, PACKED, Entry, ShardReader, whole
 
@@ -179,9 +179,10 @@ def open_shards(folder: Path, settings: Mapping[str, Any] | None) -> ShardReader
 
 
 def unquantised(config: Any) -> Any:
-    """``config``, changed, of the model whose weights are read by `DequantisedShards`."""
-    vars(config).pop("quantization_config", None)
-    config.dtype = DTYPES[WRITTEN]
+    """``config``, changed to that of the weights `DequantisedShards` reads if it is quantised."""
+    if quantisation(config):
+        vars(config).pop("quantization_config")
+        config.dtype = DTYPES[WRITTEN]
     return config
 
 

@@ -19,6 +19,7 @@ from fastprune.config import resolve_dtype
 from fastprune.errors import InputError
 from fastprune.models.adopted import check_known, config_with
 from fastprune.models.checkpoint import written_form
+from fastprune.models.dequantised import unquantised
 from fastprune.models.load import load_config
 from fastprune.models.multimodal import enclosing
 from fastprune.models.skeleton import skeleton
@@ -56,7 +57,7 @@ def sizes_only(config: PruneConfig) -> tuple[nn.Module, PruneConfig]:
     if config.target_latency is not None or "sublayer" in config.structures:
         wanted = "--structures sublayer" if config.target_latency is None else "--target-latency"
         raise InputError(f"{config.model} has no weights, and {wanted} has to measure them")
-    model_config = load_config(config.model)
+    model_config = unquantised(load_config(config.model))
     dtype = resolve_dtype(config.dtype) or model_config.dtype or torch.float32
     model = skeleton(model_config, dtype)
     check_known(model, config.family)

@@ -444,9 +444,10 @@ def test_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         diagnose(tmp_path / "nowhere" / "at" / "all")
     folder = saved(tmp_path / "model")
-    (folder / "config.json").unlink()
+    config = (folder / "config.json").rename(tmp_path / "config.json")
     with pytest.raises(InputError, match="not a model folder"):
         diagnose(folder)
+    config.rename(folder / "config.json")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match="truncated or corrupt"):

@@ -7,14 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from adapters import settings
+from gguf_files import gguf_tensors, write_gguf
 from safetensors.torch import load_file, save_file
-from tiny import tiny_checkpoint
+from tiny import tiny_checkpoint, tiny_model
 from torch import Tensor
 
 from fastprune import cli
 from fastprune.errors import InputError
 from fastprune.models.load import load_model
 from fastprune.models.streamed import StreamedModel
+from fastprune.recover.lora import attach, save_adapter
 
 FP8 = torch.float8_e4m3fn
 NF4 = [
@@ -445,3 +448,22 @@ def test_numbers_without_a_scale_are_refused_wherever_they_lie(dtype, folder, ca
         load_model(folder)
     with pytest.raises(InputError, match=r"pytorch_model\.bin: .*up_proj\.weight is stored as"):
         load_model(folder / "pytorch_model.bin")
+
+
+def test_an_adapter_in_numbers_without_a_scale_is_refused(folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    save_adapter(attach(load_model(folder)[0], settings()), adapter, str(folder))
+    file = adapter / "adapter_model.safetensors"
+    tensors = {name: tensor.to(FP8) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"--adapter .*lora_.* is stored as float8_e4m3fn"):
+        load_model(folder, adapter=adapter)
+
+
+def test_tensors_of_integers_in_a_gguf_are_refused(tmp_path):
+    model = tiny_model("llama", layers=1)
+    tensors = gguf_tensors(model)
+    tensors["blk.0.ffn_up.weight"] = tensors["blk.0.ffn_up.weight"].astype("int8")
+    path = write_gguf(tmp_path / "m.gguf", model, tensors=tensors)
+    with pytest.raises(InputError, match=r"cannot be read: .*I8"):
+        load_model(path)
