@@ -8,7 +8,7 @@ parameters: the gate and up rows of all channels (experts, 2·channels, hidden),
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +68,7 @@ def visits(experts: nn.Module, states: Tensor, chosen: Tensor, gates: Tensor) ->
 
 
 @contextmanager
-def observed(experts: nn.Module, see: Any) -> Iterator[None]:
+def observed(experts: nn.Module, see: Callable[[Visit], None]) -> Iterator[None]:
     """Inside the block ``see`` is called with every `Visit` to the module ``experts``."""
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -123,15 +123,14 @@ def published(name: str, tensor: Tensor, family: str) -> dict[str, Tensor]:
     They keep the matrices of each expert apart, as engines read them; transformers puts them
     together. The tensors are views.
     """
-    if family == "mixtral":
-        name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
-    block, found, parameter = name.rpartition(".mlp.experts.")
+    block = "block_sparse_moe" if family == "mixtral" else "mlp"
+    layer, found, parameter = name.rpartition(".mlp.experts.")
     if not found:
-        return {name: tensor}
-    prefix = f"{block}.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}.experts"
-    gate, up, down = PUBLISHED["mixtral"] if family == "mixtral" else PUBLISHED["others"]
+        return {name.replace(".mlp.gate.", f".{block}.gate."): tensor}
+    gate, up, down = PUBLISHED.get(family, PUBLISHED["others"])
     matrices: dict[str, Tensor] = {}
     for expert, own in enumerate(tensor):
         parts = dict(zip((gate, up), own.chunk(2))) if parameter == INPUTS else {down: own}
-        matrices |= {f"{prefix}.{expert}.{part}.weight": m for part, m in parts.items()}
+        prefix = f"{layer}.{block}.experts.{expert}"
+        matrices |= {f"{prefix}.{part}.weight": matrix for part, matrix in parts.items()}
     return matrices
