@@ -19,9 +19,9 @@ ABOUT = """# Families and commands
 The model types that can be pruned, and the commands that ran on each: a tiny model with random
 weights goes through them one after the other, and each reads the checkpoint of one before it. Both
 times `prune` removes KV groups and channels, and compensates; without `--stream` it also removes
-whole sublayers, by `--allocation search`. `merge`, `diagnose` and `eval` take what LoRA has learnt.
-`hf-uniform` exports a checkpoint whose layers differ in size, `gguf` and `nemotron-nas` one whose
-layers are alike.
+whole sublayers, by `--allocation search`. Of a mixture of experts it removes KV groups and experts.
+`merge`, `diagnose` and `eval` take what LoRA has learnt. `hf-uniform` exports a checkpoint whose
+layers differ in size, `gguf` and `nemotron-nas` one whose layers are alike.
 
 ✓: ran. –: refused in one line, before any work, since the form has no place for such a model. "Not
 with" are settings in a model's `config.json` with which it is refused by `prune` alone.
@@ -38,9 +38,10 @@ def take_through(family: str, folder: Path) -> dict[str, int]:
     # heads that fill the hidden size, and channels by the multiple, as readers of some forms need
     sizes = {"hidden_size": 128, "intermediate_size": 256, "layers": 2}
     tiny_checkpoint(folder / "wide", family, vocab_size=304, **sizes)
+    experts = FAMILIES[family].mixture is not None
     return {
         title: cli.main([*words, "--device", "cpu", "--quiet"])
-        for title, words in _commands(folder).items()
+        for title, words in _commands(folder, experts).items()
     }
 
 
@@ -66,7 +67,7 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _commands(folder: Path) -> dict[str, list[str]]:
+def _commands(folder: Path, experts: bool = False) -> dict[str, list[str]]:
     text, dense, small, adapter, merged = (
         str(folder / name) for name in ("text.txt", "dense", "small", "lora", "merged")
     )
@@ -80,6 +81,8 @@ def _commands(folder: Path) -> dict[str, list[str]]:
 
     every = ["--structures", "attention,mlp,sublayer", "--allocation", "search"]
     units = ["--structures", "attention,mlp", "--align", "1", "--stream"]
+    if experts:
+        every = ["--structures", "attention,experts"]
     found = {
         "prune": ["prune", dense, *out("small"), "--ratio", "0.3", *calib, *every],
         "prune --stream": ["prune", dense, *out("streamed"), "--ratio", "0.2", *calib, *units],
