@@ -47,7 +47,7 @@ from fastprune.models.states import filled
 from fastprune.output import replacing
 from fastprune.progress import stage
 from fastprune.space import check_space
-from fastprune.workplace import claimed, remove_all_leftovers
+from fastprune.workplace import claimed, remove_all_leftovers, remove_leftovers
 
 LAYOUT = "4"  # raise when the conversion changes, so that older copies are left alone
 FP32 = 4  # bytes of a number
@@ -88,6 +88,7 @@ def cached_folder(
     `size` bytes.
     """
     target = (root or cache_directory()) / name
+    remove_leftovers(target)
     if is_sealed(target, digests):
         return target
     _check_cache(target.parent, size)

@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,17 @@ class CheckpointFolder:
             place.rename(work / "old")
         made.rename(place)
         sync(self.folder)
-        for number, path in enumerate(checkpoints(self.folder)[: -self.keep_last]):
-            path.rename(work / f"old-{number}")
+        self.drop_oldest()
+
+    def drop_oldest(self) -> None:
+        """Keep the last checkpoints alone. A process that was killed may have left more."""
+        work = self.folder / WRITING
+        for path in checkpoints(self.folder)[: -self.keep_last] if is_first_process() else ():
+            work.mkdir(exist_ok=True)
+            path.rename(work / f"old-{path.name}")  # half removed, it is none
+            shutil.rmtree(work / f"old-{path.name}", ignore_errors=True)
+        with suppress(OSError):  # it still holds what is being written, or is not there
+            work.rmdir()
 
     def read(self, checkpoint: Path, *, rescheduled: bool) -> None:
         """Bring model, optimizer and schedule to where they were in `checkpoint`.

@@ -450,6 +450,7 @@ class Loop:
                 self.evaluate()
             if self._saved_step != step:
                 self._save()
+            self.checkpoints.drop_oldest()
         self._logger.close()
 
     def _give_up(self, error: NumericalError) -> NumericalError:

@@ -48,6 +48,13 @@ class Clock:
         return {**dict.fromkeys(stages, 0.0), **self.seconds, "total": total}
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short without a word: the run itself says that it is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class RunLog:
     """Collects everything the ``fastprune`` logger says while the body runs.
 
@@ -58,7 +65,7 @@ class RunLog:
         self._text, self._path = StringIO(), path
         self._handler: logging.StreamHandler[Any] = logging.StreamHandler(self._text)
         if path is not None:
-            self._handler = logging.FileHandler(path, encoding="utf-8")
+            self._handler = _LogFile(path, encoding="utf-8")
         self._handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
 
     def __enter__(self) -> RunLog:

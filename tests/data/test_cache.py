@@ -121,6 +121,10 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, tokenizer, monkeypatch):
     training_data(write(tmp_path / "b.jsonl", 3), tokenizer, seq_len=32, cache=cache)
     assert not leftover.exists()  # nor does another source leave it there
     assert items(training_data(path, tokenizer, seq_len=32, cache=cache)) == expected
+    leftover.mkdir()  # of one that was killed when it had just put its copy in place
+    (leftover / "lock").write_text("1")
+    assert items(training_data(path, tokenizer, seq_len=32, cache=cache)) == expected
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize(

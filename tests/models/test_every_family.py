@@ -197,7 +197,7 @@ def test_forms_of_other_engines_are_refused_by_family(family, form, tmp_path):
         export(tiny_model(family), tiny_tokenizer(), settings)
 
 
-@pytest.mark.parametrize("family", (*EVERY_KIND, *MIXTURES))
+@pytest.mark.parametrize("family", [*EVERY_KIND, *MIXTURES])
 def test_every_command_takes_the_family_as_the_page_says(family, tmp_path):
     statuses = take_through(family, tmp_path)
     refused = [title for title, status in statuses.items() if status == InputError.exit_status]

@@ -184,6 +184,19 @@ def test_a_full_disk_leaves_the_state_before_it(finetune, tmp_path, monkeypatch)
     assert_same(tmp_path / "whole", tmp_path / "out")
 
 
+def test_checkpoints_that_a_kill_left_too_many_go(finetune, tmp_path, monkeypatch):
+    flags = ["--max-steps", "4", "--save-steps", "2", "--keep-last", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.CheckpointFolder, "drop_oldest", lambda _: None)
+        patch.setattr(RunFolder, "finish", killed)
+        with pytest.raises(Killed):
+            finetune(*flags)
+    stage = tmp_path / "out/fastprune/state/stage-0"
+    assert len(list(stage.iterdir())) == 2
+    assert finetune(*flags)[0] == 0
+    assert [path.name for path in stage.iterdir()] == ["checkpoint-4"]
+
+
 def test_a_disk_without_room_is_told_before_the_first_step(finetune, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
