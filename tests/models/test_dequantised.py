@@ -317,18 +317,19 @@ def test_weights_are_what_the_formula_says(format, folder):
 
 def test_a_quantised_model_is_pruned_to_an_unquantised_one(folder, tmp_path):
     quantise(folder, "gptq")
-    results = []
-    for flags in ([], ["--stream"]):
-        out = tmp_path / f"out{len(flags)}"
-        call = ["prune", str(folder), "--out", str(out), "--ratio", "0.2", "--importance"]
-        call += ["magnitude-l1", "--allocation", "uniform", "--compensate", "none", *flags]
-        assert cli.main([*call, "--eval-seq-len", "32", "--eval-windows", "1", "--quiet"]) == 0
-        config = json.loads((out / "config.json").read_text())
-        assert "quantization_config" not in config and config["dtype"] == "bfloat16"
-        results.append(load_file(out / "model.safetensors"))
-    assert {tensor.dtype for tensor in results[0].values()} == {torch.bfloat16}
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    out = tmp_path / "out"
+    call = ["prune", str(folder), "--out", str(out), "--stream", "--ratio", "0.2", "--quiet"]
+    call += ["--importance", "magnitude-l1", "--allocation", "uniform", "--compensate", "none"]
+    assert cli.main([*call, "--eval-seq-len", "32", "--eval-windows", "1"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    pruned, dense = load_file(out / "model.safetensors"), load_model(folder)[0].state_dict()
+    for tensors in (pruned, dense):
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    name = "model.layers.0.mlp.gate_proj.weight"
+    rows = {tuple(row) for row in dense[name].tolist()}
+    assert len(pruned[name]) < len(rows)
+    assert {tuple(row) for row in pruned[name].tolist()} < rows
 
 
 def test_a_quantised_model_is_diagnosed_by_what_its_numbers_stand_for(folder, tmp_path):
