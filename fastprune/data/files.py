@@ -6,6 +6,7 @@ datasets wrote.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -76,7 +77,8 @@ def folder_files(folder: Path) -> list[Path]:
 
     Files of token ids count where there are no others.
     """
-    found = [file for file in folder.rglob("*") if _is_data(file, folder) and file.is_file()]
+    every = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    found = [file for file in every if _is_data(file, folder) and file.is_file()]
     if not found:
         raise InputError(f"{folder}: no {' '.join(FORMS)} files in this folder")
     texts = [file for file in found if form_of(file) != "tokens"]

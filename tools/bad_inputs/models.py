@@ -221,7 +221,7 @@ def _safetensors(base: Base, rng: random.Random) -> Iterator[Case]:
     for what, kinds in {"bool": "BOOL", "bytes": "I8"}.items():
         yield _of_model(
             base, rng, f"model.safetensors: every weight {what}",
-            lambda model, kind=kinds: _all_of(model, kind), (2,), "eval",
+            lambda model, kind=kinds: _all_of(model, kind), command="eval",
         )  # fmt: skip
     escaped = {f"{name}{ESCAPES}": entry for name, entry in header.items() if name in names}
     for command in ("eval", "stream", "diagnose", "export", "generate"):
