@@ -209,7 +209,10 @@ def _outside_reason(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith(LINK_LOOP):
         return str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-        return "out of memory; give a smaller model, text, batch or window, or prune with --stream"
+        return (
+            "out of memory; give a smaller model, text, batch or window, or use "
+            "fastprune prune --stream"
+        )
     return None
 
 

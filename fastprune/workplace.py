@@ -33,9 +33,12 @@ OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def place(out: Path) -> Path:
-    """The absolute path of `out`, free of links above its last part."""
+    """The absolute path of `out`, free of links above its last part. InputError for a root."""
     path = Path(out).absolute()
-    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    found = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    if not found.name:
+        raise InputError(f"{out}: the root of the files cannot be replaced; choose another --out")
+    return found
 
 
 def work_folder(out: Path) -> Path:

@@ -38,7 +38,7 @@ def take_through(family: str, folder: Path) -> dict[str, int]:
     # heads that fill the hidden size, and channels by the multiple, as readers of some forms need
     sizes = {"hidden_size": 128, "intermediate_size": 256, "layers": 2}
     tiny_checkpoint(folder / "wide", family, vocab_size=304, **sizes)
-    experts = FAMILIES[family].mixture is not None
+    experts = FAMILIES[family.partition("-")[0]].mixture is not None
     return {
         title: cli.main([*words, "--device", "cpu", "--quiet"])
         for title, words in _commands(folder, experts).items()

@@ -83,7 +83,7 @@ class TokenShard:
     def _array(self) -> np.ndarray:
         try:
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # numpy parses the header as Python
             raise InputError(f"{self.path}: not an array of numbers, or damaged") from error
         if array.ndim != 1 or array.dtype.name not in WIDTHS or not len(array):
             raise InputError(

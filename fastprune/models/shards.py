@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.models.checks import check_dtype, check_pointer, unscaled, without_wrappers
+from fastprune.models.checks import check_dtype, check_pointer, inside, unscaled, without_wrappers
 from fastprune.readers import parse_json, read_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -202,14 +202,9 @@ def listed_files(index: Path) -> list[Path]:
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     names = list(shards.values()) if isinstance(shards, dict) else []
-    if not names or not all(map(_is_plain, names)):
+    if not names or not all(isinstance(name, str) and Path(name).name for name in names):
         raise InputError(f"{index}: broken index of weight files; copy or download it again")
-    return [index.with_name(name) for name in sorted(set(names))]
-
-
-def _is_plain(name: Any) -> bool:
-    """Whether `name` is that of a file, and leads to no other folder."""
-    return isinstance(name, str) and bool(name) and name == Path(name).name
+    return [inside(index.parent, name, index) for name in sorted(set(names))]
 
 
 def _entries(file: Path) -> dict[str, Entry]:
@@ -225,6 +220,8 @@ def _entries(file: Path) -> dict[str, Entry]:
     for name, tensor in header.items():
         if not all(type(n) is int and n >= 0 for n in (*tensor["shape"], *tensor["data_offsets"])):
             raise ValueError(f"{name} has a shape or a place that is none")
+        if not isinstance(tensor["dtype"], str):
+            raise ValueError(f"{name} has a dtype that is none")
         start, stop = (8 + length + offset for offset in tensor["data_offsets"])
         entry = Entry(file, tensor["dtype"], tuple(tensor["shape"]), start, stop)
         dtype = (DTYPES | PACKED).get(entry.dtype)

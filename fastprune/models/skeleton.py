@@ -9,6 +9,7 @@ from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.models.attention import use_attention
+from fastprune.models.checks import reason
 from fastprune.models.modeling import register
 from fastprune.models.multimodal import auto_class, text_part
 from fastprune.models.quiet import quiet_libraries
@@ -26,6 +27,10 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     except ValueError as error:
         raise InputError(
             f"a '{config.model_type}' is no language model that transformers builds"
+        ) from error
+    except Exception as error:  # sizes that are none lead torch and transformers to any
+        raise InputError(
+            f"the config of a '{config.model_type}' describes no model: {reason(error)}"
         ) from error
     use_attention(model)
     return model

@@ -56,9 +56,12 @@ def check_settled(config: PruneConfig, model: nn.Module, budget: Budget) -> None
     """
     sizes, limits = layer_sizes(model, config), limits_of(config)
     check_align(sizes, limits)
-    if config.allocation in ("inverse", "proportional") and config.layer_importance not in MEASURED:
+    file = Path(config.layer_importance)
+    if config.allocation not in ("inverse", "proportional") or config.layer_importance in MEASURED:
+        pass
+    elif file.exists() or not config.dry_run:  # which may come before the file is made
         assert config.alpha is not None  # decided by `effort`
-        given = load_layer_importance(Path(config.layer_importance), len(sizes))
+        given = load_layer_importance(file, len(sizes))
         layer_weights(given, config.allocation, config.alpha)
     if budget.table is not None or budget.at_least:
         return

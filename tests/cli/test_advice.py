@@ -24,6 +24,7 @@ TRAINING = {"compress", "finetune"}
 REACHED_BY = {
     "": EVERY,
     "output.py": WRITING,
+    "workplace.py": WRITING,
     "sharding.py": {"finetune"},
     "distributed.py": {"prune", "finetune"},
     "compression": {"compress"},
@@ -39,9 +40,12 @@ REACHED_BY = {
     "inspect/findings.py": {"diagnose"},
     "inspect/verdict.py": {"diagnose"},
     "models": MODEL,
+    "models/adopted.py": {"prune", "compress"},
     "models/adapter.py": {"eval", "generate", "chat", "merge", "export"},
     "models/quantised.py": {"eval", "generate", "chat"},
     "models/checkpoint.py": {"prune", "finetune", "merge"},
+    "models/streamed.py": {"prune"},
+    "models/trimming.py": {"prune", "compress"},
     "data": MODEL,
     "data/columns.py": TRAINING,
     "data/examples.py": TRAINING,
@@ -52,6 +56,8 @@ REACHED_BY = {
 """Commands that run the code of a folder or file; the longest entry counts."""
 ONE_CALLER = {
     ("models/checks.py", "--trust-remote-code"): MODEL - {"prune"},  # it says so
+    ("models/checkpoint.py", "--layout"): {"prune"},
+    ("models/vocabulary.py", "--resize-embeddings"): TRAINING,
     ("models/load.py", "--adapter"): {"eval", "generate", "chat", "merge", "export"},
     ("inspect/perplexity.py", "--seq-len"): {"eval"},
     ("inspect/perplexity.py", "--dense"): {"eval"},

@@ -12,8 +12,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastprune.errors import InputError
 from fastprune.models.gguf import Header, complete_config
+from fastprune.models.gguf_file import Contents
 from fastprune.models.load import load_model
 
+NO_CONTENTS = Contents(3, {}, {}, {}, slice(0), 0)
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "yarn": {
@@ -199,10 +201,10 @@ def test_texts_are_cut_by_the_rules_that_the_file_names(tmp_path):
 def test_caps_of_other_values_than_the_reader_s_are_refused():
     config = tiny_config("gemma2")
     settings = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 50.0}
-    complete_config(config, Header(Path("m.gguf"), "gemma2", settings, {}, {}))
+    complete_config(config, Header(Path("m.gguf"), "gemma2", settings, {}, {}, NO_CONTENTS))
     settings["attn_logit_softcapping"] = 20.0
     with pytest.raises(InputError, match=r"gemma2.attn_logit_softcapping is 20.0"):
-        complete_config(config, Header(Path("m.gguf"), "gemma2", settings, {}, {}))
+        complete_config(config, Header(Path("m.gguf"), "gemma2", settings, {}, {}, NO_CONTENTS))
 
 
 @pytest.mark.parametrize(
@@ -220,5 +222,5 @@ def test_the_attention_of_the_largest_gemma_is_scaled_otherwise(family, layers, 
         num_attention_heads=heads,
         head_dim=128 if scalar != 256 else 256,
     )
-    config = complete_config(config, Header(Path("m.gguf"), family, {}, {}, {}))
+    config = complete_config(config, Header(Path("m.gguf"), family, {}, {}, {}, NO_CONTENTS))
     assert config.query_pre_attn_scalar == scalar
