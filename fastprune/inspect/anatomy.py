@@ -68,13 +68,15 @@ class Heads:
     def of(settings: Mapping[str, Any]) -> Heads:
         """As the global settings of a config say, of a multimodal one those of its decoder; None
         for what they do not."""
-        settings = settings.get("text_config") or settings
-        queries = settings.get("num_attention_heads")
-        kv = settings.get("num_key_value_heads") or queries
-        size, hidden = settings.get("head_dim"), settings.get("hidden_size")
+        inner = settings.get("text_config")
+        settings = inner if isinstance(inner, Mapping) and inner else settings
+        queries, kv, size, hidden = (
+            value if isinstance(value := settings.get(name), int) and value > 0 else None
+            for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+        )
         if not size and hidden and queries:
             size = hidden // queries
-        return Heads(size or None, queries // kv if queries and kv else None)
+        return Heads(size or None, queries // (kv or queries) if queries else None)
 
 
 def wants_lines(name: str) -> bool:

@@ -224,6 +224,7 @@ def _command(base: Base, place: Path, command: str, *more: str) -> list[str]:
         "compress": lambda: ["compress", str(place / "none"), "--out", str(place / "out"),
                              "--ratio", "0.2", *one],
         "info": lambda: ["info", *one],
+        "completion": lambda: ["completion", "bash", *one],
     }[command]()  # fmt: skip
     return [*given, *more]
 
