@@ -195,7 +195,10 @@ def _placed(options: Sequence[Option], words: list[str]) -> dict[str, Any]:
     for option in options:
         if words and get_origin(option.hint) is tuple:
             (member, *_) = get_args(option.hint)
-            values[option.name] = tuple(_converted(member, _checked(word)) for word in words)
+            try:
+                values[option.name] = tuple(_converted(member, _checked(word)) for word in words)
+            except ValueError as error:
+                raise InputError(f"{option.shown}: {error}") from error
             words = []
         elif words:
             values[option.name] = option.convert(words.pop(0))

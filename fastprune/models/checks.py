@@ -28,6 +28,7 @@ WHOLE = (
 positions and masks that lie beside them."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What weights are computed in."""
+MOST_LAYERS = 100_000
 TRUST = "trust_remote_code"
 
 log = logging.getLogger("fastprune")
@@ -80,6 +81,16 @@ def check_pointer(file: Path) -> None:
             raise InputError(
                 f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
             )
+
+
+def check_layer_count(settings: Mapping[str, Any]) -> None:
+    """ValueError for a config's `settings` with more layers than any model, which the library
+    would begin to list."""
+    inner = settings.get("text_config")
+    for part in (settings, inner if isinstance(inner, Mapping) else {}):
+        count = part.get("num_hidden_layers")
+        if isinstance(count, (int, float)) and count > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {count:.3g}")
 
 
 def check_config_dtype(config: Any, name: str) -> None:

@@ -27,6 +27,7 @@ from fastprune.models.checkpoint import settle_tie
 from fastprune.models.checks import (
     check_complete,
     check_config_dtype,
+    check_layer_count,
     check_pointer,
     check_values,
     inside,
@@ -292,6 +293,7 @@ def _read_config(folder: Path, trust: bool = False) -> Any:
         settings = read_json(file)
         if not isinstance(settings, dict) or "model_type" not in settings:
             raise ValueError("it names no model_type")
+        check_layer_count(settings)
         with quiet_libraries():
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust

@@ -257,7 +257,7 @@ def _latency(requested: float, table: CostTable) -> Budget:
 
 def parse_bytes(text: str) -> int:
     """``text`` such as 200MB or 1.5GiB in bytes; InputError when it is not a size."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{0,18})?)\s*([a-z]*)\s*", text.lower())
     unit = BYTES.get(match[2] or "b") if match else None
     if match is None or unit is None or float(match[1]) == 0:
         raise InputError(

@@ -98,7 +98,7 @@ class FinetuneConfig(CommonConfig):
     are saved. bf16, fp16: matrix products in half precision; fp32 weights stay fp32, half-precision
     weights keep what --optimizer-master says; fp16 with a dynamic loss scale. auto: bf16 where the
     device multiplies bf16 much faster, else fp32 (default: auto)"""
-    stop_loss: Annotated[float | None, Group.TRAINING] = None
+    stop_loss: Annotated[float | None, Group.TRAINING, POSITIVE] = None
     """stop a stage when the mean training loss falls below this"""
 
     lora_r: Annotated[int | None, Group.LORA, Range(1, 2**14)] = None

@@ -425,9 +425,10 @@ class _Reader:
 
 def _check_out(config: CompareConfig) -> None:
     """InputError when the page or its JSON cannot be written, or would replace something else."""
-    out, data = config.out, config.out.with_suffix(".json")
+    out = config.out
     if out.suffix != ".html":
         raise InputError(f"--out {out}: name a file that ends in .html")
+    data = out.with_suffix(".json")
     if config.json is not None and config.json.resolve() == out.resolve():
         raise InputError(f"--json {config.json}: is the file --out names; the JSON goes to {data}")
     for path in (out, data):

@@ -4,6 +4,7 @@ import json
 import struct
 
 import pytest
+import torch
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from fastprune.data import instruct
@@ -13,6 +14,7 @@ from fastprune.inspect.generate import generate
 from fastprune.models.adapter import BASE_FILE, CONFIG_FILE, check_adapter, read_fingerprint
 from fastprune.models.load import load_config, load_model
 from fastprune.models.shards import ShardReader, listed_files
+from fastprune.models.skeleton import skeleton
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", "bool", "int64", "complex64"])
@@ -22,6 +24,33 @@ def test_a_dtype_that_nothing_is_computed_in(tmp_path, dtype):
     for read in (load_config, load_model):
         with pytest.raises(InputError, match=f"config.json: its dtype is {dtype}, not one of"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("count", [2**64, 1e300])
+def test_more_layers_than_any_model_has(tmp_path, count):
+    file = tiny_checkpoint(tmp_path, layers=1) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": count}))
+    with pytest.raises(InputError, match="num_hidden_layers is"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"vocab_size": -1}, {"intermediate_size": -(2**63)}, {"rope_parameters": {"rope_type": {}}}],
+)
+def test_a_config_that_describes_no_model(tmp_path, wrong):
+    file = tiny_checkpoint(tmp_path, layers=1) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    with pytest.raises(InputError):
+        skeleton(load_config(tmp_path), torch.float32)
+
+
+def test_a_dtype_that_is_no_name(tmp_path):
+    header = json.dumps({"a": {"dtype": True, "shape": [4], "data_offsets": [0, 16]}}).encode()
+    data = struct.pack("<Q", len(header)) + header + bytes(16)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match="truncated or corrupt weight file"):
+        ShardReader(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -37,11 +66,11 @@ def test_a_shape_or_a_place_that_is_none(tmp_path, shape, offsets):
         ShardReader(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "", ".", "a/b", 3, None, ["a"]])
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", ".", 3, None, ["a"]])
 def test_an_index_that_leads_out_of_its_folder(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(InputError, match="broken index"):
+    with pytest.raises(InputError, match="broken index|outside of its folder"):
         listed_files(index)
 
 

@@ -46,7 +46,7 @@ def _files(base: Base, rng: random.Random) -> dict[str, bytes | str | Any]:
     found: dict[str, Any] = {
         "!empty|a.txt": b"", "!blank|a.txt": b" \n\n", "!zeros|a.txt": b"a\0b" * 500,
         "!not UTF-8|a.txt": text.encode() + b"\xff", "!utf-16|a.txt": text.encode("utf-16"),
-        "!short|a.txt": b"a", "!unknown|a.docx": b"x", "!folder|a.d": None,
+        "short|a.txt": b"a", "!unknown|a.docx": b"x", "!folder|a.d": None,
         "!not gzip|a.txt.gz": text.encode(),
         "!cut gzip|a.txt.gz": gzip.compress(text.encode())[:-9],
         "!damaged gzip|a.txt.gz": damaged(gzip.compress(text.encode()), rng)[:40],
@@ -131,7 +131,7 @@ def _tokens(rng: random.Random) -> dict[str, bytes]:
 
     ids = rng.choices(range(300), k=400)
     found = {
-        "!beyond|a.npy": saved(np.array([*ids, 70_000], dtype=np.uint32)),
+        "beyond|a.npy": saved(np.array([*ids, 70_000], dtype=np.uint32)),
         "!negative|a.npy": saved(np.array([-1] * 100, dtype=np.int64)),
         "!fractions|a.npy": saved(np.array([0.5] * 100)),
         "!objects|a.npy": saved(np.array([{}, []], dtype=object)),
