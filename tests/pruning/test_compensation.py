@@ -149,6 +149,14 @@ def test_random_windows_are_beside_the_text_and_never_judge() -> None:
     assert len(fitting(36, random=False)) == 9
 
 
+def test_random_windows_begin_as_those_of_the_text() -> None:
+    windows = WINDOWS.clone()
+    windows[:, :2] = torch.tensor([7, 9])
+    random = calibrated(tiny_model("llama"), windows).random_windows()
+    assert random[:, :2].tolist() == len(random) * [[7, 9]]
+    assert len(random[:, 2].unique()) > 1
+
+
 def test_random_windows_hold_a_refit_where_the_text_says_nothing(monkeypatch) -> None:
     narrow = WINDOWS % 4  # text of four of the words
     with_them = from_dense(narrow)
