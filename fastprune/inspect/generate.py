@@ -190,19 +190,13 @@ def generate(
     given every token as it comes (`transformers.TextStreamer`). Raises InputError for settings out
     of range and NumericalError when the model's output is not finite.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise InputError(f"temperature must not be negative, got {temperature}")
+    settings = _settings(max_new_tokens, temperature)
     device = next(model.parameters()).device
     ids = _prompt_ids(tokenizer, prompt, seq2seq=is_seq2seq(model))
     check_largest(model, tokenizer, int(ids.max()), "the prompt")
     ids = ids.to(device)
     start_length = 1 if is_seq2seq(model) else ids.shape[1]  # a decoder's start token
     max_new_tokens = min(max_new_tokens, _room(model, start_length))
-    settings: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     training = model.training
     model.eval()
     start = time.perf_counter()
@@ -241,6 +235,17 @@ def generate(
         seconds=seconds,
         tokens_per_second=len(new) / seconds,
     )
+
+
+def _settings(max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """How the library chooses tokens at `temperature`. InputError for what is out of range."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise InputError(f"temperature must not be negative, got {temperature}")
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 def chat(

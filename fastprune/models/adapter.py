@@ -177,7 +177,7 @@ def fold(adapted: nn.Module) -> nn.Module:
                 "the merged weights hold NaN or Inf: the adapter or the model is broken; nothing "
                 "was written"
             ) from error
-        except (NotImplementedError, TypeError, AttributeError) as error:
+        except (NotImplementedError, TypeError, AttributeError) as error:  # peft's own, by method
             raise InputError(f"the adapter cannot be merged: {error}; use it unmerged") from error
         layer.to(dtype)
     with quiet_libraries():

@@ -167,8 +167,8 @@ def _aligned(place: int, alignment: int) -> int:
 def read_tensor(path: Path, stored: Stored) -> Tensor:
     """The values of the tensor `stored` of the file `path`, in float32, bit for bit gguf's own.
 
-    Raises NotImplementedError for a type that gguf cannot dequantise, and ValueError where the file
-    ends before the tensor does.
+    Raises ValueError for a type that gguf cannot dequantise, and where the file ends before the
+    tensor does.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -195,7 +195,10 @@ def _dequantised(blocks: Tensor, kind: Any) -> Tensor:
         return blocks.view(PLAIN[kind.name])
     if kind.name in BLOCKS:
         return BLOCKS[kind.name](blocks)
-    return torch.from_numpy(dequantize(blocks.numpy(), kind))
+    try:
+        return torch.from_numpy(dequantize(blocks.numpy(), kind))
+    except NotImplementedError as error:  # the package knows the type by name only
+        raise ValueError(f"gguf does not dequantise the type {kind.name}") from error
 
 
 def copy_without_words(path: Path, contents: Contents, target: Path, *, tensors: bool) -> None:
