@@ -36,7 +36,7 @@ from fastprune.models.load import load_model
 from fastprune.output import RECORDS, check_place, replacing, staged
 from fastprune.progress import log as progress_log
 from fastprune.pruning.early import check_early
-from fastprune.pruning.pipeline import PruneResult, check_source, write_result
+from fastprune.pruning.pipeline import PruneResult, check_type, write_result
 from fastprune.pruning.plan import Plan
 from fastprune.pruning.run import PruneRun
 from fastprune.pruning.vocabulary import check_texts
@@ -88,7 +88,7 @@ def run_compress(config: CompressConfig) -> CompressResult:
     check_data(config.data)
     if config.vocab is not None:
         check_texts([*source_names(config.data), *(name for name, _ in config.texts())])
-    check_source(config.prune_config())
+    check_type(config.prune_config())
     check_early(config.prune_config(**_first_part(config)))
     assert config.out is not None  # the config was checked
     check_place(config.out)

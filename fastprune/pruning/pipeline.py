@@ -192,7 +192,7 @@ def carry_out(
 
 def _load(config: PruneConfig) -> tuple[Layers, Any]:
     """The layers of the model that ``config`` names, and its tokenizer. Raises InputError."""
-    check_source(config)
+    check_type(config)
     own = config.tokenizer
     if config.stream:
         source = StreamedModel(
@@ -214,7 +214,7 @@ def _load(config: PruneConfig) -> tuple[Layers, Any]:
     return resident(model), tokenizer
 
 
-def check_source(config: PruneConfig) -> None:
+def check_type(config: PruneConfig) -> None:
     """InputError, before weights are read, when the model that ``config`` names is neither of a
     declared type nor like one, or cannot have the layout that is asked for."""
     if Path(config.model).suffix in STATE_SUFFIXES:
