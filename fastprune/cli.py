@@ -132,9 +132,10 @@ COMMANDS = {
 STDOUT_CLOSED = 128 + 13  # SIGPIPE
 REFUSED = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
-    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+    *(errno.EMFILE, errno.ENFILE),
 }
-"""Errors of the operating system about a file that no code can prevent."""
+"""Errors of the operating system about a file that no code can prevent; those of disks that take no
+more bytes are `space.disk_trouble`'s."""
 LINK_LOOP = "Symlink loop"
 """How pathlib begins to say that symbolic links lead back to themselves."""
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")

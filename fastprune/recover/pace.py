@@ -63,12 +63,13 @@ class Timetable:
         before = self.steps(step - 1)
         if step > self.decided[-1][0] and step in self._due():
             at, _, then = self.decided[-1]
-            each = (_mean(seconds) - then) / (step - at)
-            left = int((60 * self.minutes - _mean(seconds)) / max(each, 1e-9))
+            seconds = _mean(seconds)
+            each = (seconds - then) / (step - at)
+            left = int((60 * self.minutes - seconds) / max(each, 1e-9))
             steps = step + max(1, left)
             if abs(steps - before) < WORTH_CORRECTING * before:
                 steps = before
-            self._decide(step, steps, _mean(seconds))
+            self._decide(step, steps, seconds)
             if steps != before:
                 message = "%d steps instead of %d fit into %g minutes: a step takes %s"
                 progress_log.info(message, steps, before, self.minutes, duration(each))
