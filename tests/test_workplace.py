@@ -127,16 +127,17 @@ class TestClaims:
             pass
 
     def test_who_waits_comes_next(self, tmp_path, out, other):
-        came = []
+        killed, came = threading.Event(), []
 
         def wait():
             with claimed(out, wait=True):
-                came.append(other.poll() is not None)
+                came.append(killed.is_set())
 
         thread = threading.Thread(target=wait)
         thread.start()
         thread.join(0.1)
         assert thread.is_alive()
+        killed.set()
         other.kill()
         other.wait()
         thread.join()
