@@ -242,7 +242,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _number)
 
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """TimeoutError with `message` where the body, a program that came with an input, takes longer.
+    """TimeoutError with `message` where the body, a program that came with an input, computes for
+    longer than so many `seconds` of processor time: a busy machine takes none of them away.
 
     Only the main thread of a process can be interrupted; elsewhere there is no limit.
     """
@@ -253,13 +254,13 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         raise TimeoutError(message)
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 # ------------------------------------------------------------------------------------------- text

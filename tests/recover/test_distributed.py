@@ -17,8 +17,6 @@ from fastprune.recover import pipeline, range_test
 from fastprune.recover.processes import own_device
 from fastprune.sharding import spread
 
-pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores
-
 
 @pytest.fixture(scope="module")
 def files(model, text, held_out, tmp_path_factory) -> list[Path]:
@@ -30,7 +28,7 @@ def files(model, text, held_out, tmp_path_factory) -> list[Path]:
 def two(files, tmp_path_factory) -> Path:
     """The folder that two processes left; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    in_two("training.py", *files, folder, timeout=560)
+    in_two("training.py", *files, folder)
     return folder
 
 
