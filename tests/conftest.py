@@ -11,27 +11,18 @@ from pathlib import Path
 
 import pytest
 
-CHOSEN = (
-    "FASTPRUNE_",
-    "WANDB_",
-    "TRACKIO_",
-    "ACCELERATE_",
-    "TENSORBOARD_",
-    "TORCHELASTIC_",
-    "SLURM_",
-)
-"""Beginnings of variables with which a user chooses something; the tests choose for themselves."""
+CHOICES = ("FASTPRUNE_", "WANDB_", "TRACKIO_", "TENSORBOARD_", "ACCELERATE_", "TORCHELASTIC_")
+"""Beginnings of variables by which a user chooses something."""
 REMOVED = {
-    *("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+    *("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "LINES", "PYTHONUNBUFFERED"),
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("LINES", "PYTHONUNBUFFERED", "PYTHONOPTIMIZE", "HF_TOKEN", "HF_ENDPOINT"),
 }
 _libraries = tempfile.TemporaryDirectory(prefix="fastprune-tests-")
 
 # Before any library is imported: most of them read these once.
-for _name in [*os.environ]:
-    if _name in REMOVED or (_name.startswith(CHOSEN) and _name != "FASTPRUNE_CPU_LEVEL"):
-        del os.environ[_name]
+for _name in {*REMOVED, *(name for name in os.environ if name.startswith(CHOICES))}:
+    if _name != "FASTPRUNE_CPU_LEVEL":  # which instructions the kernels are tested with
+        os.environ.pop(_name, None)
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "FASTPRUNE_LANG": "en",  # whatever the locale is
@@ -39,14 +30,14 @@ os.environ |= {
     "XDG_CACHE_HOME": f"{_libraries.name}/cache",
     "COLUMNS": "80",
     "TERM": "xterm",
-    "OMP_WAIT_POLICY": "PASSIVE",  # cores that are busy: child processes neither probe nor tell
+    "OMP_WAIT_POLICY": "PASSIVE",  # where cores are busy, child processes would say so
 }
 sys.path.insert(0, str(Path(__file__).parent))
 
-import precise  # noqa: F401
-import torch
+import precise  # noqa: E402, F401
+import torch  # noqa: E402
 
-from fastprune import progress
+from fastprune import progress  # noqa: E402
 
 _numbers = itertools.count()
 
@@ -57,17 +48,17 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path_factory, monkeypatch):
-    """No test depends on those before it, on how busy the machine is, or on the user's cache."""
-    number = f"cache-{next(_numbers)}"  # made by what writes into it
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / number))
-    monkeypatch.setattr(progress, "DELAY", 3600.0)  # seconds: no progress lines, however slow
+    """A test depends on none before it, on no cache of the user's, and on no time that passes."""
+    cache = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"  # not there yet
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(progress, "DELAY", 3600.0)  # seconds until a slow step says so
     threads, variables = torch.get_num_threads(), dict(os.environ)
     log = logging.getLogger("fastprune")
-    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    before = log.handlers[:], log.level, log.propagate
     random.seed(0)
     torch.manual_seed(0)
     yield
-    assert (log.handlers, log.level, log.propagate) == (handlers, level, propagate)
+    assert (log.handlers, log.level, log.propagate) == before
     torch.set_num_threads(threads)
     if os.environ != variables:
         os.environ.clear()
