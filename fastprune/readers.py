@@ -9,19 +9,22 @@ be lost without a word.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import signal
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from fastprune.errors import InputError
+
+T = TypeVar("T")
 
 MAX_BYTES = 1 << 28
 """Size of a JSON file that is read as a whole."""
@@ -240,26 +243,56 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _number)
 # ------------------------------------------------------------------------------------------- time
 
 
-@contextmanager
-def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """TimeoutError with `message` where the body, a program that came with an input, takes longer.
+class _Expired(BaseException):
+    """Raised in a program that takes too long; not an Exception, which the program may catch."""
 
-    Only the main thread of a process can be interrupted; elsewhere there is no limit.
+
+def in_time(program: Callable[[], T], seconds: float, message: str) -> T:
+    """What `program`, which came with an input, returns. Raises what it raises, and TimeoutError
+    with `message` where it takes longer than so many `seconds`.
+
+    It is interrupted in whatever thread it runs, between two instructions of the interpreter: one
+    call of a function written in C is not.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        with _interrupted_by_signal(seconds) if main else _interrupted_by_timer(seconds):
+            return program()
+    except _Expired:
+        raise TimeoutError(message) from None
+
+
+@contextmanager
+def _interrupted_by_signal(seconds: float) -> Iterator[None]:
+    """_Expired in the body, in the main thread, by a signal, which costs next to nothing."""
 
     def interrupt(number: int, frame: Any) -> None:
-        raise TimeoutError(message)
+        raise _Expired
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    earlier = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *earlier)  # whoever waits for it is woken late
+
+
+@contextmanager
+def _interrupted_by_timer(seconds: float) -> Iterator[None]:
+    """_Expired in the body, in any thread, by another thread: signals reach the main one only."""
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    thread = ctypes.c_ulong(threading.get_ident())
+    timer = threading.Timer(seconds, raise_in, (thread, ctypes.py_object(_Expired)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        raise_in(thread, None)  # takes back what came when the body had ended
 
 
 # ------------------------------------------------------------------------------------------- text

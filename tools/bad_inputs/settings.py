@@ -44,7 +44,7 @@ PATHS = {
     "blank": " ",
     "zero device": "/dev/zero",
     "null device": "/dev/null",
-    "folder": "/",
+    "folder": "/dev",
     "process": "/proc/self/mem",
     "comma": ",",
 }
