@@ -131,11 +131,12 @@ def gather(
     """Kept rows or columns of many tensors in one parallel loop or launch.
 
     Args:
-        tensors: 1-D or 2-D, any real dtype, all on one device.
+        tensors: 1-D or 2-D, all on one device; floats of 16 to 64 bits, signed integers, bytes or
+            booleans.
         indices: per tensor, the kept positions: int64 on the CPU, strictly ascending.
         dims: per tensor, 0 (rows) or 1 (columns).
         out: results to fill instead of new tensors: contiguous, of the right shapes, apart from
-            `tensors` and from each other in memory.
+            `tensors`, `indices` and each other in memory.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape, device or no memory.
@@ -151,15 +152,18 @@ def gather(
     if not tensors:
         return []
     device = tensors[0].device
-    if out is not None:
-        _check_results(tensors, out)
+    for number, filled in enumerate(out or []):
+        check_tensor("gather", f"result {number}", filled, None, device, None)
+        check_written("gather", f"result {number}", filled)
     module = compiled(device)
     if module is None:
-        for number, (t, index, dim) in enumerate(zip(tensors, indices, dims)):
-            _check_index(number, t, index, dim)
+        _check_kept(tensors, indices, dims, out or [])
         results = reference.gather(tensors, indices, dims)
         if out is None:
             return results
+        for number, (result, filled) in enumerate(zip(results, out)):
+            shape = tuple(result.shape)
+            check_tensor("gather", f"result {number}", filled, (result.dtype,), device, shape)
         for result, filled in zip(results, out):
             filled.copy_(result)
         return list(out)
@@ -184,22 +188,23 @@ def _check_gather(number: int, t: Tensor, index: Tensor, dim: int, device: torch
         raise ValueError(f"gather: index {number} must have 1 dimension, not {tuple(index.shape)}")
 
 
-def _check_results(tensors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    written = {f"result {number}": t for number, t in enumerate(out)}
-    for name, t in written.items():
-        check_tensor("gather", name, t, None, tensors[0].device, None)
-        check_written("gather", name, t)
-    check_apart("gather", written, {f"tensor {number}": t for number, t in enumerate(tensors)})
-
-
-def _check_index(number: int, t: Tensor, index: Tensor, dim: int) -> None:
+def _check_kept(
+    tensors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    dims: Sequence[int],
+    out: Sequence[Tensor],
+) -> None:
     """What the compiled kernels check by themselves."""
-    if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= t.shape[dim]):
-        raise ValueError(
-            f"gather: index {number} reaches beyond dimension {dim} of shape {tuple(t.shape)}"
-        )
-    if not bool((index[1:] > index[:-1]).all()):
-        raise ValueError(f"gather: index {number} must be ascending")
+    for number, (t, index, dim) in enumerate(zip(tensors, indices, dims)):
+        if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= t.shape[dim]):
+            raise ValueError(
+                f"gather: index {number} reaches beyond dimension {dim} of shape {tuple(t.shape)}"
+            )
+        if not bool((index[1:] > index[:-1]).all()):
+            raise ValueError(f"gather: index {number} must be ascending")
+    read = {f"tensor {number}": t for number, t in enumerate(tensors)}
+    read |= {f"index {number}": t for number, t in enumerate(indices)}
+    check_apart("gather", {f"result {number}": t for number, t in enumerate(out)}, read)
 
 
 def _gathered(t: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -321,6 +326,8 @@ def cross_entropy(
     module = compiled(logits.device)
     if module is None:
         _check_targets(targets, logits.shape[1])
+        if scale is not None:
+            check_apart("cross_entropy", {"logits": logits}, {"targets": targets})
         return reference.cross_entropy(logits, targets, scale=scale)
     rows = logits.shape[0]
     if scale is None:
@@ -346,8 +353,6 @@ def _check_cross_entropy(logits: Tensor, targets: Tensor, scale: float | None) -
     check_tensor("cross_entropy", "targets", targets, (torch.int64,), logits.device, (rows,))
     strided = vocabulary > 1 and logits.stride(1) != 1
     overlapping = rows > 1 and logits.stride(0) < vocabulary
-    if scale is not None:
-        check_apart("cross_entropy", {"logits": logits}, {"targets": targets})
     if scale is not None and (strided or overlapping or logits.is_neg()):
         raise ValueError(
             "cross_entropy: logits can be overwritten only where each row is contiguous and "
