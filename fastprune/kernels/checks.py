@@ -33,8 +33,8 @@ def check_tensor(
 
 
 def inner_contiguous(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """t in `shape`, with inner stride 1; a copy only where t's strides, its address or its lazy sign
-    ask for it."""
+    """t in `shape`, with inner stride 1, at an address for its elements; a copy only where t is
+    otherwise, or lazily negated."""
     if t.is_neg():
         t = t.detach().resolve_neg()
     if tuple(t.shape) != shape:
