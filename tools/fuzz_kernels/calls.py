@@ -192,10 +192,10 @@ def cross_entropy(module: Any, draw: Draw) -> Call:
         true = reference.cross_entropy(logits, targets, scale=scale, compute=torch.float64)
         for name, values in zip(("loss", "log_normaliser"), true):
             yield now[name].flatten()[: len(values)], values, 1e-5
-        if scale is not None:
-            yield now["logits"], logits, 1e-5 + ULP[now["logits"].dtype] * abs(scale)
+        rounding = 0.0 if scale is None else 1e-5 + ULP[now["logits"].dtype] * abs(scale)
+        yield now["logits"], logits, rounding
 
-    written = ("loss", "log_normaliser", *(["logits"] if arguments["scale"] else []))
+    written = ("logits", "loss", "log_normaliser")
     return Call("cross_entropy", module.cross_entropy, arguments, written, compare)
 
 

@@ -33,7 +33,7 @@ def another_tensor(draw: Draw, t: Tensor, others: list[Tensor]) -> Any:
         [
             lambda: t.clone().to(draw.choice(DTYPES)),
             lambda: t.to("meta"),
-            lambda: fake,
+            lambda: fake if t.numel() else t,
             lambda: t.clone().to_sparse(),
             lambda: t[: rows // 2] if rows else t[None],
             lambda: torch.cat([t.clone(), t.clone()]) if rows else t,
