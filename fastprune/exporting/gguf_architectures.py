@@ -17,6 +17,9 @@ from fastprune.models.gguf import BIASES, DECI, WIDE_QUERIES
 
 RMS, LAYER_NORM = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 WINDOW = "attention.sliding_window"
+SHARED_CHANNELS, PARALLEL = "expert_shared_feed_forward_length", "use_parallel_residual"
+WHOLE = (WINDOW, SHARED_CHANNELS, PARALLEL)
+"""Settings that are numbers of something, or true or false; all others are floating-point."""
 ATTENTION_BIASES, MLP_BIASES = BIASES.values()
 QKV_BIASES = ATTENTION_BIASES[:3]
 NORM_BIASES = ("attn_norm.bias", "ffn_norm.bias", "output_norm.bias")
@@ -91,7 +94,7 @@ QWEN2_MOE = replace(
     QWEN2,
     name="qwen2moe",
     settings=QWEN2.settings
-    | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    | {SHARED_CHANNELS: "shared_expert_intermediate_size"},
     requires={"norm_topk_prob": (False,)},
     head="own",
 )
@@ -144,7 +147,7 @@ ARCHITECTURES = {
     "smollm3": Architecture("smollm3", LLAMA.settings, period=4),
     "stablelm": Architecture(
         "stablelm",
-        {LAYER_NORM: "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
+        {LAYER_NORM: "layer_norm_eps", PARALLEL: "use_parallel_residual"},
         biases=(*QKV_BIASES, *NORM_BIASES),
         head="own",
         full_queries=True,
@@ -167,7 +170,11 @@ PER_LAYER_FAMILIES = ("llama", "mistral", "qwen2")
 def settings_of(config: Any, architecture: Architecture) -> dict[str, Any]:
     """The settings of the model of `config` that `architecture` names, by their names in a file."""
     found = {name: getattr(config, source) for name, source in architecture.settings.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    return {
+        name: value if name in WHOLE else float(value)
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def check_config(config: Any, architecture: Architecture, layers: Mapping[int, Geometry]) -> None:
