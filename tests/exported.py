@@ -70,10 +70,22 @@ def split(pattern):
 FULL = {"hidden_size": 128}
 """Makes eight heads of sixteen values fill the hidden size."""
 CARRIED = {
-    **dict.fromkeys(("llama", "mistral", "qwen3", "gemma", "gemma2", "granite", "smollm3"), {}),
-    **dict.fromkeys(("qwen2", "olmo2", "stablelm", "stablelm-parallel", "starcoder2"), FULL),
-    **dict.fromkeys(("cohere", "cohere2", "phi3"), FULL),
+    "llama": {},
+    "mistral": {},
+    "qwen2": FULL,
+    "qwen3": {},
+    "cohere": FULL,
+    "cohere2": FULL,
+    "gemma": {},
+    "gemma2": {},
     "gemma3_text": {"layers": 7},  # one in six has full attention
+    "granite": {},
+    "olmo2": FULL,
+    "phi3": FULL,
+    "smollm3": {},
+    "stablelm": FULL,
+    "stablelm-parallel": FULL,
+    "starcoder2": FULL,
     "mixtral": {},
     "olmoe": {"num_key_value_heads": 4},
     "qwen2_moe": {"mlp_only_layers": []},

@@ -93,8 +93,7 @@ COHERE = Architecture(
 QWEN2_MOE = replace(
     QWEN2,
     name="qwen2moe",
-    settings=QWEN2.settings
-    | {SHARED_CHANNELS: "shared_expert_intermediate_size"},
+    settings=QWEN2.settings | {SHARED_CHANNELS: "shared_expert_intermediate_size"},
     requires={"norm_topk_prob": (False,)},
     head="own",
 )
