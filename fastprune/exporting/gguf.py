@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastprune.errors import InputError
 from fastprune.exporting.formats import size_of
 from fastprune.exporting.gguf_architectures import Architecture, settings_of
 from fastprune.exporting.gguf_layout import Layout, layout
@@ -37,11 +38,14 @@ def check(model: nn.Module, config: ExportConfig) -> None:
     quant = find_quant(config.quant)
     found = layout(model, quant, config.pad)
     rope(model.config, found.architecture, found.head_dim)
-    tensors = entries(model, found)
-    if quant.name == "f16":
-        for entry in tensors:
-            if entry.matrix:
-                check_f16(entry.name, entry.make())
+    for entry in filter(lambda entry: entry.matrix, entries(model, found)):
+        if (width := entry.shape[-1]) % quant.block:
+            raise InputError(
+                f"{entry.name} has rows of {width} values, and this --quant needs multiples of "
+                f"{quant.block}; choose --quant f16"
+            )
+        if quant.name == "f16":
+            check_f16(entry.name, entry.make())
 
 
 def write(model: nn.Module, tokenizer: Any, path: Path, config: ExportConfig) -> dict[str, Any]:

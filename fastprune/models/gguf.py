@@ -164,6 +164,9 @@ def complete_config(config: Any, header: Header) -> Any:
             wide = config.num_hidden_layers == WIDE_QUERIES[config.model_type]
             heads = config.num_attention_heads
             config.query_pre_attn_scalar = config.hidden_size // heads if wide else config.head_dim
+        for name in SAME_NAME:
+            if name in header.settings and hasattr(config, name):
+                setattr(config, name, header.settings[name])
         _check_others(config, header)
     return config
 
