@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import Processes
 from fastprune.inspect.health import unsound
 from fastprune.kernels import ops
 from fastprune.messages import Message
@@ -169,11 +169,11 @@ class Inputs:
             for handle in handles:
                 handle.remove()
 
-    def complete(self) -> Inputs:
-        """Itself, with what all processes have seen; call it once, after everything was seen."""
-        distributed.sum_(*self._squares.values(), self._inverse)
+    def complete(self, processes: Processes) -> Inputs:
+        """Itself, with what all ``processes`` have seen; call it once, when all was seen."""
+        processes.sum_(*self._squares.values(), self._inverse)
         if self.routed is not None:
-            self.routed.complete()
+            self.routed.complete(processes)
         self.norms = {module: total.sqrt().float() for module, total in self._squares.items()}
         total, count = self._inverse
         self.scale = (total / count.clamp_min(1)).item()
@@ -362,9 +362,9 @@ class TaylorSums:
             with only_gradients_of([*modules, self.layers.final_norm], hooks):
                 yield
 
-    def means(self, windows: int) -> list[Units]:
-        """The means over so many ``windows``, those of all processes; call it once."""
-        distributed.sum_(*(total for units in self.totals for total in units.values()))
+    def means(self, windows: int, processes: Processes) -> list[Units]:
+        """The means over so many ``windows``, those of all ``processes``; call it once."""
+        processes.sum_(*(total for units in self.totals for total in units.values()))
         finish = torch.abs if self.kind == "vector" else torch.Tensor.clone
         return [
             {kind: finish(total / windows).cpu() for kind, total in units.items()}
@@ -416,7 +416,7 @@ def _taylor(calibration: Calibration, kind: str) -> list[Units]:
                         after.backward(gradients[number].to(layers.device))
                         if first.grad is not None:
                             gradients[number] = first.grad.to(layers.waiting)
-    return sums.means(len(calibration.windows))
+    return sums.means(len(calibration.windows), calibration.processes)
 
 
 def _through(
@@ -484,5 +484,6 @@ def _activations(calibration: Calibration, method: str) -> list[Units]:
             with seen[index].watching():
                 states = layers.through(index, states, fast=True)
             if not left:
-                found.append(activation(layer, seen[index].complete(), method))
+                inputs = seen[index].complete(calibration.processes)
+                found.append(activation(layer, inputs, method))
     return found

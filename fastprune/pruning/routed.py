@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import Processes
 from fastprune.kernels import ops
 from fastprune.models.experts import INPUTS, Visit, observed
 from fastprune.models.families import Sublayer
@@ -46,10 +46,9 @@ class Routed:
         with observed(self.experts, self._see):
             yield
 
-    def complete(self) -> None:
-        """Account for what the other processes have seen as well; call it once, after everything
-        was seen."""
-        distributed.sum_(self.tokens, self.outputs, self.energies, self.states, self.inner)
+    def complete(self, processes: Processes) -> None:
+        """Account for what all ``processes`` have seen; call it once, after everything was seen."""
+        processes.sum_(self.tokens, self.outputs, self.energies, self.states, self.inner)
 
     @torch.no_grad()
     def _see(self, visit: Visit) -> None:
