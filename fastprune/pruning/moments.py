@@ -149,8 +149,9 @@ def collect(
     held_out: Sequence[bool],
     after: After | None = None,
 ) -> dict[nn.Linear, tuple[Moments, Moments]]:
-    """Moments of the inputs of ``linears`` in layer ``index`` in this process: to fit, and held out.
+    """Moments of the inputs of ``linears`` in layer ``index`` here: to fit, and held out.
 
+    Those of this process are counted, which `completed` adds up.
     ``linears`` are output modules of its sublayers, in their order; ``states`` (n, s, hidden) the
     layer's inputs, anywhere; ``held_out`` says of each batch which it is for. Targets are counted
     for those that ``after`` has, for the same batches.
