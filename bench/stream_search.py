@@ -4,8 +4,8 @@
 
 Makes random Llamas of --layers, of half as many and of 2 (once, kept in the folder). In a process
 of its own the smallest is pruned with --stream and --allocation search, so that all code is loaded;
-then RLIMIT_AS is set --room GB above what the process uses, and one of the others is pruned in that.
-What is mapped beyond the start is printed for each: it grows by hidden states, not by weights. The
+then RLIMIT_AS is set --room GB above what the process uses, and another one is pruned in that. What
+is mapped beyond the start is printed for each: it grows by hidden states, not by weights. The
 ordinary run in the same room is tried too: it must fail. Exits 1 when something is not so.
 """
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def in_two(script: str, *arguments: object, threads: int = 1, timeout: int = 240) -> None:
+def in_two(script: str, *arguments: object, threads: int = 1, timeout: int = 560) -> None:
     """Run `script`, a file beside this one, in two processes; fails with what they said.
 
     `timeout` is in seconds: a process that waits in vain is ended with its error.

@@ -102,15 +102,15 @@ def channel_energies(layer: nn.Module, sublayer: Sublayer, seen: Routed) -> tupl
     largest, summed.
     """
     rows, down = (layer.get_parameter(s.name).detach() for s in sublayer.slices[-2:])
-    gate, up = _extent(rows, 2).chunk(2, dim=1)
-    parts = (gate, up, _extent(down, 1))
+    gate, up = extent(rows, 2).chunk(2, dim=1)
+    parts = (gate, up, extent(down, 1))
     smallest = torch.finfo(torch.float64).tiny
-    largest = sum(extent / extent.max().clamp_min(smallest) for extent in parts)
+    largest = sum(part / part.max().clamp_min(smallest) for part in parts)
     energy = expert_terms(sublayer.output.parameter, down, "l2")["mlp"] * seen.inner
     return energy, largest * seen.inner.sqrt()
 
 
-def _extent(weights: Tensor, dim: int) -> Tensor:
+def extent(weights: Tensor, dim: int) -> Tensor:
     """The largest weight plus the absolute value of the smallest, along ``dim``, in fp64."""
     return weights.amax(dim).double() + weights.amin(dim).double().abs()
 

@@ -15,6 +15,8 @@ from tiny import TEXT, tiny_checkpoint
 from fastprune.distributed import ALONE, joined
 from fastprune.errors import InputError
 
+pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:

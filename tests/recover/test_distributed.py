@@ -31,7 +31,7 @@ def files(model, text, held_out, tmp_path_factory) -> list[Path]:
 def two(files, tmp_path_factory) -> Path:
     """The folder that two processes left; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    in_two("training.py", *files, folder, timeout=560)
+    in_two("training.py", *files, folder)
     return folder
 
 
