@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,9 +188,9 @@ def _write_tensors(writer: Any, tensors: list[Entry], quant: Quant) -> None:
     for entry, kind in zip(tensors, kinds):
         size = int(np.prod(quant_shape_to_byte_shape(entry.shape, kind)))
         writer.add_tensor_info(entry.name, entry.shape, np.float32, size, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry, kind in track(list(zip(tensors, kinds)), "writing the file"):
-        writer.write_tensor_data(numbers(entry.make(), kind))
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry, kind in track(list(zip(tensors, kinds)), "writing the file"):
+            writer.write_tensor_data(numbers(entry.make(), kind))
