@@ -35,8 +35,8 @@ class Architecture:
     - ``requires``: fields of the config, and the values that are computed
     - ``activation``: the names that transformers has for its activation
     - ``biases``: the biases that are added, by their tensors' names in a layer
-    - ``head``: whether the head may be the embedding ("either"), always is it ("embedding"), or has
-      to be in the file as a tensor of its own even where it is ("own")
+    - ``head``: whether the head may be the embedding ("either"), is always the embedding
+      ("embedding"), or is a tensor of the file even where it is the embedding ("own")
     - ``full_queries``, ``full_keys``: whether the query heads, and the KV heads, have to fill the
       hidden size
     - ``scalings``: the scalings of rotary frequencies that are computed
@@ -76,8 +76,11 @@ GEMMA = Architecture("gemma", LLAMA.settings, activation=GELU, head="embedding")
 GEMMA3 = replace(
     GEMMA,
     name="gemma3",
-    settings=GEMMA.settings
-    | {WINDOW: "sliding_window", "final_logit_softcapping": "final_logit_softcapping"},
+    settings={
+        **GEMMA.settings,
+        WINDOW: "sliding_window",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
     optional=("final_logit_softcapping",),
     requires={"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
     scalings=("linear",),
@@ -93,7 +96,7 @@ COHERE = Architecture(
 QWEN2_MOE = replace(
     QWEN2,
     name="qwen2moe",
-    settings=QWEN2.settings | {SHARED_CHANNELS: "shared_expert_intermediate_size"},
+    settings={**QWEN2.settings, SHARED_CHANNELS: "shared_expert_intermediate_size"},
     requires={"norm_topk_prob": (False,)},
     head="own",
 )
@@ -103,13 +106,13 @@ PER_LAYER = replace(LLAMA, name=DECI)
 ARCHITECTURES = {
     "cohere": COHERE,
     "cohere2": replace(
-        COHERE, name="cohere2", settings=COHERE.settings | {WINDOW: "sliding_window"}, period=4
+        COHERE, name="cohere2", settings={**COHERE.settings, WINDOW: "sliding_window"}, period=4
     ),
     "gemma": GEMMA,
     "gemma2": replace(
         GEMMA3,
         name="gemma2",
-        settings=GEMMA3.settings | {"attn_logit_softcapping": "attn_logit_softcapping"},
+        settings={**GEMMA3.settings, "attn_logit_softcapping": "attn_logit_softcapping"},
         optional=(),
         requires={"use_bidirectional_attention": (None, False)},
         period=2,
@@ -118,8 +121,8 @@ ARCHITECTURES = {
     "granite": replace(
         LLAMA,
         name="granite",
-        settings=LLAMA.settings
-        | {
+        settings={
+            **LLAMA.settings,
             "attention.scale": "attention_multiplier",
             "embedding_scale": "embedding_multiplier",
             "logit_scale": "logits_scaling",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -158,4 +159,4 @@ def _zeros(own: Geometry, size: Geometry, hidden: int) -> Iterator[Entry]:
         shapes |= {UP: (size.channels, hidden), DOWN: (hidden, size.channels)}
     for name, shape in shapes.items():
         fill = torch.ones if "norm" in name else torch.zeros
-        yield Entry(f"{name}.weight", shape, lambda fill=fill, shape=shape: fill(shape))
+        yield Entry(f"{name}.weight", shape, partial(fill, shape))

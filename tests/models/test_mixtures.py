@@ -235,7 +235,6 @@ def test_a_plan_after_a_plan_is_one_plan():
     ("form", "told"),
     [
         ("hf-uniform", "experts are not filled up with zeros"),
-        ("gguf", "a mixtral cannot be exported as gguf"),
         ("nemotron-nas", "mixtral"),
     ],
 )
