@@ -161,7 +161,7 @@ def scan(module: Any, draw: Draw) -> Call:
     }
 
     def compare(now: dict[str, Any], before: dict[str, Any]) -> Iterator[Found]:
-        rows = now["out"].flatten()[: len(tensors) * 10].view(-1, 10)
+        rows = now["out"].flatten()[: len(before["tensors"]) * 10].view(-1, 10)
         for row, tensor in zip(rows, before["tensors"], strict=True):
             true = reference.scan([tensor])[0]
             counts = [0, 1, 2, 4, 5, 6, 9] + [3] * bool(true[4] < true[5])
