@@ -252,10 +252,11 @@ def _compare_adamw(now: dict[str, Any], before: dict[str, Any]) -> Iterator[Foun
     step = reference.AdamWStep(**before | {"states": held, "buffers": buffers})
     step.norms()
     step.update()
-    for p, true in zip(now["params"], before["params"]):
-        yield p, true, 1e-4 + ULP[true.dtype]
-    for ours, true in zip(now["states"], before["states"]):
-        yield from ((ours[key], true[key], 1e-4) for key in true)
+    for slot, gradient in enumerate(before["grads"]):
+        if gradient is not None:  # the others are not looked at
+            true, moments = before["params"][slot], before["states"][slot]
+            yield now["params"][slot], true, 1e-4 + ULP[true.dtype]
+            yield from ((now["states"][slot][key], moments[key], 1e-4) for key in moments)
     for name in ("steps", "stats", "total", "control"):
         true = getattr(buffers, name).flatten()
         yield getattr(now["buffers"], name).flatten()[: len(true)], true, 1e-5
