@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 
 #include "core/ops.h"
 
@@ -55,8 +56,9 @@ void Memory::require_apart() {
   const auto named = [](const Extent& e) {
     return e.number < 0 ? std::string(e.arg) : e.arg + (" " + std::to_string(e.number));
   };
-  std::sort(extents_.begin(), extents_.end(),
-            [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  std::sort(extents_.begin(), extents_.end(), [](const Extent& a, const Extent& b) {
+    return std::tie(a.begin, a.end) < std::tie(b.begin, b.end);
+  });
   const Extent* furthest[2] = {nullptr, nullptr};  // read and written, so far
   for (const Extent& e : extents_) {
     for (const Extent* other : furthest)

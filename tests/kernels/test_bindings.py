@@ -94,7 +94,7 @@ def test_elements_lie_at_multiples_of_their_size(module):
 def test_what_is_written_lies_apart(module, change, message):
     arguments = taylor_arguments()
     arguments["w"] = workspace(1 << 12).view(torch.float32)[:20].view(4, 5)
-    with pytest.raises(ValueError, match=f"taylor: {message}"):
+    with pytest.raises(ValueError, match=f"taylor: .*{message}"):
         module.taylor(**arguments | change(arguments))
 
 

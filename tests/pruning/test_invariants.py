@@ -68,7 +68,7 @@ def plans(draw, family: str) -> Plan:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(st.data())
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_any_plan_computes_what_its_mask_does(family, data) -> None:
     plan = data.draw(plans(family))
     shown, cut = tiny_model(family), tiny_model(family)

@@ -161,7 +161,7 @@ def scan(module: Any, draw: Draw) -> Call:
     }
 
     def compare(now: dict[str, Any], before: dict[str, Any]) -> Iterator[Found]:
-        rows = now["out"].flatten()[: len(tensors) * 10].view(-1, 10)
+        rows = now["out"].flatten()[: len(before["tensors"]) * 10].view(-1, 10)
         for row, tensor in zip(rows, before["tensors"], strict=True):
             true = reference.scan([tensor])[0]
             counts = [0, 1, 2, 4, 5, 6, 9] + [3] * bool(true[4] < true[5])
@@ -252,10 +252,11 @@ def _compare_adamw(now: dict[str, Any], before: dict[str, Any]) -> Iterator[Foun
     step = reference.AdamWStep(**before | {"states": held, "buffers": buffers})
     step.norms()
     step.update()
-    for p, true in zip(now["params"], before["params"]):
-        yield p, true, 1e-4 + ULP[true.dtype]
-    for ours, true in zip(now["states"], before["states"]):
-        yield from ((ours[key], true[key], 1e-4) for key in true)
+    for slot, gradient in enumerate(before["grads"]):
+        if gradient is not None:  # the others are not looked at
+            true, moments = before["params"][slot], before["states"][slot]
+            yield now["params"][slot], true, 1e-4 + ULP[true.dtype]
+            yield from ((now["states"][slot][key], moments[key], 1e-4) for key in moments)
     for name in ("steps", "stats", "total", "control"):
         true = getattr(buffers, name).flatten()
         yield getattr(now["buffers"], name).flatten()[: len(true)], true, 1e-5

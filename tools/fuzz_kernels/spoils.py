@@ -25,15 +25,13 @@ def another_value(draw: Draw, value: Any, others: list[Tensor]) -> Any:
 
 def another_tensor(draw: Draw, t: Tensor, others: list[Tensor]) -> Any:
     """Like `t` but for its dtype, device, shape, layout or memory; not always a wrong one."""
-    with FakeTensorMode():
-        fake = torch.empty(t.shape, dtype=t.dtype)
     one = torch.ones((), dtype=torch.uint8).to(t.dtype)
     rows = t.shape[0] if t.ndim else 0
     return draw.choice(
         [
             lambda: t.clone().to(draw.choice(DTYPES)),
             lambda: t.to("meta"),
-            lambda: fake if t.numel() else t,
+            lambda: _fake(t) if t.numel() else t,
             lambda: t.clone().to_sparse(),
             lambda: t[: rows // 2] if rows else t[None],
             lambda: torch.cat([t.clone(), t.clone()]) if rows else t,
@@ -54,6 +52,12 @@ def another_tensor(draw: Draw, t: Tensor, others: list[Tensor]) -> Any:
             lambda: torch.nn.Parameter(t.clone()),
         ]
     )()
+
+
+def _fake(t: Tensor) -> Tensor:
+    """A tensor as `t` without memory."""
+    with FakeTensorMode():
+        return torch.empty(t.shape, dtype=t.dtype)
 
 
 def _odd(t: Tensor) -> Tensor:
