@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, TextIO
 
 from rich.logging import RichHandler
 
@@ -149,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a character that it does not know is no error
     with _ended_by_sigterm():
         status = _status(list(sys.argv[1:] if argv is None else argv))
-    closed = _stdout_closed()
+    closed = _closed(sys.stdout)
+    _closed(sys.stderr)  # else the interpreter ends with a status of its own
     return STDOUT_CLOSED if closed and not status else status
 
 
@@ -189,7 +191,7 @@ def _status(args: list[str]) -> int:
         _complain("interrupted", verbose=False)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _stdout_closed("\n"):
+        if isinstance(error, BrokenPipeError) and _closed(sys.stdout, "\n"):
             return STDOUT_CLOSED
         if (trouble := disk_trouble(error)) is not None:
             _complain(f"error: {error}: {trouble}", verbose)
@@ -217,21 +219,27 @@ def _outside_reason(error: Exception) -> str | None:
     return None
 
 
-def _stdout_closed(probe: str = "") -> bool:
-    """Whether no one reads stdout any more; then what is yet to be printed goes nowhere.
+def _closed(stream: TextIO, probe: str = "") -> bool:
+    """Whether no one reads `stream` any more; then what is yet to be printed goes nowhere.
 
-    `probe` is written to find out: an unbuffered stdout has nothing left to flush.
+    `probe` is written to find out: a stream without a buffer has nothing left to flush.
     """
     try:
-        print(end=probe, flush=True)
+        print(end=probe, file=stream, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
         return True
     return False
 
 
 def _call(command: Command, config: CommonConfig) -> None:
-    _log_to_stderr(config)
+    with _logging_to_stderr(config):
+        _carry_out(command, config)
+
+
+def _carry_out(command: Command, config: CommonConfig) -> None:
     if config.json is not None:
         check_result(config.json)
     if "torch" not in sys.modules:
@@ -312,13 +320,35 @@ class _Shown(LogFormatter):
         return super().format(record)
 
 
-def _log_to_stderr(config: CommonConfig) -> None:
-    """Progress and warnings by default, everything under --verbose, errors only under --quiet.
+@contextmanager
+def _logging_to_stderr(config: CommonConfig) -> Iterator[None]:
+    """In the block stderr has progress and warnings by default, everything under --verbose, and
+    errors only under --quiet; afterwards logging is as it was.
 
     The logger itself stays at INFO, for the run log of commands that keep one.
     """
     quiet = config.quiet or not launched().first
-    console.quiet = quiet
+    of_python, showwarning = logging.getLogger("py.warnings"), warnings.showwarning
+    before = console.quiet, log.handlers, log.propagate, of_python.handlers
+    level = log.level
+    try:
+        console.quiet = quiet
+        handler = _handler(config, quiet)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.DEBUG if config.verbose else logging.INFO)
+        logging.captureWarnings(True)
+        of_python.handlers = [handler if config.verbose else logging.NullHandler()]
+        _quieten_libraries(config, quiet)
+        yield
+    finally:
+        console.quiet, log.handlers, log.propagate, of_python.handlers = before
+        log.setLevel(level)
+        if warnings.showwarning is not showwarning:  # else they were captured before
+            logging.captureWarnings(False)
+
+
+def _handler(config: CommonConfig, quiet: bool) -> logging.Handler:
+    """What writes the records to stderr that `config` wants to see there."""
     if console.is_terminal:
         handler: logging.Handler = RichHandler(
             console=console, show_time=False, show_level=False, show_path=False
@@ -330,14 +360,10 @@ def _log_to_stderr(config: CommonConfig) -> None:
         handler.setLevel(logging.ERROR)
     elif not config.verbose:
         handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name == progress_log.name)
-    log.handlers = [handler]
-    log.setLevel(logging.DEBUG if config.verbose else logging.INFO)
-    log.propagate = False
+    return handler
 
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").handlers = [
-        handler if config.verbose else logging.NullHandler()
-    ]
+
+def _quieten_libraries(config: CommonConfig, quiet: bool) -> None:
     if not config.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if quiet or not console.is_terminal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -100,12 +101,15 @@ class TestScore:
     @pytest.mark.parametrize(
         ("attention", "got"), [({}, "none"), ({"attention": torch.ones(7)}, r"one of \(7,\)")]
     )
-    def test_every_unit_needs_one(self, monkeypatch, attention, got):
+    def test_every_unit_needs_one(self, attention, got):
         def some(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
             return {"mlp": of_layer(layer)["mlp"]} | attention
 
-        monkeypatch.setitem(REGISTERED, "largest-weight", some)
-        with pytest.raises(InputError, match=f"'largest-weight' gives {got} for 'attention'"):
+        wanted = f"'largest-weight' gives {got} for 'attention'"
+        with (
+            patch.dict(REGISTERED, {"largest-weight": some}),
+            pytest.raises(InputError, match=wanted),
+        ):
             score(calibrated(tiny_model("llama", layers=1), token_ids(1, 8)), "largest-weight")
 
     def test_no_name_is_taken_twice(self):

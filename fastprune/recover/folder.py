@@ -208,6 +208,8 @@ class RunFolder:
         self._source = source
 
     _source: Path | None = None
+    _anew = False
+    """whether the state is that of a run which this call began"""
 
     def begin(self) -> None:
         """Make the folder, before the first step: the state of an abandoned run goes."""
@@ -223,6 +225,7 @@ class RunFolder:
         self.log_file.unlink(missing_ok=True)
         with replacing(self.state) as state:  # in one step, so that none goes on from the old one
             write_json(state / "run.json", self.record)
+        self._anew = True
 
     def _take_over_weights(self) -> None:
         """Of a run that is continued in another folder: how its stage began, and its best."""
@@ -293,7 +296,8 @@ class RunFolder:
     def keeping_log(self) -> Iterator[None]:
         """Everything that is said in the block goes to the end of run.log, at once.
 
-        After an InputError before `begin` the file is gone, and the folders that were made for it.
+        After an InputError before the first checkpoint of a new run the file is gone, the state,
+        and the folders that were made for them.
         """
         if not self.processes.first:
             yield
@@ -304,12 +308,23 @@ class RunFolder:
                 progress_log.info("continuing at step %d from %s", step, self.checkpoint)
             try:
                 yield
+            except (InputError, OSError):
+                self._withdraw()
+                raise
             except KeyboardInterrupt:
                 if self.state.is_dir():
                     auto = self.record["settings"]["resume"] == "auto"
                     command = "the same command" + ("" if auto else " without --resume")
                     log.warning("the state is in %s; %s continues", self.state, command)
                 raise
+
+    def _withdraw(self) -> None:
+        """Remove the state of a new run that has nothing to go on from."""
+        come_far = self.record["stage"] or self.record["results"]
+        if self._anew and not come_far and not checkpoints(self.stage_folder(0)):
+            self.log_file.unlink(missing_ok=True)
+            for made in (self.records / EVENTS, self.state):
+                shutil.rmtree(made, ignore_errors=True)
 
     def add_line(self, line: dict[str, Any]) -> None:
         """Append one line to train_log.jsonl."""

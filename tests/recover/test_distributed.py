@@ -18,8 +18,6 @@ from fastprune.recover import pipeline, range_test
 from fastprune.recover.processes import own_device
 from fastprune.sharding import spread
 
-pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores
-
 
 @pytest.fixture(scope="module")
 def files(model, text, held_out, tmp_path_factory) -> list[Path]:
