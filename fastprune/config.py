@@ -68,6 +68,25 @@ class CommonConfig:
     """precision of the weights; auto keeps the model's own"""
 
 
+@dataclass(kw_only=True)
+class LoadingConfig(CommonConfig):
+    """Options of the commands that load a model."""
+
+    tokenizer: Annotated[str | None, Group.FILES] = None
+    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
+    has none beside it"""
+    allow_pickle: Annotated[bool, Group.FILES] = False
+    """read a pickled .bin file; it can run any code it contains"""
+
+
+@dataclass(kw_only=True)
+class TrustingConfig(LoadingConfig):
+    """Options of those that load a model by the code in its folder too, where they are told so."""
+
+    trust_remote_code: Annotated[bool, Group.FILES] = False
+    """run the Python code in the model's folder, where transformers has none for its type"""
+
+
 def resolve_device(name: str) -> torch.device:
     """The device `name` (auto, cpu, cuda, cuda:N) means on this machine.
 

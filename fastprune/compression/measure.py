@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,8 +105,3 @@ def speeds(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
     """Prompt and decoding speed of both, measured in turns, JSON-ready."""
     found = measure_speeds({"dense": dense, "small": small}, SHORT)
     return {name: speed.to_dict() for name, speed in found.items()}
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files in `folder`."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

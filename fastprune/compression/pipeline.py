@@ -19,7 +19,7 @@ from torch import nn
 from fastprune.compression import schedule
 from fastprune.compression.config import CompressConfig
 from fastprune.compression.forms import Forms
-from fastprune.compression.measure import answers, figures, probe, speeds, weight_bytes
+from fastprune.compression.measure import answers, figures, probe, speeds
 from fastprune.compression.schedule import Pace
 from fastprune.compression.steps import Steps, is_complete
 from fastprune.config import resolve_device
@@ -29,7 +29,7 @@ from fastprune.inspect.perplexity import Perplexity
 from fastprune.inspect.speed import SHORT
 from fastprune.messages import Message
 from fastprune.models.adopted import check_known
-from fastprune.models.checkpoint import save_checkpoint
+from fastprune.models.checkpoint import save_checkpoint, weight_bytes
 from fastprune.models.families import decoder_layers
 from fastprune.models.layers import Layers
 from fastprune.models.load import load_model

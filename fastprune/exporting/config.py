@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fastprune.config import CommonConfig, Group, Positional
+from fastprune.config import Group, Positional, TrustingConfig
 from fastprune.errors import InputError
 from fastprune.exporting.formats import FORMATS, Format, find
 
 
 @dataclass(kw_only=True)
-class ExportConfig(CommonConfig):
+class ExportConfig(TrustingConfig):
     """Write a model in the forms that other engines load.
 
     An adapter is merged into its model first. Nothing is written unless the model can have every
@@ -40,13 +40,6 @@ class ExportConfig(CommonConfig):
     """replace what an earlier run left in --out"""
     read_back: Annotated[bool, Group.FILES] = True
     """read the result from its files again and compare it before it counts as written"""
-    tokenizer: Annotated[str | None, Group.FILES] = None
-    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
-    has none beside it"""
-    allow_pickle: Annotated[bool, Group.FILES] = False
-    """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: Annotated[bool, Group.FILES] = False
-    """run the Python code in the model's folder, where transformers has none for its type"""
 
     def formats(self) -> dict[str, Format]:
         """The asked formats by name, each once, in the order given.

@@ -30,6 +30,7 @@ from fastprune.models.checkpoint import (
     Form,
     save_surroundings,
     settle_tie,
+    weight_bytes,
     write_weights,
 )
 from fastprune.models.decilm import WIDTH_MULTIPLE, obstacle
@@ -109,7 +110,7 @@ def write(model: nn.Module, tokenizer: Any, path: Path, config: ExportConfig) ->
         with quiet_libraries():
             read = DeciLMForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
         check_same(model, read.eval())
-    written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    written = weight_bytes(path)
     padding = added_bytes(model, form.state)
     return {"bytes": written, "padding_bytes": padding, "notes": _notes(model, sizes, padding)}
 

@@ -17,6 +17,7 @@ from fastprune.models.checkpoint import (
     has_stock_form,
     save_checkpoint,
     settle_tie,
+    weight_bytes,
     write_weights,
 )
 from fastprune.models.families import Geometry, declaration, geometries
@@ -57,7 +58,7 @@ def write(model: nn.Module, tokenizer: Any, path: Path, config: ExportConfig) ->
     save_checkpoint(shape, tokenizer, path, write_padded)
     if config.read_back:
         check_read_back(model, path)
-    written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    written = weight_bytes(path)
     return {"bytes": written, "padding_bytes": padding, "notes": _notes(size, sizes, padding)}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.bounds import LENGTH, Range
-from fastprune.config import CommonConfig, Group, Positional
+from fastprune.config import Group, Positional, TrustingConfig
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import Document, characters_for, load_documents, opening, token_stream
 from fastprune.errors import FastpruneError, InputError, NumericalError
@@ -67,7 +67,7 @@ log = logging.getLogger("fastprune")
 
 
 @dataclass(kw_only=True)
-class DiagnoseConfig(CommonConfig):
+class DiagnoseConfig(TrustingConfig):
     """Look for broken weights and wrong sizes, and for what pruning cost.
 
     The exit status is 4 when the model is not healthy. For example:
@@ -91,13 +91,6 @@ class DiagnoseConfig(CommonConfig):
     maximum)"""
     windows: Annotated[int, Group.EVALUATION, Range(1, 10**6)] = 16
     """number of windows, from the start of the text; fewer where the text is shorter"""
-    tokenizer: Annotated[str | None, Group.FILES] = None
-    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
-    has none beside it"""
-    allow_pickle: Annotated[bool, Group.FILES] = False
-    """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: Annotated[bool, Group.FILES] = False
-    """run the Python code in the model's folder, where transformers has none for its type"""
 
     def check(self) -> None:
         """InputError when two settings contradict each other."""

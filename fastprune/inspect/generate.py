@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastprune.bounds import Range
-from fastprune.config import CommonConfig, Group, Positional
+from fastprune.config import Group, Positional, TrustingConfig
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import end_of_turn, has_template
 from fastprune.errors import InputError, NumericalError
@@ -49,7 +49,7 @@ class Generation:
 
 
 @dataclass(kw_only=True)
-class SamplingConfig(CommonConfig):
+class SamplingConfig(TrustingConfig):
     """What `generate` and `chat` have in common."""
 
     model: Positional[str]
@@ -63,13 +63,6 @@ class SamplingConfig(CommonConfig):
     quantize: Annotated[Literal[8, 4] | None, Group.FILES] = None
     """hold the weights of the layers in 8 or 4 bits: less memory, somewhat worse answers; needs
     fastprune[quantize]"""
-    tokenizer: Annotated[str | None, Group.FILES] = None
-    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
-    has none beside it"""
-    allow_pickle: Annotated[bool, Group.FILES] = False
-    """read a foreign .bin that holds pickled objects (it can run any code)"""
-    trust_remote_code: Annotated[bool, Group.FILES] = False
-    """run the Python code in the model's folder, where transformers has none for its type"""
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.bounds import LENGTH, Range, check_ranges
-from fastprune.config import CommonConfig, Group, Positional
+from fastprune.config import Group, Positional, TrustingConfig
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import (
     Document,
@@ -112,7 +112,7 @@ class Evaluation(Perplexity):
 
 
 @dataclass(kw_only=True)
-class EvalConfig(TaskOptions, CommonConfig):
+class EvalConfig(TaskOptions, TrustingConfig):
     """Measure perplexity, tasks, speed and memory of a model.
 
     For example:
@@ -142,13 +142,6 @@ class EvalConfig(TaskOptions, CommonConfig):
     quantize: Annotated[Literal[8, 4] | None, Group.FILES] = None
     """hold the weights of the layers in 8 or 4 bits: less memory, somewhat worse answers; needs
     fastprune[quantize]"""
-    tokenizer: Annotated[str | None, Group.FILES] = None
-    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
-    has none beside it"""
-    allow_pickle: Annotated[bool, Group.FILES] = False
-    """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: Annotated[bool, Group.FILES] = False
-    """run the Python code in the model's folder, where transformers has none for its type"""
 
     def check(self) -> None:
         """InputError when a value is out of range, or what --tasks needs is not installed."""

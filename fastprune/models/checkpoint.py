@@ -379,6 +379,11 @@ def write_weights(form: Form, directory: Path) -> None:
         shutil.copymode(directory / "config.json", file)
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files in `folder`."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def _sizes_of(settings: Mapping[str, Any], state: Mapping[str, Any]) -> list[Geometry]:
     matches = [match for name in state if (match := LAYER_KEY.fullmatch(name))]
     count = 1 + max((int(match[1]) for match in matches), default=-1)

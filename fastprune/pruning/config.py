@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastprune.bounds import LENGTH, POSITIVE, SHARE, Range, check_ranges
-from fastprune.config import CommonConfig, Group, Positional
+from fastprune.config import Group, LoadingConfig, Positional
 from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
 from fastprune.data.records import SELF, source_names
 from fastprune.errors import InputError
@@ -34,7 +34,7 @@ Allocation = Literal["auto", "uniform", "inverse", "proportional", "global", "se
 
 
 @dataclass(kw_only=True)
-class PruneConfig(CommonConfig):
+class PruneConfig(LoadingConfig):
     """Remove KV groups, MLP channels or sublayers of a model, and measure the perplexity.
 
     For example:
@@ -145,9 +145,6 @@ class PruneConfig(CommonConfig):
     family: Annotated[str | None, Group.FILES] = None
     """for a model type that is not declared: the family whose decoder layers its own are like, as
     llama; remembered in the result"""
-    tokenizer: Annotated[str | None, Group.FILES] = None
-    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
-    has none beside it"""
     format: Annotated[tuple[str, ...], Group.FILES] = ()
     """write these forms of the result too, as fastprune export does, into OUT/exported:
     hf-uniform, nemotron-nas, gguf"""
@@ -155,8 +152,6 @@ class PruneConfig(CommonConfig):
     """of gguf: the type of the weight matrices, as f32, f16, bf16, q8_0, q5_1, q4_0"""
     pad: Annotated[bool, Group.FILES] = False
     """fill widths that a form cannot have as they are with exact zeros, instead of refusing them"""
-    allow_pickle: Annotated[bool, Group.FILES] = False
-    """read a foreign .bin that holds pickled objects (it can run any code)"""
 
     def check(self) -> None:
         """InputError when a value is out of range or two contradict each other."""

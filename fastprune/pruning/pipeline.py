@@ -15,7 +15,7 @@ from fastprune.config import resolve_device
 from fastprune.distributed import ALONE, Processes, joined, launched
 from fastprune.errors import InputError
 from fastprune.models.adopted import check_known, is_known
-from fastprune.models.checkpoint import check_savable, save_checkpoint
+from fastprune.models.checkpoint import check_savable, save_checkpoint, weight_bytes
 from fastprune.models.layers import Layers, resident
 from fastprune.models.load import STATE_SUFFIXES, load_config, load_model, load_tokenizer
 from fastprune.models.multimodal import is_multimodal, text_part
@@ -247,8 +247,7 @@ def _save(directory: Path, result: PruneResult, *, weights: bool) -> None:
 
 def _weigh(directory: Path, record: PruneRecord) -> None:
     """Put the bytes that the weight files really have into ``record``."""
-    written = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    record.bytes["after"] = written
+    record.bytes["after"] = written = weight_bytes(directory)
     if (record.budget or {}).get("unit") == "bytes":
         assert record.budget is not None
         record.budget["achieved"] = written

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastprune.bounds import LENGTH, MINUTES, POSITIVE, RATE, SHARE, STEPS, Range, check_ranges
-from fastprune.config import CommonConfig, Group, Positional
+from fastprune.config import Group, Positional, TrustingConfig
 from fastprune.data.builtin import EVALUATION_TEXT, TRAINING_TEXT
 from fastprune.data.records import source_names
 from fastprune.errors import InputError
@@ -29,7 +29,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(CommonConfig):
+class FinetuneConfig(TrustingConfig):
     """Recover the quality of a pruned model, or teach any model, by finetuning.
 
     For example:
@@ -194,13 +194,6 @@ class FinetuneConfig(CommonConfig):
     that learns, twice that until the next sound step); 0: only at the start and when saving"""
     read_back: Annotated[bool, Group.FILES] = True
     """load the result from its files and compare its logits before it counts as written"""
-    tokenizer: Annotated[str | None, Group.FILES] = None
-    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
-    has none beside it"""
-    allow_pickle: Annotated[bool, Group.FILES] = False
-    """read a foreign .bin that holds pickled objects (it can run any code)"""
-    trust_remote_code: Annotated[bool, Group.FILES] = False
-    """run the Python code in the model's folder, where transformers has none for its type"""
 
     def check(self) -> None:
         """InputError when a value is out of range; what a recipe may say too, `Stage` checks."""

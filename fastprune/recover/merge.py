@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.bounds import Range, check_ranges
-from fastprune.config import CommonConfig, Group, Positional, resolve_device
+from fastprune.config import Group, Positional, TrustingConfig, resolve_device
 from fastprune.data.builtin import EVALUATION_TEXT
 from fastprune.data.text import load_documents
 from fastprune.errors import InputError, NumericalError
@@ -50,7 +50,7 @@ log = logging.getLogger("fastprune")
 
 
 @dataclass(kw_only=True)
-class MergeConfig(CommonConfig):
+class MergeConfig(TrustingConfig):
     """Write a LoRA adapter into its model, and check that logits stay as they were.
 
     For example:
@@ -70,13 +70,6 @@ class MergeConfig(CommonConfig):
     """replace what an earlier run left in --out"""
     read_back: Annotated[bool, Group.FILES] = True
     """load the result from its files and compare its logits before it counts as written"""
-    tokenizer: Annotated[str | None, Group.FILES] = None
-    """folder or hub id (gpt2) of the tokenizer to use instead of the model's own, or where a .pt
-    has none beside it"""
-    allow_pickle: Annotated[bool, Group.FILES] = False
-    """read a pickled .bin file; it can run any code it contains"""
-    trust_remote_code: Annotated[bool, Group.FILES] = False
-    """run the Python code in the model's folder, where transformers has none for its type"""
 
 
 @dataclass(frozen=True)

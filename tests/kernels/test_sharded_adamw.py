@@ -5,6 +5,8 @@ import torch
 from processes import in_two
 from sharded import DTYPES, train
 
+pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:

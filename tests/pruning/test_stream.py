@@ -22,8 +22,10 @@ from fastprune.models.families import decoder_layers, geometries
 from fastprune.models.layers import Layers, OffloadedLayers
 from fastprune.models.load import load_model
 from fastprune.models.streamed import StreamedModel
+from fastprune.pruning.budget import layer_size
 from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.config import PruneConfig
+from fastprune.pruning.curves import Search, measure_curves
 from fastprune.pruning.importance import METHODS, Scores, score
 from fastprune.pruning.masking import mask, preserved
 from fastprune.pruning.pipeline import PruneResult, carry_out, prune, run_prune
@@ -260,7 +262,8 @@ def test_an_offloaded_model_is_cut_like_a_resident_one(tmp_path, text, monkeypat
 
 
 def test_one_layer_at_a_time(tmp_path):
-    """While scores are taken only one layer, or the embeddings, or the head has values."""
+    """While scores are taken, and levels are measured and refitted for a search, only one layer, or
+    the embeddings, or the head has values."""
     source = StreamedModel(tiny_checkpoint(tmp_path / "model", "llama", tied=False))
     most = 0
 
@@ -274,6 +277,9 @@ def test_one_layer_at_a_time(tmp_path):
     score(Calibration(source, WINDOWS), "taylor-first")
     removal(Calibration(source, WINDOWS))
     sublayer_losses(Calibration(source, WINDOWS))
+    sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(source.model)]
+    text = Calibration(source, WINDOWS)
+    measure_curves(Search(text, score(text, "magnitude-l2")), sizes)
     largest = max(
         VOCABULARY * 64, sum(p.numel() for p in decoder_layers(source.model)[0].parameters())
     )
