@@ -26,9 +26,9 @@ from typing import Any, TextIO
 
 from rich.logging import RichHandler
 
-from fastprune import distributed
 from fastprune.config import CommonConfig, apply
 from fastprune.cores import wait_without_spinning_where_busy
+from fastprune.distributed import launched
 from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
 from fastprune.messages import reason, shown
@@ -251,7 +251,7 @@ def _carry_out(command: Command, config: CommonConfig) -> None:
         result = result.to_dict()
     elif is_dataclass(result) and not isinstance(result, type):
         result = asdict(result)
-    if distributed.rank() > 0:  # torchrun started several; the first one speaks
+    if not launched().first:  # torchrun started several; the first one speaks
         return
     if config.json is not None:
         write_result(config.json, result)
@@ -298,7 +298,8 @@ def _complain(message: str, verbose: bool) -> None:
 def _print_complaint(message: str, verbose: bool) -> None:
     if verbose:
         sys.stderr.write(visible(traceback.format_exc()))
-    process = f" (process {distributed.rank()})" if distributed.rank() else ""
+    rank = launched().rank
+    process = f" (process {rank})" if rank else ""
     red, plain = (RED, PLAIN) if message.startswith("error") and _colourful() else ("", "")
     print(f"{red}fastprune{process}: {one_line(message)}{plain}", file=sys.stderr)
 
@@ -326,7 +327,7 @@ def _logging_to_stderr(config: CommonConfig) -> Iterator[None]:
 
     The logger itself stays at INFO, for the run log of commands that keep one.
     """
-    quiet = config.quiet or distributed.rank() > 0
+    quiet = config.quiet or not launched().first
     of_python, showwarning = logging.getLogger("py.warnings"), warnings.showwarning
     before = console.quiet, log.handlers, log.propagate, of_python.handlers
     level = log.level

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from training import RUNS, Runner, guarded
 
+from fastprune.distributed import launched
 from fastprune.errors import InputError
 from fastprune.recover import pipeline, range_test
 from fastprune.recover.processes import own_device
@@ -137,7 +138,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(InputError, match="--nproc-per-node 1, or --device cpu"):
-        own_device("auto")
-    assert own_device("cpu") == torch.device("cpu")
+        own_device("auto", launched())
+    assert own_device("cpu", launched()) == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert own_device("auto") == torch.device("cuda", 0)
+    assert own_device("auto", launched()) == torch.device("cuda", 0)
