@@ -74,21 +74,31 @@ def claimed(out: Path, wait: bool = False) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def remove_leftovers(out: Path) -> None:
+def check_unclaimed(out: Path) -> None:
+    """Raise InputError where another run has claimed `out`: before anything else is said of it,
+    for what lies there is that run's."""
+    if remove_leftovers(out):
+        raise _claimed_by_another(place(out))
+
+
+def remove_leftovers(out: Path) -> bool:
     """Put `out` right after a killed run, and remove what that left beside it.
 
-    Folders that another program made, or that a living run works in, are not touched.
+    Folders that another program made, or that a living run works in, are not touched. Whether a
+    living run works there.
     """
     out = place(out)
     work = work_folder(out)
     with suppress(OSError, _NoLocks):  # another user's, or a name too long for one: it stays
         if not work.is_dir() or work.is_symlink():
-            return
+            return False
         if not {path.name for path in work.iterdir()} <= {LOCK, NEW, OLD, REMOVED}:
-            return
+            return False
         lock = _lock(work, wait=False)
-        if lock is not None:
-            _leave(work, lock, out)
+        if lock is None:
+            return True
+        _leave(work, lock, out)
+    return False
 
 
 def remove_all_leftovers(folder: Path) -> None:
@@ -114,12 +124,9 @@ def _begin(out: Path, wait: bool) -> tuple[Path, int | None]:
     try:
         lock = _lock(work, wait=False)
         if lock is None:
-            process = _process(work)
             if not wait:
-                raise InputError(
-                    f"{out}: another fastprune ({process}) is writing to it; wait until it has "
-                    "ended, or choose another --out"
-                )
+                raise _claimed_by_another(out)
+            process = _process(work)
             progress_log.info("waiting for another fastprune (%s) that makes %s", process, out)
             lock = _lock(work, wait=True)
     except _NoLocks:
@@ -157,6 +164,13 @@ def _lock(work: Path, wait: bool) -> int | None:
             os.close(lock)
             raise
         os.close(lock)
+
+
+def _claimed_by_another(out: Path) -> InputError:
+    return InputError(
+        f"{out}: another fastprune ({_process(work_folder(out))}) is writing to it; wait until it "
+        "has ended, or choose another --out"
+    )
 
 
 def _process(work: Path) -> str:

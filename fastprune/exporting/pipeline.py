@@ -25,6 +25,7 @@ from fastprune.output import RECORDS, check_out, check_out_file, staged, staged_
 from fastprune.readers import read_json
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
 from fastprune.space import check_space
+from fastprune.workplace import check_unclaimed
 
 KEPT_RECORDS = ("plan.json", "layer_importance.json")
 """Records of MODEL's folder that stay true of its other forms."""
@@ -106,6 +107,7 @@ def _base_and_adapter(config: ExportConfig) -> tuple[str, Path | None]:
 
 
 def _check_out(config: ExportConfig, inputs: list[str | Path]) -> None:
+    check_unclaimed(config.out)
     words = [] if config.tokenizer is None else [config.tokenizer]
     formats = list(config.formats().values())
     if len(formats) == 1 and formats[0].suffix:

@@ -32,6 +32,7 @@ from fastprune.pruning.sensitivity import save_layer_importance
 from fastprune.report.html import write_prune_report
 from fastprune.report.record import PruneRecord, write_record
 from fastprune.report.run import Clock, RunLog, lasting_log
+from fastprune.workplace import check_unclaimed
 
 
 @dataclass
@@ -79,6 +80,7 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
         raise InputError("--out DIR is needed (or --dry-run)")
     config.check()
     if config.out is not None and launched().first:
+        check_unclaimed(config.out)
         check_out(config.out, config.overwrite, config.inputs())
     clock = Clock()
     if lacks_weights(config):

@@ -36,6 +36,7 @@ from fastprune.output import RECORDS, check_out, staged
 from fastprune.precision import convert_weights
 from fastprune.report.run import Clock, RunLog, command_line, settings, versions, write_json
 from fastprune.space import check_space
+from fastprune.workplace import check_unclaimed
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 """Relative error of the logits, ‖merged − unmerged‖ / ‖unmerged‖, that is allowed.
@@ -98,6 +99,7 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     """
     check_ranges(config)
     words = [] if config.tokenizer is None else [config.tokenizer]
+    check_unclaimed(config.out)
     check_out(config.out, config.overwrite, [config.model, config.adapter, *words])
     clock = Clock()
     with staged(config.out, config.overwrite) as directory, RunLog() as run_log:

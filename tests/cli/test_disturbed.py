@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at every step of every command: status 130, one line, nothing half-written."""
+"""Commands that are interrupted at each of their steps, and pairs of them with one --out."""
 
 import io
 import json
@@ -30,7 +30,7 @@ COMMANDS = {
         *("--val-size", "2", "--eval-steps", "1", "--prompt", "The river"),
     ),
     "merge": ("{model}", "--adapter", "{adapter}"),
-    "export --format gguf,hf": ("{model}", "--quant", "f16"),
+    "export --format hf": ("{model}",),
     "export --format gguf": ("{model}", "--quant", "f16"),
     "compress": (
         *("{model}", "--data", "{text}", *TRAINED, *CALIBRATED, *EVALUATED, *WHOLE_WAY),
@@ -42,6 +42,7 @@ COMMANDS = {
     "generate": ("{model}", "--prompt", "The river", "--max-new-tokens", "2"),
 }
 """What each command is given besides --out, or --json where it has no --out."""
+WITHOUT_OUT = ("eval", "diagnose", "generate")
 ALONE = {
     "prune --stream": {"load", "save", "sync"},
     "compress": {"continuing prompts", "recover", "sync"},
@@ -74,10 +75,10 @@ def files(tmp_path_factory):
 
 
 class Steps:
-    """The steps that a command begins, and a signal to this process at one of them."""
+    """The steps that a command begins, by name; `act` is called with the number of each."""
 
     def __init__(self, monkeypatch):
-        self.names, self.at, self.number = [], None, signal.SIGINT
+        self.names, self.act = [], lambda number: None
         lines, forward, fsync = progress._lines, LlamaForCausalLM.forward, os.fsync
 
         @contextmanager
@@ -101,11 +102,12 @@ class Steps:
 
     def begin(self, name):
         self.names.append(name)
-        if len(self.names) - 1 == self.at:
-            os.kill(os.getpid(), self.number)
+        self.act(len(self.names) - 1)
 
-    def restart(self, at=None, number=signal.SIGINT):
-        self.names, self.at, self.number = [], at, number
+    def signal(self, number, at):
+        """Begin to count anew, and send the signal `number` to this process at step `at`."""
+        self.names = []
+        self.act = lambda step: os.kill(os.getpid(), number) if step == at else None
 
 
 @pytest.fixture
@@ -120,8 +122,8 @@ def steps(monkeypatch):
 def arguments(command, files, folder):
     name, *flags = command.split()
     words = [word.format(**files) for word in COMMANDS[command]]
-    ends = name in ("eval", "diagnose", "generate")
-    return [name, *words, *flags, *(["--json"] if ends else ["--out"]), str(folder / "out")]
+    out = "--json" if name in WITHOUT_OUT else "--out"
+    return [name, *words, *flags, out, str(folder / "out")]
 
 
 def listed(folder):
@@ -133,7 +135,7 @@ def model_files(folder):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_at_every_step(command, files, steps, tmp_path, capsys, monkeypatch):
+def test_a_signal_at_every_step(command, files, steps, tmp_path, capsys, monkeypatch):
     if "--tasks" in command:
         pytest.importorskip("lm_eval", reason="needs the extra eval")
 
@@ -151,7 +153,7 @@ def test_at_every_step(command, files, steps, tmp_path, capsys, monkeypatch):
     first = [names.index(name) for name in chosen]
     last = [len(names) - 1 - names[::-1].index(name) for name in chosen & {"forward", "sync"}]
     for count, at in enumerate(sorted({*first, *last})):
-        steps.restart(at, (signal.SIGINT, signal.SIGTERM)[count % 2])
+        steps.signal((signal.SIGINT, signal.SIGTERM)[count % 2], at)
         folder, status, said = run(str(at))
         where = f"step {at}, {names[at]}"
         assert steps.names[at] == names[at]
@@ -176,3 +178,34 @@ def test_while_chat_waits_for_a_line(files, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", Interrupted())
     assert cli.main(["chat", str(files["model"])]) == 130
     assert capsys.readouterr().err == "fastprune: interrupted\n"
+
+
+WRITING = ["prune", "finetune", "merge", "export --format gguf", "export --format hf", "compress"]
+
+
+@pytest.mark.parametrize("first", WRITING)
+def test_a_second_command_with_the_same_out_is_refused(first, files, steps, tmp_path, capsys):
+    """Whichever the two are, before it begins a step; the first goes on undisturbed."""
+    tried = []
+
+    def second():
+        steps.act = lambda _: pytest.fail("the second command has begun a step")
+        before = listed(tmp_path)
+        for command in WRITING:
+            for flags in ([], ["--overwrite"]):
+                capsys.readouterr()
+                status = cli.main([*arguments(command, files, tmp_path), *flags])
+                tried.append((command, flags, status, capsys.readouterr().err))
+        assert listed(tmp_path) == before
+        steps.act = lambda _: None
+
+    def at_the_beginning(number):
+        second()
+        steps.act = lambda step: second() if steps.names[step] in ("save", "hf", "gguf") else None
+
+    steps.act = at_the_beginning
+    assert cli.main(arguments(first, files, tmp_path)) == 0
+    assert len(tried) == 4 * len(WRITING)
+    said = f"fastprune: error: {tmp_path / 'out'}: another fastprune (process {os.getpid()}) is"
+    for command, flags, status, line in tried:
+        assert status == 2 and line.startswith(said), (command, flags, line)
