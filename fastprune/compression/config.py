@@ -70,7 +70,10 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
             if unusable:
                 raise InputError(f"compress does not take {flag}; use prune and finetune by hand")
         if self.rounds > 1 and (not self.ratio or self.ratio_of != "block"):
-            raise InputError("--rounds takes its parts of --ratio R, a share of the whole block")
+            raise InputError(
+                "--rounds removes an equal part of --ratio in each round; give --ratio, and leave "
+                "--ratio-of out"
+            )
         self.prune_config().check()
         self.finetune_config().check()
         self.check_tasks()

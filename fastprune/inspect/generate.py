@@ -351,7 +351,9 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, seq2seq: bool) -
     """Token ids (1, n) of `prompt`; for an empty one the token that a text starts from."""
     if not isinstance(prompt, str):
         if not prompt:
-            raise InputError("the prompt is empty: the chat template makes nothing of it")
+            raise InputError(
+                "the prompt is empty: the chat template makes no tokens of it; give some text"
+            )
         return torch.tensor([prompt], dtype=torch.long)
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     # a chat template writes the start token itself; a second one would confuse the model
@@ -361,7 +363,9 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, seq2seq: bool) -
     elif not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
-        raise InputError("the prompt is empty, and this model has no token to start from")
+        raise InputError(
+            "the prompt is empty, and this model has no token to start from; give some text"
+        )
     return torch.tensor([ids], dtype=torch.long)
 
 
@@ -371,7 +375,9 @@ def _room(model: nn.Module, used: int) -> int:
     if positions is None:
         return sys.maxsize
     if used >= positions:
-        raise InputError(f"the prompt has {used} tokens; this model has {positions} positions")
+        raise InputError(
+            f"the prompt has {used} tokens, and this model has {positions} positions; shorten it"
+        )
     return positions - used
 
 

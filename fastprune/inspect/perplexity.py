@@ -260,7 +260,8 @@ def window_length(model: nn.Module, flag: str, asked: int | None, default: int) 
         return min(default, limit)
     if asked > limit:
         raise InputError(
-            f"{flag} {asked}: the model has {limit} positions at most (max_position_embeddings)"
+            f"{flag} {asked}: the model has {limit} positions (max_position_embeddings); give at "
+            "most as many"
         )
     return asked
 

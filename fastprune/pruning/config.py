@@ -170,7 +170,7 @@ class PruneConfig(CommonConfig):
                 f"not {self.alpha}"
             )
         if self.gate_ppl_ratio is not None and self.keep_worse:
-            raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
+            raise InputError("--gate-ppl-ratio forbids what --keep-worse allows; give one of them")
         self._check_stream()
         if self.iterations > 1 and self.plan is not None:
             raise InputError("--plan is applied as it is; leave --iterations out")
@@ -293,5 +293,8 @@ class PruneConfig(CommonConfig):
         bounds = [int(text) if text else None for text in match.groups()]
         selected = range(count)[slice(*bounds)]
         if not selected or any(b is not None and abs(b) > count for b in bounds):
-            raise InputError(f"--layers {self.layers} selects nothing usable of {count} layers")
+            raise InputError(
+                f"--layers {self.layers} selects nothing usable of {count} layers; A:B "
+                "are the layers from A to B - 1, counted from 0"
+            )
         return selected

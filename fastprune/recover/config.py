@@ -209,7 +209,9 @@ class FinetuneConfig(CommonConfig):
             if not self.eval_windows:
                 raise InputError("--gate-ppl-ratio needs a perplexity: leave out --eval-windows 0")
             if self.keep_worse:
-                raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
+                raise InputError(
+                    "--gate-ppl-ratio forbids what --keep-worse allows; give one of them"
+                )
         if self.val_data is not None and self.val_size:
             raise InputError("--val-data is the validation set: leave out --val-size")
         if self.logger_project is not None and self.log_to not in PROJECTS:

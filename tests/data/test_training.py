@@ -383,7 +383,7 @@ def test_encoder_decoder_items(tmp_path, tokenizer):
     batch = Collator(pad_id=7)([first, second])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 96)
     assert batch["labels"][0, len(first["labels"]) :].unique().tolist() == [IGNORED]
-    with pytest.raises(InputError, match="plain text; an encoder–decoder"):
+    with pytest.raises(InputError, match="plain text, and an encoder–decoder"):
         training_data(write(tmp_path / "b.txt", ["text"]), tokenizer, seq_len=8, seq2seq=True)
 
 
