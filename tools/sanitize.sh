@@ -8,7 +8,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 build=build/sanitize
 site=$build/site
 
-cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTPRUNE_CUDA=OFF \
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTPRUNE_CUDA=OFF -DFASTPRUNE_WERROR=ON \
   -DFASTPRUNE_SANITIZE=address,undefined -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" \
   -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)"
 cmake --build "$build"

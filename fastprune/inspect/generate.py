@@ -57,7 +57,7 @@ class SamplingConfig(CommonConfig):
     max_new_tokens: Annotated[int, Range(1, 2**24)] = 128
     """stop after this many tokens"""
     temperature: Annotated[float, Range(0, 1000)] = 0.0
-    """0 takes the likeliest token each time; higher draws more freely"""
+    """0 takes the most likely token each time; larger values sample more freely"""
     adapter: Path | None = None
     """folder with a LoRA adapter, put onto the model without being merged"""
     quantize: Annotated[Literal[8, 4] | None, Group.FILES] = None
@@ -85,8 +85,8 @@ class GenerateConfig(SamplingConfig):
     prompt: str
     """text to continue; a .txt file holds one prompt a line"""
     chat: bool = False
-    """ask through the model's chat template instead of continuing the bare text; where it has none,
-    in the words that finetune teaches instructions in"""
+    """put the prompt into the model's chat template instead of continuing it as it is; a model
+    without one gets the template of finetune"""
 
 
 @dataclass(kw_only=True)
