@@ -82,8 +82,8 @@ SAMPLE_TOKENS = 64  # of a continued prompt
 
 @dataclass
 class FinetuneResult:
-    """The result of `finetune`. ``model`` was trained in place; after a last stage with LoRA it is a
-    PeftModel around the model that was given, and `adapter` is true."""
+    """The result of `finetune`. ``model`` was trained in place; after a last stage with LoRA it is
+    a PeftModel around the model that was given, and `adapter` is true."""
 
     model: nn.Module
     tokenizer: Any
