@@ -78,7 +78,7 @@ def render_prune_report(metrics: dict[str, Any], plan: dict[str, Any]) -> str:
         ],
         sizes=[
             {"name": "in the blocks", **_pair(params["block_before"], params["block_after"])},
-            {"name": "outside the blocks", **_pair(*(params[k] - params[f"block_{k}"] for k in _ENDS))},
+            {"name": "outside them", **_pair(*(params[k] - params[f"block_{k}"] for k in _ENDS))},
             {"name": "total", **_pair(params["before"], params["after"])},
         ],
         stages=[
