@@ -9,19 +9,22 @@ be lost without a word.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
-import signal
 import stat
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from fastprune.errors import InputError
+
+T = TypeVar("T")
 
 MAX_BYTES = 1 << 28
 """Size of a JSON file that is read as a whole."""
@@ -42,6 +45,8 @@ _DECIMAL = re.compile(
 """How numbers are written in YAML, without those of base 60."""
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """How JSON escapes the half of a character."""
+LEAST_WAIT = 0.01
+"""Seconds between two looks at a clock that stands still while its thread has no processor."""
 
 
 # ------------------------------------------------------------------------------------------- JSON
@@ -240,26 +245,47 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _number)
 # ------------------------------------------------------------------------------------------- time
 
 
-@contextmanager
-def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """TimeoutError with `message` where the body, a program that came with an input, takes longer.
+class _Expired(BaseException):
+    """Raised in a program that takes too long; not an Exception, which the program may catch."""
 
-    Only the main thread of a process can be interrupted; elsewhere there is no limit.
+
+def in_time(program: Callable[[], T], seconds: float, message: str) -> T:
+    """What `program`, which came with an input, returns. Raises what it raises, and TimeoutError
+    with `message` where it takes longer than so many `seconds` of its thread's processor time: a
+    busy machine takes none of them away.
+
+    It is interrupted in whatever thread it runs, between two instructions of the interpreter: one
+    call of a function written in C is not.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    try:
+        with _watched(seconds):
+            return program()
+    except _Expired:
+        raise TimeoutError(message) from None
 
-    def interrupt(number: int, frame: Any) -> None:
-        raise TimeoutError(message)
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+@contextmanager
+def _watched(seconds: float) -> Iterator[None]:
+    """_Expired in the body, raised by another thread: signals would reach the main one only."""
+    own, ended = threading.get_ident(), threading.Event()
+    clock = time.pthread_getcpuclockid(own)
+    limit = time.clock_gettime(clock) + seconds
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def watch() -> None:
+        while (left := limit - time.clock_gettime(clock)) > 0:
+            if ended.wait(max(left, LEAST_WAIT)):
+                return
+        raise_in(ctypes.c_ulong(own), ctypes.py_object(_Expired))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        ended.set()
+        watcher.join()
+        raise_in(ctypes.c_ulong(own), None)  # takes back what came when the body had ended
 
 
 # ------------------------------------------------------------------------------------------- text

@@ -2,14 +2,22 @@
 
 import math
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
 from fastprune import readers
 from fastprune.errors import InputError
-from fastprune.readers import parse_json, parse_json_values, read_json, read_text, read_yaml
+from fastprune.readers import (
+    in_time,
+    parse_json,
+    parse_json_values,
+    read_json,
+    read_text,
+    read_yaml,
+)
 
 DEEP = readers.MAX_DEPTH
 BOMB = "\n".join(
@@ -135,12 +143,32 @@ def test_what_is_too_large_or_no_text(tmp_path):
         read_text(file)
 
 
-def test_a_program_that_does_not_end_is_interrupted():
-    with pytest.raises(TimeoutError, match="too long"), readers.time_limit(0.05, "too long"):
-        while True:
-            pass
-    with readers.time_limit(60, "too long"):
-        pass
-    thread = threading.Thread(target=lambda: readers.time_limit(1, "").__enter__())
-    thread.start()
-    thread.join()
+def endless():
+    while True:
+        with suppress(Exception):  # as a program may that shall not be stopped
+            "x".strip()
+
+
+def in_main_thread(call):
+    return call()
+
+
+def in_another_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+@pytest.mark.parametrize("where", [in_main_thread, in_another_thread])
+def test_a_program_is_interrupted_when_its_time_is_up(where):
+    with pytest.raises(TimeoutError, match="too long"):
+        where(lambda: in_time(endless, 0.05, "too long"))
+    assert where(lambda: in_time(lambda: 3, 60, "too long")) == 3
+    with pytest.raises(ZeroDivisionError):
+        where(lambda: in_time(lambda: 1 / 0, 60, "too long"))
+
+
+def test_programs_of_two_threads_have_their_own_times():
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(in_time, endless, 0.05, "too long")
+        other = pool.submit(in_time, slow.exception, 60, "the other one")
+        assert isinstance(other.result(), TimeoutError)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastprune.errors import InputError
@@ -35,6 +35,8 @@ ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 """Files of a data set's folder that describe it."""
 SAVED = "state.json"
 """Beside an `ABOUT` file: lists the files that `save_to_disk` wrote."""
+MAX_FILES = 10**6
+"""Files of any kind in a folder of data: more are a whole disk."""
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -73,12 +75,12 @@ def checked_form(path: Path) -> str:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """The files of data in `folder` and the folders in it, sorted. Raises InputError for none.
+    """The files of data in `folder` and the folders in it, sorted.
 
-    Files of token ids count where there are no others.
+    Hidden ones are left out; files of token ids count where there are no others. Raises InputError
+    for a folder without any, and for one with more than `MAX_FILES` files of any kind.
     """
-    every = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
-    found = [file for file in every if _is_data(file, folder) and file.is_file()]
+    found = [file for file in _visible(folder) if _is_data(file) and file.is_file()]
     if not found:
         raise InputError(f"{folder}: no {' '.join(FORMS)} files in this folder")
     texts = [file for file in found if form_of(file) != "tokens"]
@@ -107,9 +109,22 @@ def without_held_out(folder: Path, files: Iterable[Path]) -> tuple[list[Path], l
     return kept, [file for file in files if file not in kept]
 
 
-def _is_data(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    if hidden or form_of(file) is None or file.name in ABOUT:
+def _visible(folder: Path) -> Iterator[Path]:
+    """The files in `folder` and the folders in it whose names begin with no dot."""
+    count = 0
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        count += len(names)
+        if count > MAX_FILES:
+            raise InputError(
+                f"{folder}: more than {MAX_FILES:,} files in this folder; name the folder that "
+                "holds the data alone"
+            )
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+
+
+def _is_data(file: Path) -> bool:
+    if form_of(file) is None or file.name in ABOUT:
         return False
     described = any(file.with_name(name).is_file() for name in ABOUT)
     if file.name == SAVED:

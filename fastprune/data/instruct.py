@@ -17,7 +17,7 @@ from fastprune.data.checks import Unusable
 from fastprune.data.examples import Example, Message
 from fastprune.data.wording import default_template, has_context
 from fastprune.errors import InputError
-from fastprune.readers import time_limit
+from fastprune.readers import in_time
 
 MARKED = re.compile(r"\{%-?\s*generation\b")
 THINKING = re.compile(r"(<(think|thinking|thought|reasoning)>)\s*$")
@@ -172,8 +172,11 @@ def apply_template(tokenizer: Any, messages: list[Message], **options: Any) -> A
 def _applied(tokenizer: Any, messages: list[Message], options: dict[str, Any]) -> Any:
     """What the template makes of `messages`. Raises what it raises, TimeoutError where it does not
     come to an end, and UnicodeError where it makes what is no text."""
-    with time_limit(TEMPLATE_SECONDS, "it takes too long"):
-        made = tokenizer.apply_chat_template(messages, **options)
+    made = in_time(
+        lambda: tokenizer.apply_chat_template(messages, **options),
+        TEMPLATE_SECONDS,
+        "it takes too long",
+    )
     if isinstance(made, str):
         made.encode()
     return made

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastprune.distributed import ALONE, Processes
 from fastprune.errors import InputError, NumericalError
 from fastprune.files import sync, write_whole
 from fastprune.output import (
@@ -75,11 +76,12 @@ class RunFolder:
 
     `record` is what run.json holds: settings, stage (the number of the stage at work), results,
     replaces (whether DIR holds an earlier result, which goes when this one is complete), and, of a
-    finished run, files (what it has put into DIR).
+    finished run, files (what it has put into DIR). All `processes` that train together have one,
+    and the first one writes.
     """
 
-    def __init__(self, records: Path, config: FinetuneConfig) -> None:
-        self.records = records
+    def __init__(self, records: Path, config: FinetuneConfig, processes: Processes = ALONE) -> None:
+        self.records, self.processes = records, processes
         self.state = records / "state"
         self.log_file = records / "train_log.jsonl"
         self.run_log = records / RUN_LOG
@@ -95,7 +97,7 @@ class RunFolder:
     # ------------------------------------------------------------------------ beginning
 
     @classmethod
-    def open(cls, config: FinetuneConfig) -> RunFolder:
+    def open(cls, config: FinetuneConfig, processes: Processes = ALONE) -> RunFolder:
         """Decide from what lies in --out whether to begin or to continue; nothing is written.
 
         Raises InputError when --out holds something else, or a run with other settings, and
@@ -103,7 +105,7 @@ class RunFolder:
         """
         out = config.out
         assert out is not None  # run_finetune has seen it
-        folder = cls(Path(out).absolute() / RECORDS, config)
+        folder = cls(Path(out).absolute() / RECORDS, config, processes)
         folder.lasting = True
         for place in (out, folder.state):
             remove_leftovers(place)
@@ -206,9 +208,13 @@ class RunFolder:
         self._source = source
 
     _source: Path | None = None
+    _anew = False
+    """whether the state is that of a run which this call began"""
 
     def begin(self) -> None:
         """Make the folder, before the first step: the state of an abandoned run goes."""
+        if not self.processes.first:
+            return
         if self.resumed:
             self.state.mkdir(parents=True, exist_ok=True)
             self._take_over_weights()
@@ -219,6 +225,7 @@ class RunFolder:
         self.log_file.unlink(missing_ok=True)
         with replacing(self.state) as state:  # in one step, so that none goes on from the old one
             write_json(state / "run.json", self.record)
+        self._anew = True
 
     def _take_over_weights(self) -> None:
         """Of a run that is continued in another folder: how its stage began, and its best."""
@@ -237,7 +244,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write run.json."""
-        write_json(self.state / "run.json", self.record)
+        if self.processes.first:
+            write_json(self.state / "run.json", self.record)
 
     # ------------------------------------------------------------------------ stages
 
@@ -271,6 +279,9 @@ class RunFolder:
     def next_stage(self, model: nn.Module) -> None:
         """Another stage begins, with the weights of `model`."""
         number = self.record["stage"] + 1
+        if not self.processes.first:
+            self.record["stage"] = number
+            return
         with disk_errors(self.state):
             tensors = {n: p.detach() for n, p in model.named_parameters()}
             write_tensors(self.state / f"start-{number}.safetensors", tensors)
@@ -285,14 +296,21 @@ class RunFolder:
     def keeping_log(self) -> Iterator[None]:
         """Everything that is said in the block goes to the end of run.log, at once.
 
-        After an InputError before `begin` the file is gone, and the folders that were made for it.
+        After an InputError before the first checkpoint of a new run the file is gone, the state,
+        and the folders that were made for them.
         """
+        if not self.processes.first:
+            yield
+            return
         with lasting_log(self.run_log, self.state.exists):
             if self.checkpoint is not None:
                 step = int(self.checkpoint.name.rpartition("-")[2])
                 progress_log.info("continuing at step %d from %s", step, self.checkpoint)
             try:
                 yield
+            except (InputError, OSError):
+                self._withdraw()
+                raise
             except KeyboardInterrupt:
                 if self.state.is_dir():
                     auto = self.record["settings"]["resume"] == "auto"
@@ -300,10 +318,19 @@ class RunFolder:
                     log.warning("the state is in %s; %s continues", self.state, command)
                 raise
 
+    def _withdraw(self) -> None:
+        """Remove the state of a new run that has nothing to go on from."""
+        come_far = self.record["stage"] or self.record["results"]
+        if self._anew and not come_far and not checkpoints(self.stage_folder(0)):
+            self.log_file.unlink(missing_ok=True)
+            for made in (self.records / EVENTS, self.state):
+                shutil.rmtree(made, ignore_errors=True)
+
     def add_line(self, line: dict[str, Any]) -> None:
         """Append one line to train_log.jsonl."""
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.processes.first:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of train_log.jsonl so far; a last one cut short by a kill is left out."""
@@ -327,6 +354,8 @@ class RunFolder:
 
     def cut_log(self, stage: int, step: int) -> None:
         """Forget the lines after `step` of stage number `stage`: these steps are done again."""
+        if not self.processes.first:
+            return
         kept = [x for x in self.lines() if (x["stage"], x["step"]) <= (stage, step)]
         write_whole(self.log_file, "".join(json.dumps(x) + "\n" for x in kept))
 

@@ -9,8 +9,9 @@ from pyarrow import ipc
 from read_data import training_data
 from tiny import tiny_tokenizer
 
+from fastprune.data import files
 from fastprune.data.describe import describe
-from fastprune.data.files import form_of, split_of
+from fastprune.data.files import folder_files, form_of, split_of
 from fastprune.data.records import read_file, source_files
 from fastprune.errors import InputError
 
@@ -98,6 +99,23 @@ def test_a_damaged_gzip_file_is_refused(tmp_path):
     (tmp_path / "a.txt.gz").write_text("plain")
     with pytest.raises(InputError, match="not a gzip file"):
         values(tmp_path / "a.txt.gz")
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    for name in ("a.txt", "inner/b.txt", ".hidden/c.txt", ".d.txt", "inner/.git/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert folder_files(tmp_path) == [tmp_path / "a.txt", tmp_path / "inner/b.txt"]
+
+
+def test_a_folder_of_too_many_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FILES", 2)
+    for name in ("a.txt", "b"):
+        (tmp_path / name).write_text("x")
+    assert folder_files(tmp_path) == [tmp_path / "a.txt"]
+    (tmp_path / "c").touch()
+    with pytest.raises(InputError, match="more than 2 files in this folder"):
+        folder_files(tmp_path)
 
 
 def test_what_save_to_disk_wrote(tmp_path):

@@ -58,6 +58,13 @@ def test_it_refuses(finetune, tmp_path, flags, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_refused_when_the_stage_begins_leaves_nothing(finetune, tmp_path):
+    status, _, stderr = finetune("--method", "lora", "--lora-target-modules", "x_proj")
+    assert status == 2
+    assert "no linear module named x_proj" in stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_broken_weights_are_named(finetune, tmp_path):
     model = tiny_checkpoint(tmp_path / "broken", layers=2)
     broken = tiny_model("llama", layers=2)

@@ -445,6 +445,27 @@ class TestRunLog:
         output.check_out(out)
         assert not RunFolder.open(config(out, lr=0.1)).resumed
 
+    def test_of_a_run_that_was_refused_at_its_first_step_goes_with_its_state(self, out):
+        earlier_model(out)
+        before = set(out.rglob("*"))
+        folder = RunFolder.open(config(out, overwrite=True))
+        with pytest.raises(InputError), folder.keeping_log():
+            folder.begin()
+            folder.add_line({"stage": 0, "step": 1})
+            raise InputError("--lora-target-modules: no such module")
+        assert set(out.rglob("*")) == before
+
+    def test_of_a_run_that_can_go_on_stays(self, out):
+        folder = RunFolder.open(config(out))
+        with pytest.raises(InputError), folder.keeping_log():
+            folder.begin()
+            write_checkpoint(folder.stage_folder(0) / "checkpoint-1")
+            raise InputError("the disk is full")
+        again = RunFolder.open(config(out))
+        with pytest.raises(InputError), again.keeping_log():
+            raise InputError("--data: no such file")
+        assert (again.resumed, again.run_log.is_file()) == (True, True)
+
 
 def test_a_run_that_never_stepped_gives_way_to_other_settings(out):
     RunFolder.open(config(out, lora_r=8)).begin()

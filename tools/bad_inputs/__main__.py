@@ -3,10 +3,12 @@
     python tools/bad_inputs [--seed N] [--count N] [--only WORDS] [--minutes M] [--workers N]
                              [--keep FILE.json]
 
-Every case calls `fastprune.cli.main` in a worker process that has torch loaded, with a limit on its
-address space and on its time. Checked are the exit status, what stands on stderr (one line of an
-error, no traceback, no control characters), and that nothing new lies where the case had its files.
-The same seed gives the same cases. Prints every case that fails, and counts; exits 1 if one fails.
+Every case calls `fastprune.cli.main` in a worker process with a limit on its address space and on
+its time. Workers are forked once each command has ended well with sound inputs, so that they have
+loaded what it needs. Checked are the exit status, what stands on stderr (one line of an error, no
+traceback, no control characters), that a refused case leaves nothing new beside its files, and that
+no case changes its inputs or leaves hidden files. The same seed gives the same cases. Prints
+every case that fails, and counts; exits 1 if one fails.
 """
 
 from __future__ import annotations
@@ -36,12 +38,13 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="write what was found of every case as JSON")
     args = parser.parse_args()
     from inputs import all_cases, make_base
-    from pool import run_all
+    from pool import run_all, run_sound
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bad-inputs-") as name:
         os.environ["XDG_CACHE_HOME"] = str(Path(name) / "cache")
         base = make_base(Path(name) / "base")
+        run_sound(base, Path(name) / "sound")
         cases = [case for case in all_cases(base, args.seed) if args.only in case.name]
         random.Random(args.seed).shuffle(cases)
         found = run_all(cases[: args.count], Path(name) / "work", args.workers, 60 * args.minutes)

@@ -75,6 +75,32 @@ class Base:
         prompt = () if "--prompt" in more else ("--prompt", "The river")
         return ["generate", str(model), *prompt, "--max-new-tokens", "2", "--threads", "1", *more]
 
+    def export(self, model: Path | str, place: Path, form: str, *more: str) -> list[str]:
+        """A command line that writes `model` into `place`/out in the form `form`."""
+        target = ["--format", form, "--out", str(place / "out"), "--threads", "1"]
+        return ["export", str(model), *target, *more]
+
+    def sound_lines(self) -> dict[str, Callable[[Path], list[str]]]:
+        """Command lines without a fault, by name, for a folder to write into."""
+        model, adapter = self.sound, ("--adapter", str(self.folder / "adapter"))
+        return {
+            "prune": lambda place: self.prune(model, place),
+            "prune by a plan": lambda place: self.prune(
+                model, place, "--plan", str(self.folder / "plan.json")
+            ),
+            "prune, streamed": lambda place: self.prune(model, place, "--stream"),
+            "eval": lambda _: self.evaluate(model),
+            "diagnose": lambda _: ["diagnose", model, "--threads", "1"],
+            "finetune": lambda place: self.finetune(model, place),
+            "generate": lambda _: self.generate(model),
+            "generate from a .gguf file": lambda _: self.generate(self.folder / "tiny.gguf"),
+            "merge": lambda place: [
+                "merge", model, *adapter, "--out", str(place / "out"), "--threads", "1"
+            ],
+            "export as hf": lambda place: self.export(model, place, "hf"),
+            "export as gguf": lambda place: self.export(model, place, "gguf"),
+        }  # fmt: skip
+
 
 ESCAPES = "\x1b[2J\x1b]0;title\x07[/x][bold]\x9b31m\u202e"
 """A name that a terminal would obey and that rich would read as markup."""

@@ -15,6 +15,9 @@ from case import EITHER, ESCAPES, Base, Case, broken_texts, damaged, written
 
 RECORDS = [{"prompt": f"Who built dam {n}?", "response": "Nobody knows it."} for n in range(6)]
 
+USABLE = ("long fraction", "two", "huge exponent", "trailing", "string")
+"""Broken texts that hold data nevertheless."""
+
 
 def cases(base: Base, rng: random.Random) -> Iterator[Case]:
     """All malformed data."""
@@ -55,9 +58,7 @@ def _files(base: Base, rng: random.Random) -> dict[str, bytes | str | Any]:
     for form in ("json", "jsonl"):
         sound = RECORDS[0]
         for what, data in broken_texts(json.dumps(sound)).items():
-            usable = what in ("long fraction", "two", "huge exponent", "trailing") or (
-                form == "jsonl" and what in ("comment",)
-            )
+            usable = what in USABLE or (form, what) == ("jsonl", "comment")
             found[f"{'' if usable else '!'}{what}|a.{form}"] = data
         lines = [json.dumps(record) for record in RECORDS]
         for what, value in {

@@ -30,9 +30,7 @@ COMMANDS: dict[str, Callable[[Base, Path, Path], list[str]]] = {
     ],
     "diagnose": lambda _, model, __: ["diagnose", str(model), "--threads", "1"],
     "generate": lambda base, model, _: base.generate(model),
-    "export": lambda _, model, place: [
-        "export", str(model), "--format", "gguf", "--out", str(place / "out"), "--threads", "1"
-    ],
+    "export": lambda base, model, place: base.export(model, place, "gguf"),
     "finetune": lambda base, model, place: base.finetune(model, place),
 }  # fmt: skip
 """What reads a model, by name."""
@@ -292,8 +290,7 @@ def _of_adapter(base: Base, rng: random.Random, name: str, what: str, content: A
         if command == "merge":
             return ["merge", base.sound, *own, "--out", str(place / "out"), "--threads", "1"]
         if command == "export":
-            out = ["--format", "hf", "--out", str(place / "out"), "--threads", "1"]
-            return ["export", base.sound, *own, *out]
+            return base.export(base.sound, place, "hf", *own)
         if command == "eval":
             return base.evaluate(base.sound, *own)
         return base.generate(base.sound, *own)

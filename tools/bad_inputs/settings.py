@@ -44,7 +44,7 @@ PATHS = {
     "blank": " ",
     "zero device": "/dev/zero",
     "null device": "/dev/null",
-    "folder": "/",
+    "folder": "/dev",
     "process": "/proc/self/mem",
     "comma": ",",
 }
@@ -218,8 +218,7 @@ def _command(base: Base, place: Path, command: str, *more: str) -> list[str]:
         "diagnose": lambda: ["diagnose", base.sound, "--no-forward", *one],
         "merge": lambda: ["merge", base.sound, "--adapter", str(base.folder / "adapter"),
                           "--out", str(place / "out"), *one],
-        "export": lambda: ["export", base.sound, "--format", "hf", "--out", str(place / "out"),
-                           *one],
+        "export": lambda: base.export(base.sound, place, "hf"),
         "compare": lambda: ["compare", str(place), "--out", str(place / "c.html"), *one],
         "compress": lambda: ["compress", str(place / "none"), "--out", str(place / "out"),
                              "--ratio", "0.2", *one],
