@@ -23,7 +23,7 @@ from fastprune.models.layers import Branches
 from fastprune.models.units import Sublayer
 from fastprune.pruning.calibration import HELD_OUT, Calibration, Prefix
 from fastprune.pruning.compensation import PROPAGATED, STRENGTHS, refit
-from fastprune.pruning.divergence import TOP, Yardstick
+from fastprune.pruning.divergence import EVERY, TOP, Yardstick
 from fastprune.pruning.importance import Scores
 from fastprune.pruning.masking import DenseOutputs
 from fastprune.pruning.measured import fingerprint, keep, read
@@ -32,7 +32,7 @@ from fastprune.pruning.search import Curve
 from fastprune.pruning.sizes import LayerSize, Removal
 from fastprune.pruning.surgery import kept_entries, zero_removed
 
-CHANNEL_LEVELS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)
+CHANNEL_LEVELS = (1 / 4, 1 / 2, 3 / 4)
 """Shares of a layer's channels at which its divergence is measured."""
 KL_SHARE = 8
 """One calibration window in this many measures divergences; the others fit the refits."""
@@ -270,5 +270,5 @@ def _name(search: Search, base: float | None) -> str:
         for scores in units.values():
             ranking.update(scores.argsort(stable=True).numpy().tobytes())
     refitting = (STRENGTHS, PROPAGATED, HELD_OUT, ADDED) if search.refits else None
-    more = [TOP, KL_SHARE, refitting, base, ranking.hexdigest()]
+    more = [TOP, EVERY, KL_SHARE, refitting, base, ranking.hexdigest()]
     return f"{fingerprint(search.calibration, more=more)}.json"

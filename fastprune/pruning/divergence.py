@@ -16,6 +16,9 @@ from fastprune.pruning.calibration import Calibration
 
 TOP = 64
 """Dense probabilities kept per token; the rest of the vocabulary counts as one outcome."""
+EVERY = 4
+"""One token in this many is compared, the last of them in each group: distributions of neighbours
+are alike, and many texts tell more than many tokens of one."""
 CHUNK_LOGITS = 2**24
 """Logits computed at a time: 64 MB in fp32."""
 
@@ -64,7 +67,8 @@ class Yardstick:
 
     Args:
         calibration: the model as it is now, of which distributions are kept, not weights, and the
-            windows (n, s) to measure on. Every process measures all of them.
+            windows (n, s) to measure on, at one token in `EVERY`. Every process measures all of
+            them.
     """
 
     def __init__(self, calibration: Calibration) -> None:
@@ -72,7 +76,7 @@ class Yardstick:
         self._dense = DenseTargets()
         layers = calibration.layers
         for hidden in self._final(layers):
-            self._dense.append(hidden, layers.head)
+            self._dense.append(_compared(hidden), layers.head)
 
     @property
     def batches(self) -> Sequence[Tensor]:
@@ -85,11 +89,18 @@ class Yardstick:
 
     def mean(self, finals: Iterable[Tensor], head: Head) -> float:
         """The same from what a model's ``head`` reads (n, s, h), batch after batch."""
-        sums = (self._dense.divergence(n, hidden, head) for n, hidden in enumerate(finals))
-        return sum(sums) / self.windows.numel()
+        total = sum(
+            self._dense.divergence(n, _compared(hidden), head) for n, hidden in enumerate(finals)
+        )
+        return total / _compared(self.windows).numel()
 
     def _final(self, layers: Layers) -> Iterator[Tensor]:
         return layers.final(self.batches, "divergence", fast=True)
+
+
+def _compared(states: Tensor) -> Tensor:
+    """Those of ``states`` (n, s, ...) that are compared, (n, s / EVERY, ...) rounded up."""
+    return states[:, (states.shape[1] - 1) % EVERY :: EVERY]
 
 
 def _logits(hidden: Tensor, head: Head) -> Iterator[Tensor]:

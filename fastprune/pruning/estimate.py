@@ -28,7 +28,7 @@ from fastprune.pruning.calibration import TEXT_PER_RANDOM
 from fastprune.pruning.compensation import STRENGTHS
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.curves import CHANNEL_LEVELS, KL_SHARE
-from fastprune.pruning.divergence import TOP
+from fastprune.pruning.divergence import EVERY, TOP
 from fastprune.pruning.importance import ACTIVATION, TAYLOR
 from fastprune.pruning.moments import ROWS
 
@@ -265,20 +265,22 @@ class Estimate:
         """
         m, s, judged, ranks = self.model, self.s, self.judged, self.config.ranks
         n, tokens = self._windows(self.fitted, s)
-        work = judged * m.passes(s, 2, 1) + n * m.passes(s, 1)
-        fits, moments, most, branches = 0.0, 0, m.logits(judged * s), 0
+        work = judged * m.passes(s, 2, 1 / EVERY) + n * m.passes(s, 1)
+        fits, moments, most, branches = 0.0, 0, m.logits(judged * s // EVERY), 0
         for index in self.config.selected_layers(self.depth):
             levels = {part: self._levels(part) for part in m.layers[index]}
             count = ceil(sum(map(len, levels.values())) / ranks)
             branches += count
-            work += judged * m.passes(s, count * (self.depth - index) / self.depth, count)
+            passes = count * (self.depth - index) / self.depth
+            work += judged * m.passes(s, passes, count / EVERY)
             refitted = {part: kept for part, kept in levels.items() if n and any(kept)}
             work += n * max((_until(m.layers[index], p, s) for p in refitted), default=0)
             for part, kept in refitted.items():
                 fits += part.fits(n * s, kept[::ranks], targets=False)
                 most = max(most, part.fit_bytes(max(kept), targets=False))
             moments = max(moments, sum(p.fit_bytes(targets=False) for p in refitted))
-        targets, states = judged * s * (TOP * 8 + (TOP + 1) * FP32), m.states((judged + n) * s)
+        targets = judged * s // EVERY * (TOP * 8 + (TOP + 1) * FP32)
+        states = m.states((judged + n) * s)
         device = self._resident(m) + targets + moments + states * (not self.stream)
         device += max(m.live(max(tokens, judged * s)), most)
         host, read = states + branches * m.states(judged * s), 2 * m.block + 5 * m.table
@@ -294,7 +296,8 @@ class Estimate:
         search, refit = self.search(), self._stage("none", 0, 0)
         if self.fitted:
             refit = self.compensate(self.fitted, random=False)
-        work, read = trials * self.judged * m.passes(self.s, 1, 1), trials * 2 * (m.block + m.table)
+        work = trials * self.judged * m.passes(self.s, 1, 1 / EVERY)
+        read = trials * 2 * (m.block + m.table)
         tried = self._stage("exchange", work, max(search.device_bytes, refit.device_bytes), 0, read)
         return replace(
             tried,

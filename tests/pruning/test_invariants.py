@@ -12,6 +12,7 @@ from tiny import FAMILIES, TEXT, tiny_checkpoint, tiny_model, tiny_tokenizer, to
 from torch import nn
 
 from fastprune import cli
+from fastprune.distributed import ALONE
 from fastprune.kernels import backend
 from fastprune.models.families import geometries
 from fastprune.models.layers import Layers
@@ -109,7 +110,7 @@ def test_a_checkpoint_by_such_a_plan_has_the_same_bytes(tmp_path, text, dtype, s
 def moments(linear: nn.Linear, x: torch.Tensor, lacking: torch.Tensor | None) -> Moments:
     found = Moments(linear, targets=lacking is not None)
     found.add(x, None if lacking is None else x @ linear.weight.float().T + lacking)
-    found.complete()
+    found.complete(ALONE)
     return found
 
 

@@ -51,7 +51,9 @@ def test_a_fingerprint_tells_what_the_figures_depend_on(change) -> None:
     assert fingerprint(calibrated(changed, windows)) != before
 
 
-@pytest.mark.parametrize(("module", "constant"), [(curves, "TOP"), (curves, "KL_SHARE")])
+@pytest.mark.parametrize(
+    ("module", "constant"), [(curves, "TOP"), (curves, "EVERY"), (curves, "KL_SHARE")]
+)
 def test_levels_measured_by_other_constants_are_not_used(module, constant, cache, monkeypatch):
     model, windows = tiny_model("llama", layers=1), token_ids(16, 16)
     scores = score(calibrated(model, windows), "magnitude-l2")
@@ -59,7 +61,7 @@ def test_levels_measured_by_other_constants_are_not_used(module, constant, cache
     for files in (1, 2):
         measure_curves(Search(calibrated(model, windows), scores, False, cache), sizes)
         assert len(list(cache.iterdir())) == files
-        monkeypatch.setattr(module, constant, 2)
+        monkeypatch.setattr(curves, constant, 2)
 
 
 def test_a_file_that_is_damaged_is_measured_anew(cache, caplog) -> None:

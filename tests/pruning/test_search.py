@@ -150,6 +150,7 @@ def test_a_cache_of_another_model_is_not_used(measured) -> None:
 
 def test_the_run_says_what_was_foreseen_and_what_came(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(divergence, "TOP", 10**6)  # of the whole vocabulary
+    monkeypatch.setattr(divergence, "EVERY", 1)  # at every token
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 400)
     settings = {
