@@ -52,7 +52,7 @@ def leave_double(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "dtype", None) == torch.float64:
+        if config is not None and getattr(config, "dtype", None) == torch.float64:
             config.dtype = torch.float32
 
 
