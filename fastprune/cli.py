@@ -58,7 +58,7 @@ class Command:
 
 COMMANDS = {
     "compress": Command(
-        "the whole way: prune, recover, measure, write a small model that works",
+        "prune, recover and measure in one command, and write a small model",
         "fastprune.compression.config:CompressConfig",
         "fastprune.compression.pipeline:run_compress",
         "fastprune.report.compress:show_compress",
@@ -76,7 +76,7 @@ COMMANDS = {
         "fastprune.report.tables:show_eval",
     ),
     "diagnose": Command(
-        "look for broken weights, wrong sizes, and for what pruning cost",
+        "find broken weights and wrong sizes, and what pruning cost in each layer",
         "fastprune.inspect.diagnose:DiagnoseConfig",
         "fastprune.inspect.diagnose:run_diagnose",
         "fastprune.report.tables:show_diagnose",
@@ -110,7 +110,7 @@ COMMANDS = {
         "fastprune.report.tables:show_export",
     ),
     "compare": Command(
-        "runs side by side: a table and a Pareto plot",
+        "put runs side by side: a table and a Pareto plot",
         "fastprune.report.compare:CompareConfig",
         "fastprune.report.compare:run_compare",
         "fastprune.report.tables:show_compare",

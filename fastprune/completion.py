@@ -21,8 +21,8 @@ GLOBAL = ("--help", "--version")
 class CompletionConfig(CommonConfig):
     """Print a script that makes a shell complete commands, options and choices.
 
-    It belongs into ~/.local/share/bash-completion/completions/fastprune for bash, into the file
-    _fastprune of a folder in $fpath for zsh, and into ~/.config/fish/completions/fastprune.fish for
+    Write it to ~/.local/share/bash-completion/completions/fastprune for bash, to the file
+    _fastprune in a folder of $fpath for zsh, and to ~/.config/fish/completions/fastprune.fish for
     fish. For example:
         fastprune completion bash
     """

@@ -72,7 +72,9 @@ def check_out(out: Path, overwrite: bool = False, inputs: Iterable[str | Path] =
             "another program's), so --overwrite does not replace it; choose another --out"
         )
     if (out / ".git").exists():
-        raise InputError(f"{out}: holds a git repository, so --overwrite does not replace it")
+        raise InputError(
+            f"{out}: holds a git repository, which --overwrite spares; choose another --out"
+        )
 
 
 def check_out_file(
@@ -95,7 +97,9 @@ def check_out_file(
         raise InputError(f"{named}: is not a regular file; choose another --out")
     parent = next((folder for folder in out.parents if os.path.lexists(folder)), out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{named}: cannot be created, {parent} is not writable")
+        raise InputError(
+            f"{named}: cannot be created, {parent} is not writable; choose another --out"
+        )
     try:
         if not out.exists() or out.stat().st_size == 0:
             return
@@ -128,7 +132,9 @@ def check_place(out: Path) -> None:
         raise InputError(f"{named}: is a file; --out names a folder")
     parent = next((folder for folder in out.parents if os.path.lexists(folder)), out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{named}: cannot be created, {parent} is not writable")
+        raise InputError(
+            f"{named}: cannot be created, {parent} is not writable; choose another --out"
+        )
     if not there:
         return
     for name in WRITTEN_INTO:
@@ -147,7 +153,9 @@ def check_place(out: Path) -> None:
             "--out, or run from elsewhere"
         )
     if not os.access(out, os.R_OK | os.W_OK | os.X_OK) or _is_anothers(out):
-        raise InputError(f"{named}: cannot be replaced, its permissions forbid it")
+        raise InputError(
+            f"{named}: cannot be replaced, its permissions forbid it; choose another --out"
+        )
 
 
 def check_apart(out: Path, inputs: Iterable[str | Path]) -> None:

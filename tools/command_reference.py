@@ -39,7 +39,6 @@ def _command(command: Command) -> Iterator[str]:
     """The text of one command: what it is for, then a table for each group of options."""
     module, _, name = command.config.partition(":")
     config = getattr(import_module(module), name)
-    yield f"{command.summary[:1].upper()}{command.summary[1:]}."
     about, _, examples = (inspect.getdoc(config) or "").partition("For example:\n")
     yield about.strip()
     if examples.strip():
@@ -53,7 +52,7 @@ def _command(command: Command) -> Iterator[str]:
     for group in (None, *Group):
         if group in rows:
             title = f"**{group.value[:1].upper()}{group.value[1:]} options**" if group else ""
-            table = "\n".join(["| option | default | meaning |", "|---|---|---|", *rows[group]])
+            table = "\n".join(["| option | meaning |", "|---|---|", *rows[group]])
             yield f"{title}\n\n{table}".strip()
 
 
@@ -62,8 +61,9 @@ def _row(field: Any, hint: Any, text: str) -> str:
     flag = field.name.upper() if positional else "--" + field.name.replace("_", "-")
     default = "" if field.default in (dataclasses.MISSING, None, False, "") else field.default
     default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    cells = (f"`{flag}`", f"`{default}`" if default != "" else "", " ".join(text.split()))
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
+    meaning = " ".join(text.split()) + (f" (default: `{default}`)" if default != "" else "")
+    cells = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in (f"`{flag}`", meaning))
+    return f"| {' | '.join(cells)} |"
 
 
 def _texts(config: type[Any]) -> dict[str, str]:

@@ -19,7 +19,8 @@ esac
 site=$build/site
 
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTPRUNE_CUDA=OFF \
-  -DFASTPRUNE_SANITIZE=$sanitizers -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" \
+  -DFASTPRUNE_WERROR=ON -DFASTPRUNE_SANITIZE=$sanitizers \
+  -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" \
   -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)"
 cmake --build "$build"
 rm -rf "$site"

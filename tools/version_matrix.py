@@ -101,7 +101,8 @@ def run(cell: Cell, package: str, tests: Sequence[str], folder: Path) -> Outcome
         if (reused := cell.torch == INSTALLED) or Path(cell.transformers).is_dir():
             borrow(cell, folder, reused)
         found = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, cwd=folder)
-        passed = call(str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+        # -P: the package that was installed is tested, not the one in the current folder
+        passed = call(str(python), "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
         return Outcome(cell, "passed" if passed else "failed", found.stdout.strip(), last_line())
 
 

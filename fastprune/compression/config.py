@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastprune.bounds import MINUTES, Range, check_ranges
+from fastprune.bounds import MINUTES, POSITIVE, Range, check_ranges
 from fastprune.config import Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT, PYDOCS
 from fastprune.data.records import source_names
@@ -22,7 +22,7 @@ Effort = Literal["auto", "fast", "balanced", "thorough"]
 class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
     """Make a model smaller and bring it back: prune, recover, merge, measure, in one command.
 
-    Killed or interrupted at any moment, the same command goes on where it was. For example:
+    A command that was killed or interrupted continues when it is run again. For example:
         fastprune compress smollm2-135m --out small --ratio 0.2
         fastprune compress MODEL --out small --ratio 0.3 --minutes 30
         fastprune compress MODEL --out small --ratio 0.2 --tasks arc_easy,piqa
@@ -37,19 +37,31 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
     minutes: Annotated[float | None, MINUTES] = None
     """time for the whole command, loading and measuring included (default: by --effort)"""
     rounds: Annotated[int, Range(1, 1000)] = 1
-    """prune and recover in so many rounds, each of which removes an equal part"""
+    """prune and recover in this many rounds, each of which removes an equal part"""
     effort: Effort = "auto"  # type: ignore[assignment]
-    """how much time pruning may take (auto: by --minutes, balanced without)"""
+    """how much time pruning may take (auto: by --minutes; without it balanced)"""
     overwrite: bool = False
     """replace what an earlier run left in --out; a run that was interrupted there is continued"""
     recipe: str = "recover"
-    """how the pruned model is recovered: recover, another recipe of finetune, or a recipe file"""
+    """how the pruned model is recovered: recover, another recipe of finetune, or a recipe file; its
+    settings replace the defaults below"""
+    gate_ppl_ratio: Annotated[float | None, Group.EVALUATION, POSITIVE] = None
+    """exit 3 without writing a model when its perplexity is more than this many times the dense
+    one"""
+    dry_run: Annotated[bool, Group.PLAN] = False
+    """only for prune; compress refuses it"""
+    ranks: Annotated[int, Group.PLAN, Range(1, 2**16)] = 1
+    """only for prune --dry-run"""
+    stream: Annotated[bool, Group.MACHINE] = False
+    """only for prune; compress refuses it"""
+    shard: Annotated[bool, Group.MACHINE] = False
+    """only for finetune; compress refuses it"""
     eval: str = EVALUATION_TEXT
-    """text whose perplexity is measured of the dense, the pruned and the recovered model"""
+    """text on which the perplexity of the dense, the pruned and the recovered model is measured"""
     eval_also: Annotated[str, Group.EVALUATION] = PYDOCS
     """a second text, of another kind, measured in half as many windows; none leaves it out"""
     speed: Annotated[bool, Group.EVALUATION] = True
-    """measure how fast the dense and the small model read and write"""
+    """time how fast the dense and the small model process prompts and decode"""
 
     def check(self) -> None:
         """InputError when a value is out of range or two contradict each other."""
@@ -70,7 +82,10 @@ class CompressConfig(TaskOptions, FinetuneConfig, PruneConfig):
             if unusable:
                 raise InputError(f"compress does not take {flag}; use prune and finetune by hand")
         if self.rounds > 1 and (not self.ratio or self.ratio_of != "block"):
-            raise InputError("--rounds takes its parts of --ratio R, a share of the whole block")
+            raise InputError(
+                "--rounds removes an equal part of --ratio in each round; give --ratio, and leave "
+                "--ratio-of out"
+            )
         self.prune_config().check()
         self.finetune_config().check()
         self.check_tasks()

@@ -31,7 +31,10 @@ class Forms:
         for name in self.config.format:
             self._settings(name, Path()).formats()
         if self.config.format and self.config.stream:
-            raise InputError("--format with --stream: export the result afterwards instead")
+            raise InputError(
+                "--format does not go with --stream; export the result afterwards, with "
+                "fastprune export"
+            )
 
     def check(self, model: nn.Module) -> None:
         """InputError when `model` cannot have one of the forms."""

@@ -77,7 +77,7 @@ class CompressResult:
 
 
 def run_compress(config: CompressConfig) -> CompressResult:
-    """The whole way: the `compress` command.
+    """Prune, recover and measure: the `compress` command.
 
     Raises InputError, GateError, NumericalError, and KeyboardInterrupt after an interrupt with the
     state saved. `config.out` is complete, or the run can be continued.
@@ -113,10 +113,11 @@ def _first_part(config: CompressConfig) -> dict[str, Any]:
 def compress(
     model: nn.Module, tokenizer: Any, config: CompressConfig
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Compress a model in memory: the small model, its tokenizer, and what metrics.json holds.
+    """Compress a model in memory: the small model, its tokenizer, and the content of metrics.json.
 
-    `model` stays as it is. With `config.out` the result lies there too, and the run can be
-    continued; without, nothing is left on the disk. Raises as `run_compress`.
+    `model` stays as it is. With `config.out` the result is also written there, and a run that was
+    stopped can be continued; without it nothing is left on the disk. Raises InputError, GateError,
+    NumericalError, and KeyboardInterrupt after an interrupt.
     """
     with tempfile.TemporaryDirectory(prefix="fastprune-") as name:
         dense = Path(name) / "dense"

@@ -64,7 +64,8 @@ def check_minutes(minutes: float | None, pace: Pace, rounds: int = 1, *, sure: b
     least = least_minutes(pace, rounds)
     if minutes is not None and minutes < (least if sure else least / 2):
         raise InputError(
-            f"--minutes {minutes:g} is too short for this model here: about {least:.1f} are enough"
+            f"--minutes {minutes:g} is too short for this model on this machine; give at least "
+            f"{least:.1f}"
         )
 
 

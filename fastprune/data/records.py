@@ -178,7 +178,7 @@ def _decoded(path: Path) -> Iterator[str]:
             while True:
                 data = file.read(READ_BYTES)
                 if b"\0" in data:
-                    raise InputError(f"{path}: not text (it has zero bytes)")
+                    raise InputError(f"{path}: not text (it has zero bytes); save it as UTF-8")
                 yield lines.decode(data, final=not data)
                 if not data:
                     return
@@ -190,7 +190,7 @@ def _decoded(path: Path) -> Iterator[str]:
             f"{path}: not UTF-8 text (byte {byte} is wrong); save it as UTF-8"
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not a gzip file, or damaged") from error
+        raise InputError(f"{path}: not a gzip file, or damaged; copy it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -331,7 +331,7 @@ def _arrow(path: Path, name: str) -> Iterator[Record]:
                 batches = map(file.get_batch, range(file.num_record_batches))
             yield from _rows(batches, name)
     except Exception as error:  # strings that are no text come out as Python's own errors
-        raise InputError(f"{path}: not an Arrow file, or damaged") from error
+        raise InputError(f"{path}: not an Arrow file, or damaged; copy it again") from error
 
 
 def _rows(batches: Iterable[Any], name: str) -> Iterator[Record]:
@@ -355,7 +355,7 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
         file = parquet.ParquetFile(path)
         yield from _rows(file.iter_batches(batch_size=PARQUET_ROWS), name)
     except Exception as error:  # strings that are no text come out as Python's own errors
-        raise InputError(f"{path}: not a Parquet file, or damaged") from error
+        raise InputError(f"{path}: not a Parquet file, or damaged; copy it again") from error
 
 
 def hub_parts(spec: str) -> tuple[str, str, str]:

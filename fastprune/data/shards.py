@@ -84,7 +84,9 @@ class TokenShard:
         try:
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy parses the header as Python
-            raise InputError(f"{self.path}: not an array of numbers, or damaged") from error
+            raise InputError(
+                f"{self.path}: not an array of numbers, or damaged; write it again by numpy.save"
+            ) from error
         if array.ndim != 1 or array.dtype.name not in WIDTHS or not len(array):
             raise InputError(
                 f"{self.path}: an array of shape {array.shape} and dtype {array.dtype}; token ids "

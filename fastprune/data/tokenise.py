@@ -172,8 +172,8 @@ def _write(folder: Path, sources: list[Source], encoder: Encoder, kind: str | Co
         reader = _Reader(source, kind, findings, seen)
         if encoder.seq2seq and reader.kind == "text":
             raise InputError(
-                f"{source.name}: plain text; an encoder–decoder model learns from prompts with "
-                "responses"
+                f"{source.name}: plain text, and an encoder–decoder model learns from prompts with "
+                "responses; give such data"
             )
         with StoreWriter(
             folder / str(number),
@@ -203,8 +203,8 @@ def _copy_tokens(
     """Token ids that are there already, into the store `folder`; what is said of the part."""
     if encoder.seq2seq or kind not in ("auto", "text"):
         raise InputError(
-            f"{source.name}: token ids of a text, which say nothing of prompts and answers; give "
-            "the data itself, or leave out what says that they are not text"
+            f"{source.name}: token ids of a text, in which no prompts and answers are marked; give "
+            "the data itself"
         )
     tokenizer, largest = encoder.tokenizer, 0
     vocabulary = 1 + max(tokenizer.get_vocab().values())

@@ -309,7 +309,7 @@ def _split(
     """Training and validation items; the same seed holds out the same ones whatever `samples`."""
     total = sum(map(len, views))
     if not total:
-        raise InputError("the text has a single token, too few to train on")
+        raise InputError("the text has a single token, too few to train on; use a longer text")
     held = round(val_size * total) if val_size < 1 else int(val_size)
     if val_size > 0:
         held = max(held, 1)

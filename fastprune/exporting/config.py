@@ -32,9 +32,9 @@ class ExportConfig(TrustingConfig):
     adapter: Path | None = None
     """folder of a LoRA adapter to merge into MODEL first"""
     quant: str = "f16"
-    """of gguf: the type of the weight matrices, as f32, f16, bf16, q8_0, q5_1, q4_0"""
+    """for gguf: the type of the weight matrices, such as f32, f16, bf16, q8_0, q5_1, q4_0"""
     pad: bool = False
-    """fill widths that a format cannot have as they are with exact zeros, instead of refusing
+    """fill widths that a format cannot have with exact zeros, instead of refusing
     them"""
     overwrite: bool = False
     """replace what an earlier run left in --out"""

@@ -165,10 +165,12 @@ def _after_training(trained: Trained, training: Training, band: Band) -> Advice:
         )
     if trained.dense is not None and not training.taught:
         return Advice(
-            Message("Finetune it on, with the dense model as the teacher"),
+            Message("Continue finetuning, with the dense model as the teacher"),
             command("finetune", out, *again, "--recipe", "distill", "--teacher", trained.dense),
         )
     return Advice(
-        Message("Finetune it on, with more tokens; what is still missing then was removed"),
+        Message(
+            "Continue finetuning, with more tokens; a gap that remains is due to what was removed"
+        ),
         command("finetune", out, *again),
     )

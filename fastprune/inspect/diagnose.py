@@ -348,10 +348,10 @@ def _reader(folder: Path, settings: Mapping[str, Any]) -> ShardReader | None:
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
-        raise InputError(f"{folder}: not a model folder (it has no config.json)")
+        raise InputError(f"{folder}: not a model folder (it has no config.json); name another")
     described = read_json(file)
     if not isinstance(described, dict):
-        raise InputError(f"{file}: broken config: it is not an object")
+        raise InputError(f"{file}: broken config (not an object); copy it again")
     return described
 
 

@@ -57,7 +57,7 @@ class SamplingConfig(TrustingConfig):
     max_new_tokens: Annotated[int, Range(1, 2**24)] = 128
     """stop after this many tokens"""
     temperature: Annotated[float, Range(0, 1000)] = 0.0
-    """0 takes the likeliest token each time; higher draws more freely"""
+    """0 takes the most likely token each time; larger values sample more freely"""
     adapter: Path | None = None
     """folder with a LoRA adapter, put onto the model without being merged"""
     quantize: Annotated[Literal[8, 4] | None, Group.FILES] = None
@@ -78,8 +78,8 @@ class GenerateConfig(SamplingConfig):
     prompt: str
     """text to continue; a .txt file holds one prompt a line"""
     chat: bool = False
-    """ask through the model's chat template instead of continuing the bare text; where it has none,
-    in the words that finetune teaches instructions in"""
+    """put the prompt into the model's chat template instead of continuing it as it is; a model
+    without one gets the template of finetune"""
 
 
 @dataclass(kw_only=True)
@@ -344,7 +344,9 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, seq2seq: bool) -
     """Token ids (1, n) of `prompt`; for an empty one the token that a text starts from."""
     if not isinstance(prompt, str):
         if not prompt:
-            raise InputError("the prompt is empty: the chat template makes nothing of it")
+            raise InputError(
+                "the prompt is empty: the chat template makes no tokens of it; give some text"
+            )
         return torch.tensor([prompt], dtype=torch.long)
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     # a chat template writes the start token itself; a second one would confuse the model
@@ -354,7 +356,9 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, seq2seq: bool) -
     elif not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
-        raise InputError("the prompt is empty, and this model has no token to start from")
+        raise InputError(
+            "the prompt is empty, and this model has no token to start from; give some text"
+        )
     return torch.tensor([ids], dtype=torch.long)
 
 
@@ -364,7 +368,9 @@ def _room(model: nn.Module, used: int) -> int:
     if positions is None:
         return sys.maxsize
     if used >= positions:
-        raise InputError(f"the prompt has {used} tokens; this model has {positions} positions")
+        raise InputError(
+            f"the prompt has {used} tokens, and this model has {positions} positions; shorten it"
+        )
     return positions - used
 
 

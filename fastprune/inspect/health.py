@@ -131,7 +131,7 @@ def why_unsound(model: nn.Module, what: str, autocast: torch.dtype | None = None
         why = Message(
             "the weights are broken, or the model overflows in {dtype}; {remedy}",
             dtype=dtype,
-            remedy=remedy if half else Message("fastprune diagnose MODEL tells which"),
+            remedy=remedy if half else Message("fastprune diagnose MODEL says which"),
         )
     elif half:
         why = Message(

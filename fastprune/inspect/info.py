@@ -20,7 +20,7 @@ from fastprune.report.run import versions
 class InfoConfig(CommonConfig):
     """Show versions, compiled kernels, why CUDA is on or off, CPU level and threads.
 
-    A report of a fault should hold its output. For example:
+    Include its output when you report a fault. For example:
         fastprune info
         fastprune info --json info.json
     """

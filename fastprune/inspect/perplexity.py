@@ -136,7 +136,7 @@ class EvalConfig(TaskOptions, TrustingConfig):
     """also measure how fast prompts of 128, 512 and 2048 tokens are read, and how fast 1, 8 and 32
     sequences at once are decoded"""
     dense: str | None = None
-    """for --speed: measure this model too, the two of them in turns"""
+    """for --speed: time this model too, in turns with MODEL"""
     adapter: Path | None = None
     """folder with a LoRA adapter, evaluated on the model without being merged"""
     quantize: Annotated[Literal[8, 4] | None, Group.FILES] = None
@@ -253,7 +253,8 @@ def window_length(model: nn.Module, flag: str, asked: int | None, default: int) 
         return min(default, limit)
     if asked > limit:
         raise InputError(
-            f"{flag} {asked}: the model has {limit} positions at most (max_position_embeddings)"
+            f"{flag} {asked}: the model has {limit} positions (max_position_embeddings); give at "
+            "most as many"
         )
     return asked
 

@@ -200,7 +200,9 @@ def measure_speeds(models: Mapping[str, nn.Module], selection: Selection) -> dic
     InputError for encoder-decoder models.
     """
     if any(is_seq2seq(model) for model in models.values()):
-        raise InputError("speed is measured of decoder-only models; this one has an encoder")
+        raise InputError(
+            "--speed measures decoder-only models, and this one has an encoder; leave it out"
+        )
     steps = WARM_UP + selection.turns * STEPS
     context = min(fitting(model, CONTEXT, steps) for model in models.values())
     lengths = {min(fitting(model, n) for model in models.values()) for n in selection.prompts}

@@ -65,7 +65,7 @@ class TaskOptions:
             raise InputError(f"--tasks-data {self.tasks_data}: no such folder")
         for name in self.tasks:
             if (name.endswith((".yaml", ".yml")) or "/" in name) and not os.path.isfile(name):
-                raise InputError(f"--tasks {name}: no such task file")
+                raise InputError(f"--tasks {name}: no such task file; check the path")
         _harness()
 
 

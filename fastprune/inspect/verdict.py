@@ -229,13 +229,13 @@ def _judgeable(case: Case) -> Advice:
     if case.known is not None:
         text, seq_len, windows = case.known
         return Advice(
-            Message("The dense model was measured in other windows: measure in those"),
+            Message("The dense model was measured in other windows: use the same windows"),
             _command(case, "diagnose", case.model, "--text", text, "--seq-len", str(seq_len),
                     "--windows", str(windows)),
         )  # fmt: skip
     compared = case.dense is not None and case.dense != case.model
     return Advice(
-        Message("Only beside the dense model can it be judged: name that one"),
+        Message("It can only be judged against the dense model: name that model"),
         _command(case, "diagnose", case.model, "--dense", str(case.dense)) if compared else None,
     )
 

@@ -57,7 +57,10 @@ def adopt(model: nn.Module, family: str | None = None) -> None:
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"--family {name}: not one of {', '.join(SUPPORTED)}")
     if problem := misfit(model, FAMILIES[name]):
-        raise InputError(f"--family {name}: the layers of this {kind} differ from it: {problem}")
+        raise InputError(
+            f"--family {name}: the layers of this {kind} differ from it: {problem}; only models "
+            "whose layers are like those of a family can be pruned"
+        )
     layer = type(decoder_layers(model)[0]).__name__
     ADOPTED[kind] = replace(FAMILIES[name], layer_class=layer)
     setattr(model.config, ADOPTED_AS, name)

@@ -53,7 +53,8 @@ def without_wrappers(weights: Mapping[str, Any], path: Path) -> dict[str, Any]:
     result = {unwrapped(name): value for name, value in weights.items()}
     if len(result) != len(weights):
         raise InputError(
-            f"{path}: holds some weights both with and without the prefix of a wrapper"
+            f"{path}: holds some weights both with and without the prefix of torch.compile or "
+            "DDP; save the state of the unwrapped model"
         )
     return result
 

@@ -61,7 +61,7 @@ def convert_gguf(path: Path) -> Path:
     check_pointer(path)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise InputError(f"{path}: not a GGUF file")
+            raise InputError(f"{path}: not a GGUF file; copy or download it again")
         file.seek(0)
         key = hashlib.file_digest(file, "sha256").hexdigest()[:32]
 

@@ -307,14 +307,15 @@ def check_tensors(header: Header, config: Any, state: Mapping[str, Tensor]) -> N
     if surplus:
         raise InputError(
             f"{header.path}: {len(surplus)} tensors have no place in a {config.model_type} of "
-            f"{count} layers, first {surplus[0]}; without them the model would be another one"
+            f"{count} layers, first {surplus[0]}, and without them it would compute something "
+            "else; give the Hugging Face folder it was made from"
         )
     found = sum(tensor.numel for name, tensor in tensors.items() if name not in FACTORS)
     needed = sum({tensor.data_ptr(): tensor.numel() for tensor in state.values()}.values())
     if found != needed:
         raise InputError(
             f"{header.path}: its tensors hold {found:,} values, a {config.model_type} of these "
-            f"sizes has {needed:,}; the file is incomplete or damaged"
+            f"sizes has {needed:,}; copy or download the file again"
         )
 
 

@@ -121,7 +121,7 @@ def read_contents(path: Path) -> Contents:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(data)
         if cursor.take(len(MAGIC)) != MAGIC:
-            raise InputError(f"{path}: not a GGUF file")
+            raise InputError(f"{path}: not a GGUF file; copy or download it again")
         version = cursor.number("<I")
         if version not in VERSIONS:
             if version == 1 or version & 0xFFFF == 0:

@@ -50,7 +50,10 @@ def read_weights(header: Header) -> nn.Module:
     head_dim = settings[HEAD_DIM]
     for name in ("attention.value_length", "rope.dimension_count"):
         if settings.get(name, head_dim) != head_dim:
-            raise InputError(f"{header.path}: heads of {head_dim} and {settings[name]} values")
+            raise InputError(
+                f"{header.path}: attention.key_length is {head_dim} and {name} {settings[name]}, "
+                "and only heads of one size are read; give the Hugging Face folder it was made from"
+            )
     family = _family(header, state)
     config = {
         "model_type": family,
@@ -99,8 +102,8 @@ def _state(header: Header) -> dict[str, Tensor]:
         *layer, short, kind = name.split(".")
         if short not in (long if layer else ends) or layer[:1] not in ([], ["blk"]):
             raise InputError(
-                f"{header.path}: the tensor {name} has no place in a Llama, and without it "
-                "the model would be another one"
+                f"{header.path}: the tensor {name} has no place in a Llama, and without it the "
+                "model would compute something else; give the Hugging Face folder it was made from"
             )
         weight = read_tensor(header.path, tensor)
         if short in PAIRED[header.architecture]:

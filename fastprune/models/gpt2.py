@@ -84,7 +84,10 @@ def build_gpt2(
     both = expected.keys() & weights.keys()
     if wrong := sorted(k for k in both if expected[k].shape != weights[k].shape):
         found = tuple(weights[wrong[0]].shape)
-        raise InputError(f"{name}: {wrong[0]} has the shape {found}, which fits no GPT-2")
+        raise InputError(
+            f"{name}: {wrong[0]} has the shape {found}, which fits no GPT-2; put the config.json "
+            "of its model beside it"
+        )
     check_complete(
         {"missing_keys": missing, "unexpected_keys": unused, "mismatched_keys": ()}, name
     )
@@ -143,7 +146,10 @@ def _transposed(weights: Mapping[str, Tensor], width: int, name: str) -> dict[st
     if (rows, columns) == (width, 3 * width):
         return dict(weights)
     if (rows, columns) != (3 * width, width):
-        raise InputError(f"{name}: {FIRST} has the shape {(rows, columns)}, which fits no GPT-2")
+        raise InputError(
+            f"{name}: {FIRST} has the shape {(rows, columns)}, which fits no GPT-2; put the "
+            "config.json of its model beside it"
+        )
     return {
         key: value.t().contiguous() if PROJECTION.fullmatch(key) else value
         for key, value in weights.items()

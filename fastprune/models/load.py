@@ -216,7 +216,7 @@ def resolve_source(source: str | Path) -> Path:
             f"{path}: not a model; give a Hugging Face folder, a hub id, or a .gguf file"
         )
     if path.is_absolute() or not HUB_ID.fullmatch(str(source)):
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder; check the path")
     return _fetch(str(source))
 
 
@@ -289,7 +289,7 @@ def _read_config(folder: Path, trust: bool = False) -> Any:
             f"fastprune merge MODEL --adapter {folder} --out DIR"
         )
     if not file.is_file():
-        raise InputError(f"{folder}: not a model folder (it has no config.json)")
+        raise InputError(f"{folder}: not a model folder (it has no config.json); name another")
     check_pointer(file)
     try:
         settings = read_json(file)
@@ -340,7 +340,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         if index.is_file():
             return listed_files(index)
-    raise InputError(f"{folder}: no weights (model.safetensors) in this folder")
+    raise InputError(f"{folder}: no weights (model.safetensors) in this folder; copy them there")
 
 
 def _adapter_beside(folder: Path) -> bool:

@@ -112,7 +112,9 @@ class ShardReader:
     def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
         if entry is None:
-            raise InputError(f"{self.folder}: the weight {name} is missing")
+            raise InputError(
+                f"{self.folder}: the weight {name} is missing; copy or download the model again"
+            )
         if entry.dtype not in DTYPES:
             raise unscaled(name, entry.dtype, entry.file)
         return entry
@@ -180,7 +182,10 @@ def _read(entry: Entry, start: int, stop: int) -> Tensor:
         while done < len(view):
             got = file.readinto(view[done:])
             if not got:
-                raise InputError(f"{entry.file}: became shorter while it was read")
+                raise InputError(
+                    f"{entry.file}: became shorter while it was read; leave the model unchanged "
+                    "during a run"
+                )
             done += got
     return data.view((DTYPES | PACKED)[entry.dtype])
 

@@ -188,7 +188,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
         return {}
     settings = read_json(file)
     if not isinstance(settings, dict):
-        raise InputError(f"{file}: broken config: not an object")
+        raise InputError(f"{file}: broken config (not an object); copy it again")
     return settings
 
 

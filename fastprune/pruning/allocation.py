@@ -38,7 +38,10 @@ def layer_weights(sensitivity: Sequence[float], rule: str, alpha: float) -> list
     """
     mean = sum(max(s, 0.0) for s in sensitivity) / len(sensitivity)
     if not math.isfinite(mean) or mean <= 0:
-        raise InputError("the layer sensitivities are not positive finite numbers")
+        raise InputError(
+            "no layer sensitivity is a positive finite number, so they cannot be compared; use "
+            "another --layer-importance, or --allocation uniform"
+        )
     exponent = {"inverse": -alpha, "proportional": alpha}[rule]
     return [max(s / mean, 1e-3) ** exponent for s in sensitivity]
 

@@ -95,7 +95,8 @@ class Budget:
         if self.table is not None:
             return InputError(
                 f"{self.requested:.3g} ms a token cannot be reached: {within} "
-                f"{self.table.dense - error.high:.3g} is the least, of {self.table.dense:.3g} now"
+                f"{self.table.dense - error.high:.3g} is the least, of {self.table.dense:.3g} now; "
+                "give a larger --target-latency"
             )
         return InputError(
             f"removing {self.need / block:.1%} of the block parameters cannot be reached: {within} "
@@ -110,9 +111,10 @@ class Budget:
         least = smallest_unit(sizes, limits)
         none_must_go = reachable(sizes, limits)[0] == 0
         if self.table is None and not self.at_least and none_must_go and self.need < least / 2:
+            ratio = least / block_parameters(model)
             raise InputError(
-                f"a removal of {self.need:.0f} parameters rounds to nothing: the least that can go "
-                f"are {least}, a --ratio of {least / block_parameters(model):.2g}"
+                f"a removal of {self.need:.0f} parameters rounds to nothing: the smallest unit has "
+                f"{least} parameters; give a --ratio of {ratio:.2g} or more"
             )
 
 
@@ -229,8 +231,8 @@ def budget_of(config: PruneConfig, model: nn.Module, table: CostTable | None) ->
 def _parameters(requested: int, params: int, block: int) -> Budget:
     if not 0 < params - requested < block:
         raise InputError(
-            f"--target-params {requested} cannot be reached: the model has {params} "
-            f"parameters, {block} of them in its blocks"
+            f"--target-params {requested} cannot be reached: the model has {params} parameters, "
+            f"{block} of them in its blocks; give a number between {params - block} and {params}"
         )
     return Budget("parameters", requested, params - requested)
 
@@ -242,7 +244,8 @@ def _bytes(requested: int, model: nn.Module, block: int) -> Budget:
     if not 0 < need < block:
         raise InputError(
             f"--target-bytes {requested} cannot be reached: the weights take {before} bytes, "
-            f"{block * size} of them in the blocks"
+            f"{block * size} of them in the blocks; give a number between "
+            f"{before - block * size} and {before}"
         )
     return Budget("bytes", requested, need, at_least=True)
 
@@ -250,7 +253,8 @@ def _bytes(requested: int, model: nn.Module, block: int) -> Budget:
 def _latency(requested: float, table: CostTable) -> Budget:
     if not requested < table.dense:
         raise InputError(
-            f"--target-latency {requested:g}: the model takes {table.dense:.3g} ms a token already"
+            f"--target-latency {requested:g}: the model takes only {table.dense:.3g} ms a token "
+            "as it is; give less than that"
         )
     return Budget("ms/token", requested, table.dense - requested, at_least=True, table=table)
 

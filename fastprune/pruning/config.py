@@ -53,38 +53,39 @@ class PruneConfig(LoadingConfig):
     """fraction of the block parameters to remove"""
     ratio_of: Annotated[Literal["block", "structures"], Group.SIZE] = "block"
     """what --ratio is a fraction of: all block parameters, or those of the --structures in the
-    --layers, as when 0.2 shall mean a fifth of the attention"""
+    --layers, for example to remove a fifth of the attention"""
     target_params: Annotated[int | None, Group.SIZE, Range(1, 10**15)] = None
     """total parameters of the result, instead of --ratio"""
     target_bytes: Annotated[str | None, Group.SIZE] = None
-    """size of the result's weight files at most, instead of --ratio: for example 200MB or 1.5GiB"""
+    """largest size of the result's weight files, instead of --ratio: for example 200MB or 1.5GiB"""
     target_latency: Annotated[float | None, Group.SIZE, POSITIVE] = None
-    """milliseconds a token at most when the result decodes at batch 1 here, instead of --ratio"""
+    """most milliseconds a token when the result decodes at batch 1 on this machine, instead of
+    --ratio"""
     latency_context: Annotated[int, Group.SIZE, Range(1, 2**24)] = 128
     """tokens before the one whose decoding is timed for --target-latency"""
     vocab: Annotated[str | None, Group.SIZE] = None
-    """trim the vocabulary as well, or alone: keep:TEXT keeps the tokens that occur in TEXT; a
-    number, as 20000, or a share, as 40%, keeps so many tokens in all, the most frequent of --calib
-    first. Tokens that every text needs stay"""
+    """trim the vocabulary, with a budget or alone: keep:TEXT keeps the tokens that occur in TEXT; a
+    number such as 20000 or a share such as 40% keeps that many tokens, the most frequent of --calib
+    first. Tokens that every text needs always stay"""
     iterations: Annotated[int, Group.SIZE, Range(1, 1000)] = 1
-    """reach the budget in this many equal steps, scoring anew after each"""
+    """reach the budget in this many equal steps, and score again after each"""
     effort: Literal["fast", "balanced", "thorough"] = "balanced"
-    """time against quality: chooses what is not said of structures, allocation, layers, limits,
+    """time against quality: sets what you do not set of structures, allocation, layers, limits,
     calibration and alignment, by the ratio and the model"""
     structures: Annotated[
         tuple[Literal["attention", "experts", "mlp", "sublayer"], ...], Group.SELECTION
     ] = ()
-    """what may be removed: KV groups, experts, channels (of MLPs, and of experts unless those go),
-    whole attentions and MLPs (default: by --effort, channels as long as they suffice; of a mixture
-    experts)"""
+    """what may be removed: KV groups (attention), experts, channels (mlp: of MLPs, and of experts
+    where these stay), whole attentions and MLPs (sublayer) (default: by --effort: channels as long
+    as they suffice, and experts of a mixture of experts)"""
     importance: Annotated[Importance, Group.SELECTION] = "activation-maw"
     """criterion that ranks the units of a layer; routed-output ranks experts by what they add to
     the tokens routed to them"""
     allocation: Annotated[Allocation, Group.SELECTION] = "auto"
     """how the ratio is spread over the layers (auto: by --effort)"""
     exchange_rounds: Annotated[int | None, Group.SELECTION, Range(0, 10_000)] = None
-    """rounds after the search in which layers trade units while the whole model's divergence
-    falls; 0 for none (default: by --effort)"""
+    """rounds after the search in which layers exchange units as long as the divergence of the whole
+    model falls; 0 for none (default: by --effort)"""
     layer_importance: Annotated[str, Group.SELECTION] = "removal"
     """sensitivity for inverse and proportional: removal, activation (how much a layer changes its
     input), or a layer_importance.json"""
@@ -92,24 +93,25 @@ class PruneConfig(LoadingConfig):
     """exponent of the sensitivity; for global, how much of the difference between layers counts:
     from 0 (none: all layers alike) to 1 (all of it) (default: 1, or by --effort)"""
     min_layer_ratio: Annotated[float, Group.SELECTION, SHARE] = 0.0
-    """least share of a layer's KV groups and channels, by parameters, to remove"""
+    """smallest share of a layer's KV groups and channels to remove, by parameters"""
     max_layer_ratio: Annotated[float | None, Group.SELECTION, SHARE] = None
-    """largest share of a layer's KV groups and channels, by parameters, to remove unit by unit
+    """largest share of a layer's KV groups and channels to remove unit by unit, by parameters
     (default: by --effort, at most 0.9)"""
     layers: Annotated[str | None, Group.SELECTION] = None
-    """only layers A to B-1, written A:B; the others stay whole; all for every layer (default: by
+    """prune only layers A to B-1, written A:B, counted from 0; all for every layer (default: by
     --effort)"""
     compensate: Annotated[Literal["none", "least-squares"], Group.SELECTION] = "least-squares"
-    """refit what is kept to the outputs of what is removed"""
+    """refit the kept weights so that they make up for the removed ones"""
     layout: Annotated[Literal["per-layer", "uniform", "deci"], Group.SIZE] = "per-layer"
-    """uniform: every layer the same size, so that any engine loads the result; deci: heads stay and
-    channels go, or whole sublayers, as the engines that read DeciLM (nemotron-nas) ask for"""
+    """per-layer: layers may differ in size; uniform: every layer has the same size, so that any
+    engine loads the result; deci: for engines that read DeciLM (nemotron-nas): all heads stay, and
+    channels or whole sublayers are removed"""
     align: Annotated[int | None, Group.SIZE, Range(1, 2**20)] = None
     """keep channels in multiples of this number (default: 32 where the model's own widths are
     multiples of it and large, else 1; with --layout deci 256)"""
     calib: str = TRAINING_TEXT
     """calibration text, or self for text that the model writes before it is pruned; several, joined
-    by commas, give an equal share of the windows each"""
+    by commas, each give an equal share of the windows"""
     calib_samples: Annotated[int | None, Group.CALIBRATION, Range(1, 10**6)] = None
     """calibration windows (default: by --effort, 128 or 512)"""
     calib_seq_len: Annotated[int | None, Group.CALIBRATION, LENGTH] = None
@@ -118,8 +120,8 @@ class PruneConfig(LoadingConfig):
     sensitivity_samples: Annotated[int, Group.CALIBRATION, Range(1, 10**6)] = 16
     """calibration windows used for layer sensitivity"""
     search_samples: Annotated[int, Group.CALIBRATION, Range(2, 10**6)] = 128
-    """calibration windows that search measures and refits by; --importance and the refit that stays
-    use all"""
+    """calibration windows that the search measures and refits with; scores and the final refit use
+    all windows"""
     eval: str = EVALUATION_TEXT
     """evaluation text; several, joined by commas, are read one after the other"""
     eval_seq_len: Annotated[int | None, Group.EVALUATION, LENGTH] = None
@@ -128,9 +130,9 @@ class PruneConfig(LoadingConfig):
     eval_windows: Annotated[int, Group.EVALUATION, Range(1, 10**6)] = 16
     """evaluation windows, from the start of the text"""
     gate_ppl_ratio: Annotated[float | None, Group.EVALUATION, POSITIVE] = None
-    """stop without writing when perplexity grows by more than this factor"""
+    """exit 3 without writing when perplexity grows by more than this factor"""
     keep_worse: Annotated[bool, Group.EVALUATION] = False
-    """write the result even where its perplexity is beyond any use (100 times the dense one)"""
+    """write the result even if its perplexity is more than 100 times the dense one"""
     plan: Annotated[Path | None, Group.PLAN] = None
     """apply this plan instead of making one"""
     dry_run: Annotated[bool, Group.PLAN] = False
@@ -143,15 +145,15 @@ class PruneConfig(LoadingConfig):
     stream: Annotated[bool, Group.MACHINE] = False
     """for a model larger than memory: keep its weights on disk, one layer at a time in memory"""
     family: Annotated[str | None, Group.FILES] = None
-    """for a model type that is not declared: the family whose decoder layers its own are like, as
-    llama; remembered in the result"""
+    """for a model type that fastprune does not know: the family whose decoder layers are built in
+    the same way, for example llama; the result remembers it"""
     format: Annotated[tuple[str, ...], Group.FILES] = ()
     """write these forms of the result too, as fastprune export does, into OUT/exported:
     hf-uniform, nemotron-nas, gguf"""
     quant: Annotated[str, Group.FILES] = "f16"
-    """of gguf: the type of the weight matrices, as f32, f16, bf16, q8_0, q5_1, q4_0"""
+    """for gguf: the type of the weight matrices, for example f32, f16, bf16, q8_0, q5_1, q4_0"""
     pad: Annotated[bool, Group.FILES] = False
-    """fill widths that a form cannot have as they are with exact zeros, instead of refusing them"""
+    """fill widths that a form cannot have with exact zeros, instead of refusing them"""
 
     def check(self) -> None:
         """InputError when a value is out of range or two contradict each other."""
@@ -165,7 +167,7 @@ class PruneConfig(LoadingConfig):
                 f"not {self.alpha}"
             )
         if self.gate_ppl_ratio is not None and self.keep_worse:
-            raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
+            raise InputError("--gate-ppl-ratio forbids what --keep-worse allows; give one of them")
         self._check_stream()
         if self.iterations > 1 and self.plan is not None:
             raise InputError("--plan is applied as it is; leave --iterations out")
@@ -288,5 +290,8 @@ class PruneConfig(LoadingConfig):
         bounds = [int(text) if text else None for text in match.groups()]
         selected = range(count)[slice(*bounds)]
         if not selected or any(b is not None and abs(b) > count for b in bounds):
-            raise InputError(f"--layers {self.layers} selects nothing usable of {count} layers")
+            raise InputError(
+                f"--layers {self.layers} selects nothing usable of {count} layers; A:B "
+                "are the layers from A to B - 1, counted from 0"
+            )
         return selected

@@ -56,7 +56,10 @@ def sizes_only(config: PruneConfig) -> tuple[nn.Module, PruneConfig]:
         )
     if config.target_latency is not None or "sublayer" in config.structures:
         wanted = "--structures sublayer" if config.target_latency is None else "--target-latency"
-        raise InputError(f"{config.model} has no weights, and {wanted} has to measure them")
+        raise InputError(
+            f"{config.model} has no weights, and {wanted} has to run the model; leave it out, or "
+            "give a folder with weights"
+        )
     model_config = unquantised(load_config(config.model))
     dtype = resolve_dtype(config.dtype) or model_config.dtype or torch.float32
     model = skeleton(model_config, dtype)

@@ -37,8 +37,8 @@ from fastprune.workplace import check_unclaimed
 
 @dataclass
 class PruneResult:
-    """What `prune` made. ``model`` was cut in place unless it was a dry run; ``tokenizer`` is
-    another one where the vocabulary was trimmed."""
+    """The result of `prune`. ``model`` was pruned in place unless it was a dry run; ``tokenizer``
+    is a new one where the vocabulary was trimmed."""
 
     model: nn.Module
     tokenizer: Any
@@ -53,7 +53,7 @@ class PruneResult:
         return self.record.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """The metrics, and where the checkpoint and the report lie."""
+        """The metrics, and the paths of the checkpoint and the report."""
         where = {} if self.out is None else {"out": str(self.out)}
         return {**self.metrics, **where}
 
@@ -160,9 +160,9 @@ def prune(
 ) -> PruneResult:
     """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
 
-    Of a multimodal model it is the decoder that is pruned and measured, on text.
-    The ``processes`` that `fastprune.distributed.joined` gives share the calibration and the
-    evaluation; each has the model, and calls this.
+    Of a multimodal model the decoder is pruned and measured, on text. The ``processes`` that
+    `fastprune.distributed.joined` gives share the calibration and the evaluation; each has the
+    model, and calls this.
     Nothing is written. Raises InputError for settings that cannot be met, GateError when perplexity
     grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
     """

@@ -66,11 +66,15 @@ class Plan:
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.geometries):
             raise InputError(
-                f"the plan lists {len(self.layers)} layers for a model of {len(self.geometries)}"
+                f"the plan lists {len(self.layers)} layers for a model of {len(self.geometries)}; "
+                "it needs one entry for each layer"
             )
         for expected, (layer, size) in enumerate(zip(self.layers, self.geometries, strict=True)):
             if layer.index != expected:
-                raise InputError(f"the plan's layer {expected} calls itself {layer.index}")
+                raise InputError(
+                    f"the plan has layer {layer.index} where layer {expected} belongs; number its "
+                    "layers from 0, without gaps"
+                )
             for kind, kept in layer.kept.items():
                 _check_kept(layer.index, UNITS[kind], kept, size.units[kind])
             _check_inside(layer, size)
@@ -94,7 +98,9 @@ class Plan:
                 else f"layer {where} is {_words(self.geometries[where])} in the plan and "
                 f"{_words(geometries[where])} in the model"
             )
-            raise InputError(f"the plan was made for another model: {detail}")
+            raise InputError(
+                f"the plan was made for another model: {detail}; give a plan of this model"
+            )
 
     def then(self, later: Plan) -> Plan:
         """This plan followed by ``later``, made for its result, as one plan.
@@ -136,7 +142,10 @@ class Plan:
         except InputError as error:
             raise InputError(f"plan {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise InputError(f"{path} is not a plan: its format is not '{FORMAT}'")
+            raise InputError(
+                f"{path} is not a plan: its format is not '{FORMAT}'; give a plan.json that prune "
+                "wrote"
+            )
         try:
             sizes = tuple(Geometry(**size) for size in data["model"]["layers"])
             # of a layer too many Plan says so
@@ -144,7 +153,10 @@ class Plan:
             layers = zip(data["layers"], [*sizes, *beyond])
             return Plan(sizes, tuple(LayerPlan.from_dict(own, size) for own, size in layers))
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a plan: a field is missing or wrong") from error
+            raise InputError(
+                f"{path} is not a plan: a field is missing or wrong; give a plan.json that prune "
+                "wrote"
+            ) from error
 
 
 def keep_all(geometries: Iterable[Geometry]) -> Plan:
@@ -188,7 +200,8 @@ def _check_kept(index: int, what: str, kept: tuple[int, ...], count: int) -> Non
     )
     if not ascending or (kept and not (0 <= kept[0] and kept[-1] < count)):
         raise InputError(
-            f"the plan's {what} of layer {index} are not ascending numbers below {count}"
+            f"the plan's {what} of layer {index} are not ascending numbers below {count}; list "
+            "each one that is kept once, in ascending order"
         )
 
 

@@ -111,14 +111,17 @@ def load_layer_importance(path: Path, layers: int) -> list[float]:
     try:
         data = read_json(path)
     except InputError as error:
-        raise InputError(f"layer importance {error}") from error
+        raise InputError(f"--layer-importance {error}") from error
     if isinstance(data, dict):
         data = data.get("layer_importance", data)
     try:
         values = data if isinstance(data, list) else [data[str(i)] for i in range(len(data))]
         importance = [float(value) for value in values]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} does not hold one number per layer") from error
+        raise InputError(
+            f"--layer-importance {path}: does not hold one number for each layer; give a "
+            "layer_importance.json that prune wrote, or a list of numbers"
+        ) from error
     if len(importance) != layers or not all(map(math.isfinite, importance)):
         raise InputError(
             f"{path} holds {len(importance)} layers' importance, the model has {layers}"

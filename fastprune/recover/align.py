@@ -20,16 +20,16 @@ def align_layers(student: nn.Module, teacher: nn.Module) -> list[int]:
     sizes = student.config.hidden_size, teacher.config.hidden_size
     if sizes[0] != sizes[1]:
         raise InputError(
-            f"hidden states of {sizes[0]} and {sizes[1]} numbers cannot be compared: choose a "
-            "teacher of the student's hidden size, or leave the hidden states' term out"
+            f"hidden states of {sizes[0]} and {sizes[1]} numbers cannot be compared; choose a "
+            "teacher of the student's hidden size, or leave --distill-hidden-weight out"
         )
     ours, theirs = _layers(student), _layers(teacher)
     if len(ours) == len(theirs):
         return list(range(len(ours)))
     if len(ours) > len(theirs):
         raise InputError(
-            f"the student has {len(ours)} layers, the teacher only {len(theirs)}: hidden states "
-            "can be compared with a teacher of at least as many layers"
+            f"the student has {len(ours)} layers, the teacher only {len(theirs)}; choose a teacher "
+            "of at least as many layers, or leave --distill-hidden-weight out"
         )
     return _cheapest([[_distance(a, b) for b in theirs] for a in ours])
 
@@ -40,7 +40,8 @@ def _layers(decoder: nn.Module) -> list[dict[str, Tensor]]:
     stack = next((m for m in decoder.children() if isinstance(m, nn.ModuleList)), None)
     if stack is None:
         raise InputError(
-            f"models of type '{decoder.config.model_type}' have no list of layers to compare"
+            f"models of type '{decoder.config.model_type}' have no list of layers to compare; "
+            "leave --distill-hidden-weight out"
         )
     return [
         {

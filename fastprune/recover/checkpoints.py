@@ -208,8 +208,8 @@ class CheckpointFolder:
         expected = set(self._learning())
         if set(weights) != expected:
             raise InputError(
-                f"{checkpoint}: it holds {len(weights)} weights, this run learns "
-                f"{len(expected)} others; was it begun from another model or method?"
+                f"{checkpoint}: holds {len(weights)} weights, and this run learns {len(expected)} "
+                "others; resume with the model and the --method of that run"
             )
         check_values(weights, checkpoint)
         self._put(weights)

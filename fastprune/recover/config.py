@@ -49,12 +49,13 @@ class FinetuneConfig(TrustingConfig):
     """replace what an earlier run left in --out; a run that was interrupted there is continued"""
     recipe: str = "plain"
     """plain, recover, ultra-low, staged, frozen, segmented, layer-lr, lora, instruct, sft-onecycle,
-    distill, auto, or a recipe file; flags given beside it apply to all its stages"""
+    distill, auto, or a recipe file; its settings replace the defaults below, and flags apply to all
+    its stages"""
 
     method: Method | None = None
-    """full trains the weights themselves (default), lora small matrices beside them"""
+    """full trains the weights themselves (default), lora trains low-rank matrices added to them"""
     freeze: Annotated[str | None, Group.TRAINING] = None
-    """what stays as it is: most (all but the last 5 layers), last:N (all but the last N layers),
+    """what is not trained: most (all but the last 5 layers), last:N (all but the last N layers),
     half (the first half), ends (the outer quarters), attention, mlp; each freezes the embeddings
     and the head too (default: none)"""
     lr: Annotated[float | None, RATE] = None
@@ -66,26 +67,26 @@ class FinetuneConfig(TrustingConfig):
     layer_lrs: Annotated[tuple[float, ...], Group.TRAINING, RATE] = ()
     """learning rates of equal parts of the depth, first layers first; instead of --lr"""
     schedule: Annotated[Schedule | None, Group.TRAINING] = None
-    """how the learning rate goes down after the warm-up (default: cosine)"""
+    """how the learning rate changes after the warm-up (default: cosine)"""
     warmup_steps: Annotated[int | None, Group.TRAINING, Range(0, 10**9)] = None
     """steps until the learning rate is reached"""
     warmup_ratio: Annotated[float | None, Group.TRAINING, SHARE] = None
-    """the same as a share of all steps (default: 0.05)"""
+    """the same, as a share of all steps (default: 0.05)"""
     div_factor: Annotated[float | None, Group.TRAINING, Range(1)] = None
     """one-cycle starts at the learning rate divided by this (default: 25)"""
     weight_decay: Annotated[float | None, Group.TRAINING, Range(0)] = None
     """decoupled weight decay; never on norms and biases (default: 0)"""
     max_grad_norm: Annotated[float | None, Group.TRAINING, Range(0)] = None
-    """clip the norm of the gradients; 0 does not (default: 1)"""
+    """clip the norm of the gradients to this; 0 for no clipping (default: 1)"""
     epochs: Annotated[float | None, Range(0, 10**6, closed=(False, True))] = None
     """passes over the data (default: 1)"""
     max_steps: Annotated[int | None, Group.TRAINING, STEPS] = None
-    """stop after so many optimizer steps, whatever --epochs says"""
+    """stop after this many optimizer steps, whatever --epochs says"""
     minutes: Annotated[float | None, MINUTES] = None
-    """train a stage for about so long: as many steps as there is time for, decided before the first
-    one, so that a continued run ends alike"""
+    """train each stage for about this long; the number of steps is fixed before the first one, so
+    that a continued run ends in the same way"""
     samples: Annotated[int | None, Group.DATA, STEPS] = None
-    """use at most so many training samples (windows of text, or records)"""
+    """use at most this many training samples (windows of text, or records)"""
     seq_len: Annotated[int | None, Group.DATA, LENGTH] = None
     """tokens of a training window, at most the model's maximum positions (default: 512, or that
     maximum)"""
@@ -94,10 +95,10 @@ class FinetuneConfig(TrustingConfig):
     grad_accum: Annotated[int | None, Group.TRAINING, Range(1, 2**16)] = None
     """forward passes per optimizer step (default: 4)"""
     precision: Annotated[Precision | None, Group.TRAINING] = None
-    """fp32: everything in fp32, half-precision weights are brought to fp32 and rounded when they
-    are saved. bf16, fp16: matrix products in half precision; fp32 weights stay fp32, half-precision
-    weights keep what --optimizer-master says; fp16 with a dynamic loss scale. auto: bf16 where the
-    device multiplies bf16 much faster, else fp32 (default: auto)"""
+    """fp32: everything in fp32; half-precision weights are converted to fp32 and rounded when they
+    are saved. bf16, fp16: matrix products in half precision, fp16 with a dynamic loss scale; fp32
+    weights stay fp32, and half-precision weights are updated as --optimizer-master says. auto: bf16
+    where the device multiplies bf16 much faster, else fp32 (default: auto)"""
     stop_loss: Annotated[float | None, Group.TRAINING, POSITIVE] = None
     """stop a stage when the mean training loss falls below this"""
 
@@ -113,14 +114,15 @@ class FinetuneConfig(TrustingConfig):
     teacher: Annotated[str | None, Group.TEACHER] = None
     """learn from this model's output (the dense model) besides the text"""
     distill_weight: Annotated[float | None, Group.TEACHER, SHARE] = None
-    """share of the teacher's loss, 0 to 1; the text's own loss has the rest (default: 0.5)"""
+    """weight of the loss against the teacher, 0 to 1; the loss on the text has the rest (default:
+    0.5)"""
     distill_temperature: Annotated[float | None, Group.TEACHER, POSITIVE] = None
-    """both distributions are softened by this (default: 1)"""
+    """temperature that divides the logits of both models (default: 1)"""
     distill_hidden_weight: Annotated[float | None, Group.TEACHER, Range(0)] = None
-    """weight of the distance between the hidden states (default: 0, none)"""
+    """weight of the distance between the hidden states of both models (default: 0, none)"""
 
     kind: Annotated[Literal["auto", "text", "instructions", "chat"], Group.DATA] = "auto"
-    """what the data is; auto tells by its fields"""
+    """what the data is; auto decides by its fields"""
     columns: Annotated[tuple[str, ...], Group.DATA] = ()
     """fields of the data whose names do not say what they hold: prompt=FIELD,answer=FIELD, and
     context=, system=, history= beside them; or messages=FIELD; or text=FIELD"""
@@ -130,7 +132,7 @@ class FinetuneConfig(TrustingConfig):
     val_size: Annotated[float | None, Group.DATA, Range(0, 10**9)] = None
     """samples held out for validation: a number, or a share below 1 (default: 0)"""
     val_data: Annotated[str | None, Group.DATA] = None
-    """validation data of its own, named as --data is; instead of --val-size"""
+    """separate validation data, named as --data is; instead of --val-size"""
     test_data: Annotated[str | None, Group.DATA] = None
     """data to measure the finished model on, once, named as --data is"""
     eval: str = EVALUATION_TEXT
@@ -141,31 +143,31 @@ class FinetuneConfig(TrustingConfig):
     eval_windows: Annotated[int, Group.EVALUATION, Range(0, 10**6)] = 16
     """evaluation windows, from the start of the text; 0 measures nothing"""
     eval_steps: Annotated[int | None, Group.EVALUATION, STEPS] = None
-    """every so many steps measure the validation loss, or the perplexity where nothing is held
-    out, and keep the best weights (default: only at the end of a stage)"""
+    """measure the validation loss, or the perplexity where nothing is held out, every this many
+    steps, and keep the best weights (default: only at the end of a stage)"""
     bleu_samples: Annotated[int | None, Group.EVALUATION, Range(0, 10**9)] = None
-    """at every evaluation answer so many of the validation prompts, and say the BLEU-4 of the
+    """at every evaluation answer this many of the validation prompts, and report the BLEU-4 of the
     answers (default: 0)"""
     best_by: Annotated[Literal["loss", "bleu"] | None, Group.TRAINING] = None
-    """which figure makes an evaluation the best one, whose weights are kept (default: loss)"""
+    """which figure decides which evaluation is the best, whose weights are kept (default: loss)"""
     early_stop: Annotated[int | None, Group.TRAINING, STEPS] = None
-    """stop a stage after so many evaluations without improvement"""
+    """stop a stage after this many evaluations without improvement"""
     gate_ppl_ratio: Annotated[float | None, Group.EVALUATION, POSITIVE] = None
-    """exit 3 without writing a checkpoint when perplexity after is more than this times before
-    (default: 1)"""
+    """exit 3 without writing a checkpoint when the perplexity becomes more than this many times
+    what it was (default: 1)"""
     keep_worse: Annotated[bool, Group.EVALUATION] = False
-    """write the result even where perplexity rose, or where a stage was rolled back, its gate not
-    being met, and none after it was kept"""
+    """write the result even if the perplexity rose, or the last stage was rolled back at its
+    gate"""
     prompt: Annotated[str | None, Group.EVALUATION] = None
-    """continue this prompt during training, to look at, put as the training data put theirs; a .txt
-    file holds one prompt a line"""
+    """print how the model continues this prompt during training, in the template of the training
+    data; a .txt file holds one prompt a line"""
     generate_steps: Annotated[int | None, Group.EVALUATION, STEPS] = None
-    """continue --prompt every so many steps (default: only at the end)"""
+    """continue --prompt every this many steps (default: only at the end)"""
 
     save_steps: Annotated[int | None, Group.LOGS, STEPS] = None
-    """write a checkpoint to resume from every so many steps (default: 500)"""
+    """write a checkpoint to resume from every this many steps (default: 500)"""
     keep_last: Annotated[int | None, Group.LOGS, STEPS] = None
-    """resume checkpoints to keep (default: 2)"""
+    """number of checkpoints to keep (default: 2)"""
     resume: Annotated[str, Group.LOGS] = "auto"
     """auto: continue what --out began, else start from MODEL (from random weights where it is only
     a config); never: start anew; or the checkpoint folder to continue from, with another --lr,
@@ -185,13 +187,14 @@ class FinetuneConfig(TrustingConfig):
     gradient_checkpointing: Annotated[bool, Group.MACHINE] = False
     """compute activations twice instead of keeping them: less memory, a third more time"""
     guard_steps: Annotated[int, Group.SAFETY, STEPS] = 5
-    """so many steps in a row with a non-finite loss or gradient bring back the last good state and
-    halve the learning rate"""
+    """after this many steps in a row with a non-finite loss or gradient, restore the last good
+    state and halve the learning rate"""
     guard_rollbacks: Annotated[int, Group.SAFETY, Range(0, 10**9)] = 3
-    """give up (exit 4) after bringing it back so many times"""
+    """give up (exit 4) after restoring it this many times"""
     guard_snapshot_steps: Annotated[int, Group.SAFETY, Range(0, 10**9)] = 50
-    """remember a good state every so many steps, in memory of the host (12 bytes for each parameter
-    that learns, twice that until the next sound step); 0: only at the start and when saving"""
+    """keep a copy of a good state every this many steps, in memory of the host (12 bytes for each
+    parameter that learns, twice that until the next sound step); 0: only at the start and when
+    saving"""
     read_back: Annotated[bool, Group.FILES] = True
     """load the result from its files and compare its logits before it counts as written"""
 
@@ -202,7 +205,9 @@ class FinetuneConfig(TrustingConfig):
             if not self.eval_windows:
                 raise InputError("--gate-ppl-ratio needs a perplexity: leave out --eval-windows 0")
             if self.keep_worse:
-                raise InputError("--gate-ppl-ratio forbids what --keep-worse allows: give one")
+                raise InputError(
+                    "--gate-ppl-ratio forbids what --keep-worse allows; give one of them"
+                )
         if self.val_data is not None and self.val_size:
             raise InputError("--val-data is the validation set: leave out --val-size")
         if self.logger_project is not None and self.log_to not in PROJECTS:

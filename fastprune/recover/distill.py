@@ -64,7 +64,7 @@ def load_teacher(
     if tokenizer is not None and not take_tokens(teacher, own, tokenizer):
         raise InputError(
             f"--teacher {source}: its vocabulary is not the student's ({len(own.get_vocab())} and "
-            f"{len(tokenizer.get_vocab())} tokens); distillation compares them word by word"
+            f"{len(tokenizer.get_vocab())} tokens); choose a teacher with the same tokenizer"
         )
     teacher.requires_grad_(False)
     if shard:
@@ -183,8 +183,8 @@ class Distiller:
         own, other = head.weight.shape[0], self.head.weight.shape[0]
         if own != other:
             raise InputError(
-                f"the teacher's vocabulary has {other} words, the student's {own}; "
-                "distillation compares them word by word: choose a teacher of the same vocabulary"
+                f"the teacher's vocabulary has {other} tokens, the student's {own}; choose a "
+                "teacher with the same tokenizer"
             )
 
     def _hidden_term(

@@ -40,7 +40,10 @@ def depth_of(model: nn.Module) -> int:
         layer for name, _ in model.named_parameters() if (layer := layer_of(name)) is not None
     ]
     if not layers:
-        raise InputError(f"{type(model).__name__}: no decoder layers found in it")
+        raise InputError(
+            f"{type(model).__name__}: no decoder layers found in it; leave out what chooses among "
+            "them, such as --freeze"
+        )
     return max(layers) + 1
 
 
@@ -55,13 +58,13 @@ def freeze(model: nn.Module, strategy: str) -> int:
     if strategy != "none":
         depth = depth_of(model)
         if (last := LAST.fullmatch(strategy)) and int(last[1]) > depth:
-            raise InputError(f"--freeze {strategy}: the model has {depth} layers")
+            raise InputError(f"--freeze {strategy}: the model has only {depth} layers; give fewer")
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and _frozen(name, strategy, depth):
                 parameter.requires_grad_(False)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not count:
-        raise InputError(f"--freeze {strategy} leaves nothing of this model to learn")
+        raise InputError(f"--freeze {strategy} leaves nothing of this model to learn; freeze less")
     return count
 
 
@@ -143,7 +146,10 @@ def make_schedule(stage: Stage, optimizer: Any, steps: int) -> torch.optim.lr_sc
     warmup = warmup_steps(stage, steps)
     if stage.schedule == "one-cycle":
         if steps < 4:
-            raise InputError(f"--schedule one-cycle needs at least 4 steps, this run has {steps}")
+            raise InputError(
+                f"--schedule one-cycle needs at least 4 steps, this run has {steps}; train for "
+                "longer, or choose another schedule"
+            )
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=[group.get("max_lr", group["lr"]) for group in optimizer.param_groups],

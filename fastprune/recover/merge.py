@@ -66,7 +66,7 @@ class MergeConfig(TrustingConfig):
     out: Path
     """directory of the merged checkpoint"""
     strength: Annotated[float, Range(0, 1000, closed=(False, True))] = 1.0
-    """part of what the adapter learnt that is taken over"""
+    """fraction of the adapter that is added to the weights"""
     overwrite: bool = False
     """replace what an earlier run left in --out"""
     read_back: Annotated[bool, Group.FILES] = True

@@ -69,7 +69,7 @@ class Objective:
         self.decoder, self.head = decoder_and_head(model)
         self.seq2seq = is_seq2seq(model)
         if self.seq2seq and distiller is not None:
-            raise InputError("--teacher: encoder-decoder models cannot be distilled")
+            raise InputError("--teacher: encoder-decoder models cannot be distilled; leave it out")
 
     def __call__(self, inputs: Mapping[str, Any], items: int | Tensor | None = None) -> Tensor:
         """fp32 scalar: the summed loss of the batch over `items`, or over its scored tokens.

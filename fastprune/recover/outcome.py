@@ -134,7 +134,7 @@ def warn_of_broken(model: nn.Module, course: Course, before: float) -> None:
     if found is not None:
         log.warning(
             Message(
-                "{found}. Finetuning seldom mends that; fastprune diagnose says what would",
+                "{found}. Finetuning seldom repairs that; fastprune diagnose says what to do",
                 found=found,
             )
         )

@@ -81,8 +81,8 @@ SAMPLE_TOKENS = 64  # of a continued prompt
 
 @dataclass
 class FinetuneResult:
-    """What `finetune` made. ``model`` was trained in place; after a LoRA stage at the end it is a
-    PeftModel around what was given, and `adapter` is true."""
+    """The result of `finetune`. ``model`` was trained in place; after a last stage with LoRA it is
+    a PeftModel around the model that was given, and `adapter` is true."""
 
     model: nn.Module
     tokenizer: Any
@@ -164,7 +164,8 @@ def finetune(
 
     Nothing is written: the state lives in a temporary folder, ``config.out`` is not used.
     ``gradient_hook`` is called with (step, model) when the gradients of a step are complete. Raises
-    as `run_finetune`; after a GateError ``model`` holds what was trained, not what it began with.
+    InputError, GateError and NumericalError; after a GateError ``model`` holds the trained weights,
+    not those that it began with.
     """
     config = take_over_sharding(config)
     recipe = _checked(config)

@@ -439,7 +439,9 @@ def _line_writer(folder: RunFolder, number: int) -> Callable[[dict[str, Any]], N
 def _recompute_activations(model: nn.Module) -> None:
     """Keep layer inputs only and compute the rest again in the backward pass."""
     if not hasattr(model, "gradient_checkpointing_enable"):
-        raise InputError(f"--gradient-checkpointing: {type(model).__name__} cannot do it")
+        raise InputError(
+            f"--gradient-checkpointing: {type(model).__name__} does not support it; leave it out"
+        )
     kind = model.config.model_type.removeprefix(PRUNED_PREFIX)
     log.info("%s: activations are computed twice", kind)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -405,7 +405,7 @@ class _Reader:
                 raise InputError(f"{key} is missing")
             value = value[part]
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise InputError(f"{key} is not what it should be")
+            raise InputError(f"{key} is of another type than expected")
         return value
 
     def number(self, key: str, *, optional: bool = False) -> Any:

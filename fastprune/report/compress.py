@@ -58,7 +58,7 @@ def regained(metrics: Mapping[str, Any]) -> str:
     if pruned <= dense:
         return "Pruning cost no perplexity."
     share = (pruned - recovered) / (pruned - dense)
-    line = f"The recovery brought back {share:.0%} of the perplexity that pruning cost."
+    line = f"The recovery made good {share * 100:.0f} % of the perplexity that pruning cost."
     if metrics["kept"] == "pruned":
         line = "The recovery made the model worse, so the pruned model was kept."
     return line

@@ -78,8 +78,8 @@ def render_prune_report(metrics: dict[str, Any], plan: dict[str, Any]) -> str:
         ],
         sizes=[
             {"name": "in the blocks", **_pair(params["block_before"], params["block_after"])},
-            {"name": "elsewhere", **_pair(*(params[k] - params[f"block_{k}"] for k in _ENDS))},
-            {"name": "in all", **_pair(params["before"], params["after"])},
+            {"name": "outside them", **_pair(*(params[k] - params[f"block_{k}"] for k in _ENDS))},
+            {"name": "total", **_pair(params["before"], params["after"])},
         ],
         stages=[
             {"name": name, "seconds": spent, "share": round(100 * spent / longest, 1)}

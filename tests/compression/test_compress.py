@@ -300,5 +300,5 @@ def test_effort_follows_the_minutes():
     assert effort_for(120, pace) == "thorough"
     assert [is_hurried(minutes, pace) for minutes in (None, 10, 30)] == [False, True, False]
     check_minutes(least_minutes(pace), pace)
-    with pytest.raises(InputError, match=r"about \d+\.\d are enough"):
+    with pytest.raises(InputError, match=r"give at least \d+\.\d"):
         check_minutes(least_minutes(pace) / 2, pace)

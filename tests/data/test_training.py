@@ -171,9 +171,7 @@ def test_only_the_assistant_is_learnt(tmp_path, tokenizer, template):
 
 def test_a_template_that_does_not_end_is_refused_in_every_thread(tokenizer, monkeypatch):
     monkeypatch.setattr(instruct, "TEMPLATE_SECONDS", 0.1)
-    tokenizer.chat_template = (
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2
     asked = (tokenizer, [{"role": "user", "content": "Who built the dam?"}])
     with ThreadPoolExecutor(1) as pool:
         for refusal in (lambda: prompt_text(*asked), pool.submit(prompt_text, *asked).result):
@@ -358,12 +356,8 @@ def test_a_prompt_is_the_beginning_of_its_training_item(tmp_path, tokenizer, tem
 
 def test_long_examples_keep_the_start_of_the_response(tmp_path, tokenizer):
     tokenizer.chat_template = TEMPLATE
-    records = [
-        {"prompt": "Short?", "response": TEXT},
-        {"prompt": TEXT, "response": TEXT[::-1]},
-        {"prompt": TEXT, "response": "Yes."},
-        {"prompt": "Short?", "response": "Yes."},
-    ]
+    answers = [("Short?", TEXT), (TEXT, TEXT[::-1]), (TEXT, "Yes."), ("Short?", "Yes.")]
+    records = [{"prompt": prompt, "response": response} for prompt, response in answers]
     path = write(tmp_path / "a.jsonl", records)
     data = training_data(path, tokenizer, seq_len=64)
     items = [data.train[n] for n in range(4)]
@@ -397,7 +391,7 @@ def test_encoder_decoder_items(tmp_path, tokenizer):
     batch = Collator(pad_id=7)([first, second])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 96)
     assert batch["labels"][0, len(first["labels"]) :].unique().tolist() == [IGNORED]
-    with pytest.raises(InputError, match="plain text; an encoder–decoder"):
+    with pytest.raises(InputError, match="plain text, and an encoder–decoder"):
         training_data(write(tmp_path / "b.txt", ["text"]), tokenizer, seq_len=8, seq2seq=True)
 
 

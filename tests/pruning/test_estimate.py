@@ -305,7 +305,7 @@ class TestDryRun:
         "settings", [{"target_latency": 1.0}, {"ratio": 0.2, "structures": ("sublayer",)}]
     )
     def test_what_only_a_measurement_decides(self, folder, settings):
-        with pytest.raises(InputError, match="has to measure"):
+        with pytest.raises(InputError, match="has to run the model"):
             self.run(folder, **settings)
 
     def test_nothing_to_write(self, folder, tmp_path):

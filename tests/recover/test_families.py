@@ -66,7 +66,7 @@ def test_encoder_decoder_models_are_not_distilled():
 def test_t5_needs_pairs(finetune, tmp_path):
     status, _, stderr = finetune(source=saved(tmp_path / "t5", tiny_t5()))
     assert status == 2
-    assert "plain text; an encoder–decoder model learns from prompts with responses" in stderr
+    assert "plain text, and an encoder–decoder model learns from prompts with responses" in stderr
 
 
 def test_t5_learns_pairs_and_bleu_chooses(finetune, tmp_path, pairs):

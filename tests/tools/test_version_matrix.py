@@ -41,8 +41,10 @@ def test_each_cell_has_its_own_versions(tmp_path, package, folders, capsys, monk
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     tests = tmp_path / "test_it.py"
     tests.write_text(
-        "import thing, transformers\n"
-        "def test_it():\n    assert (thing.value, transformers.__version__) == (1, '1.6')\n"
+        "import sys, thing, transformers\n"
+        "def test_it():\n"
+        "    assert (thing.value, transformers.__version__) == (1, '1.6')\n"
+        f"    assert {str(matrix.ROOT)!r} not in sys.path, 'the source tree hides the package'\n"
     )
     flags = ("--package", package, "--tests", tests, "--work", tmp_path / "work")
     assert matrix.main([*map(str, flags), "--transformers", *folders]) == 1
