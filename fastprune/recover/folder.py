@@ -196,8 +196,8 @@ class RunFolder:
         found = STAGE.fullmatch(path.parent.name)
         if found is None or not is_named(path):
             raise InputError(
-                f"--resume {path}: was moved or renamed, and does not say of which stage and step it "
-                "is; put it back as stage-N/checkpoint-N beside run.json"
+                f"--resume {path}: was moved or renamed, and does not say of which stage and step "
+                "it is; put it back as stage-N/checkpoint-N beside run.json"
             )
         source = path.parent.parent
         own = source == self.state

@@ -335,9 +335,7 @@ class TestDamagedCheckpoints:
         again.begin()
         assert not again.stage_folder(0).exists()
 
-    @pytest.mark.parametrize(
-        "name", ["stage-0/mine", "stage-0/checkpoint-2-copy", "b/checkpoint-1"]
-    )
+    @pytest.mark.parametrize("name", ["stage-0/mine", "stage-0/checkpoint-2-a", "b/checkpoint-1"])
     def test_of_the_name_of_a_checkpoint(self, out, name):
         folder = begun(out)
         write_checkpoint(folder.state / name)
