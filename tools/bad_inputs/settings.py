@@ -44,7 +44,7 @@ PATHS = {
     "blank": " ",
     "zero device": "/dev/zero",
     "null device": "/dev/null",
-    "folder": "/dev",
+    "folder": "/proc/self/fdinfo",  # without files of any form
     "process": "/proc/self/mem",
     "comma": ",",
 }
