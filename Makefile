@@ -77,8 +77,10 @@ bench: $(VENV)/.built ## time the kernels
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json build/bench.json
 	$(BIN)/python bench/table.py build/bench.json
 
-sanitize: $(VENV)/.built ## kernel tests under address and undefined-behaviour sanitizers
-	tools/sanitize.sh
+sanitize: $(VENV)/.built ## kernel tests and random calls under the compiler's sanitizers
+	tools/sanitize.sh tests
+	tools/sanitize.sh fuzz
+	tools/sanitize.sh threads
 
 gpu: ## everything that only a machine with an NVIDIA GPU can show
 	tools/gpu_check.sh

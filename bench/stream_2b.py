@@ -33,8 +33,19 @@ SETTINGS = {
 }
 
 
-def make(folder: Path, layers: int) -> None:
-    """Write the random checkpoint, tensor by tensor into shards of 1 GB; 131 MB are in memory."""
+LAYER = {
+    "vocab_size": 32_000,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+"""The sizes of the model, of which a tensor takes 131 MB at most."""
+
+
+def random_llama(folder: Path, **sizes: int) -> None:
+    """Write a random checkpoint of these `sizes`, as LlamaConfig names them, tensor by tensor into
+    shards of 1 GB; one tensor is in memory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -43,12 +54,7 @@ def make(folder: Path, layers: int) -> None:
     from fastprune.models.skeleton import skeleton
 
     config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        **sizes,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
@@ -112,7 +118,7 @@ def main() -> int:
     options = parser.parse_args()
     model, limit = options.folder / "model", int(options.limit * GB)
     if options.make:
-        make(model, options.layers)
+        random_llama(model, **LAYER, num_hidden_layers=options.layers)
         return 0
     if not (model / "config.json").is_file():
         # In a process of its own: a child's peak starts from what its parent holds.

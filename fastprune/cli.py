@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -21,13 +22,13 @@ from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, TextIO
 
 from rich.logging import RichHandler
 
-from fastprune import distributed
 from fastprune.config import CommonConfig, apply
 from fastprune.cores import wait_without_spinning_where_busy
+from fastprune.distributed import launched
 from fastprune.errors import FastpruneError, InputError
 from fastprune.flags import parse
 from fastprune.messages import reason, shown
@@ -149,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a character that it does not know is no error
     with _ended_by_sigterm():
         status = _status(list(sys.argv[1:] if argv is None else argv))
-    closed = _stdout_closed()
+    closed = _closed(sys.stdout)
+    _closed(sys.stderr)  # else the interpreter ends with a status of its own
     return STDOUT_CLOSED if closed and not status else status
 
 
@@ -189,7 +191,7 @@ def _status(args: list[str]) -> int:
         _complain("interrupted", verbose=False)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _stdout_closed("\n"):
+        if isinstance(error, BrokenPipeError) and _closed(sys.stdout, "\n"):
             return STDOUT_CLOSED
         if (trouble := disk_trouble(error)) is not None:
             _complain(f"error: {error}: {trouble}", verbose)
@@ -217,21 +219,27 @@ def _outside_reason(error: Exception) -> str | None:
     return None
 
 
-def _stdout_closed(probe: str = "") -> bool:
-    """Whether no one reads stdout any more; then what is yet to be printed goes nowhere.
+def _closed(stream: TextIO, probe: str = "") -> bool:
+    """Whether no one reads `stream` any more; then what is yet to be printed goes nowhere.
 
-    `probe` is written to find out: an unbuffered stdout has nothing left to flush.
+    `probe` is written to find out: a stream without a buffer has nothing left to flush.
     """
     try:
-        print(end=probe, flush=True)
+        print(end=probe, file=stream, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
         return True
     return False
 
 
 def _call(command: Command, config: CommonConfig) -> None:
-    _log_to_stderr(config)
+    with _logging_to_stderr(config):
+        _carry_out(command, config)
+
+
+def _carry_out(command: Command, config: CommonConfig) -> None:
     if config.json is not None:
         check_result(config.json)
     if "torch" not in sys.modules:
@@ -243,7 +251,7 @@ def _call(command: Command, config: CommonConfig) -> None:
         result = result.to_dict()
     elif is_dataclass(result) and not isinstance(result, type):
         result = asdict(result)
-    if distributed.rank() > 0:  # torchrun started several; the first one speaks
+    if not launched().first:  # torchrun started several; the first one speaks
         return
     if config.json is not None:
         write_result(config.json, result)
@@ -290,7 +298,8 @@ def _complain(message: str, verbose: bool) -> None:
 def _print_complaint(message: str, verbose: bool) -> None:
     if verbose:
         sys.stderr.write(visible(traceback.format_exc()))
-    process = f" (process {distributed.rank()})" if distributed.rank() else ""
+    rank = launched().rank
+    process = f" (process {rank})" if rank else ""
     red, plain = (RED, PLAIN) if message.startswith("error") and _colourful() else ("", "")
     print(f"{red}fastprune{process}: {one_line(message)}{plain}", file=sys.stderr)
 
@@ -311,13 +320,35 @@ class _Shown(LogFormatter):
         return super().format(record)
 
 
-def _log_to_stderr(config: CommonConfig) -> None:
-    """Progress and warnings by default, everything under --verbose, errors only under --quiet.
+@contextmanager
+def _logging_to_stderr(config: CommonConfig) -> Iterator[None]:
+    """In the block stderr has progress and warnings by default, everything under --verbose, and
+    errors only under --quiet; afterwards logging is as it was.
 
     The logger itself stays at INFO, for the run log of commands that keep one.
     """
-    quiet = config.quiet or distributed.rank() > 0
-    console.quiet = quiet
+    quiet = config.quiet or not launched().first
+    of_python, showwarning = logging.getLogger("py.warnings"), warnings.showwarning
+    before = console.quiet, log.handlers, log.propagate, of_python.handlers
+    level = log.level
+    try:
+        console.quiet = quiet
+        handler = _handler(config, quiet)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.DEBUG if config.verbose else logging.INFO)
+        logging.captureWarnings(True)
+        of_python.handlers = [handler if config.verbose else logging.NullHandler()]
+        _quieten_libraries(config, quiet)
+        yield
+    finally:
+        console.quiet, log.handlers, log.propagate, of_python.handlers = before
+        log.setLevel(level)
+        if warnings.showwarning is not showwarning:  # else they were captured before
+            logging.captureWarnings(False)
+
+
+def _handler(config: CommonConfig, quiet: bool) -> logging.Handler:
+    """What writes the records to stderr that `config` wants to see there."""
     if console.is_terminal:
         handler: logging.Handler = RichHandler(
             console=console, show_time=False, show_level=False, show_path=False
@@ -329,14 +360,10 @@ def _log_to_stderr(config: CommonConfig) -> None:
         handler.setLevel(logging.ERROR)
     elif not config.verbose:
         handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name == progress_log.name)
-    log.handlers = [handler]
-    log.setLevel(logging.DEBUG if config.verbose else logging.INFO)
-    log.propagate = False
+    return handler
 
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").handlers = [
-        handler if config.verbose else logging.NullHandler()
-    ]
+
+def _quieten_libraries(config: CommonConfig, quiet: bool) -> None:
     if not config.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if quiet or not console.is_terminal:

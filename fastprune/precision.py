@@ -42,6 +42,20 @@ def convert_weights(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def leave_double(model: nn.Module) -> None:
+    """Convert the float64 parameters of ``model`` to float32 in place: no kernel computes in more.
+
+    Its configs say so too, where they named float64.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float64:
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "dtype", None) == torch.float64:
+            config.dtype = torch.float32
+
+
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether `device` has bf16 matrix units; without them bf16 can be far slower than fp32."""
     if device.type == "cuda":

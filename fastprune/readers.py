@@ -12,9 +12,9 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-import signal
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +45,8 @@ _DECIMAL = re.compile(
 """How numbers are written in YAML, without those of base 60."""
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """How JSON escapes the half of a character."""
+LEAST_WAIT = 0.01
+"""Seconds between two looks at a clock that stands still while its thread has no processor."""
 
 
 # ------------------------------------------------------------------------------------------- JSON
@@ -249,50 +251,41 @@ class _Expired(BaseException):
 
 def in_time(program: Callable[[], T], seconds: float, message: str) -> T:
     """What `program`, which came with an input, returns. Raises what it raises, and TimeoutError
-    with `message` where it takes longer than so many `seconds`.
+    with `message` where it takes longer than so many `seconds` of its thread's processor time: a
+    busy machine takes none of them away.
 
     It is interrupted in whatever thread it runs, between two instructions of the interpreter: one
     call of a function written in C is not.
     """
-    main = threading.current_thread() is threading.main_thread()
     try:
-        with _interrupted_by_signal(seconds) if main else _interrupted_by_timer(seconds):
+        with _watched(seconds):
             return program()
     except _Expired:
         raise TimeoutError(message) from None
 
 
 @contextmanager
-def _interrupted_by_signal(seconds: float) -> Iterator[None]:
-    """_Expired in the body, in the main thread, by a signal, which costs next to nothing."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise _Expired
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    earlier = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, *earlier)  # whoever waits for it is woken late
-
-
-@contextmanager
-def _interrupted_by_timer(seconds: float) -> Iterator[None]:
-    """_Expired in the body, in any thread, by another thread: signals reach the main one only."""
+def _watched(seconds: float) -> Iterator[None]:
+    """_Expired in the body, raised by another thread: signals would reach the main one only."""
+    own, ended = threading.get_ident(), threading.Event()
+    clock = time.pthread_getcpuclockid(own)
+    limit = time.clock_gettime(clock) + seconds
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    thread = ctypes.c_ulong(threading.get_ident())
-    timer = threading.Timer(seconds, raise_in, (thread, ctypes.py_object(_Expired)))
-    timer.daemon = True
-    timer.start()
+
+    def watch() -> None:
+        while (left := limit - time.clock_gettime(clock)) > 0:
+            if ended.wait(max(left, LEAST_WAIT)):
+                return
+        raise_in(ctypes.c_ulong(own), ctypes.py_object(_Expired))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        timer.cancel()
-        timer.join()
-        raise_in(thread, None)  # takes back what came when the body had ended
+        ended.set()
+        watcher.join()
+        raise_in(ctypes.c_ulong(own), None)  # takes back what came when the body had ended
 
 
 # ------------------------------------------------------------------------------------------- text

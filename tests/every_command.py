@@ -35,10 +35,13 @@ def take_through(family: str, folder: Path) -> dict[str, int]:
     (folder / "text.txt").write_text(TEXT * 40)
     # AutoTokenizer gives Qwen2 a token of its own beside those of the tiny tokenizer
     tiny_checkpoint(folder / "dense", family, vocab_size=304)
-    # heads that fill the hidden size, and channels by the multiple, as readers of some forms need
+    # heads that fill the hidden size, channels by the multiple, and experts in every layer, as
+    # readers of some forms need
     sizes = {"hidden_size": 128, "intermediate_size": 256, "layers": 2}
-    tiny_checkpoint(folder / "wide", family, vocab_size=304, **sizes)
     experts = FAMILIES[family.partition("-")[0]].mixture is not None
+    if experts:
+        sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8, "mlp_only_layers": []}
+    tiny_checkpoint(folder / "wide", family, vocab_size=304, **sizes)
     return {
         title: cli.main([*words, "--device", "cpu", "--quiet"])
         for title, words in _commands(folder, experts).items()

@@ -44,9 +44,9 @@ def without(attention=(), mlp=(), family="llama", **options):
     """A tiny model without the attention and the MLP of these layers."""
     model = tiny_model(family, **options)
     for index in attention:
-        remove_sublayer(model.model.layers[index], "attention", "llama")
+        remove_sublayer(model.model.layers[index], "attention", family)
     for index in mlp:
-        remove_sublayer(model.model.layers[index], "mlp", "llama")
+        remove_sublayer(model.model.layers[index], "mlp", family)
     conform(model, geometries(model))
     return model
 
@@ -65,6 +65,37 @@ def split(pattern):
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+FULL = {"hidden_size": 128}
+"""Makes eight heads of sixteen values fill the hidden size."""
+CARRIED = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": FULL,
+    "qwen3": {},
+    "cohere": FULL,
+    "cohere2": FULL,
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {"layers": 7},  # one in six has full attention
+    "granite": {},
+    "olmo2": FULL,
+    "phi3": FULL,
+    "smollm3": {},
+    "stablelm": FULL,
+    "stablelm-parallel": FULL,
+    "starcoder2": FULL,
+    "mixtral": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "qwen2_moe": {"mlp_only_layers": []},
+    "qwen3_moe": {"mlp_only_layers": []},
+}
+"""Tiny models of every family, by the options with which llama.cpp's loaders take them."""
+
+
+def carried(name, **options):
+    return tiny_model(name, **CARRIED[name] | options)
 
 
 DIGITS = pre_tokenizers.Sequence(

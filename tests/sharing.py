@@ -17,7 +17,8 @@ from calibrated import by_kind, calibrated
 from counting import keeping
 from tiny import tiny_model, token_ids
 
-from fastprune import cli, distributed
+from fastprune import cli
+from fastprune.distributed import ALONE, Processes, joined
 from fastprune.inspect.perplexity import evaluate
 from fastprune.models.families import decoder_layers, geometries
 from fastprune.pruning.budget import layer_size
@@ -49,7 +50,7 @@ def prune(checkpoint: Path, text: Path, folder: Path) -> list[int]:
     ]
 
 
-def measure(windows: int) -> dict[str, torch.Tensor]:
+def measure(windows: int, processes: Processes = ALONE) -> dict[str, torch.Tensor]:
     """Everything that is a sum over calibration windows, of so many windows of 512 tokens.
 
     A batch of the moments is four windows.
@@ -58,17 +59,19 @@ def measure(windows: int) -> dict[str, torch.Tensor]:
     ids = token_ids(windows, 512)
     found = {}
     for method in METHODS:
-        scores = score(calibrated(model, ids), method)
+        scores = score(calibrated(model, ids, processes), method)
         found[f"{method} attention"] = torch.cat(by_kind(scores, "attention"))
         found[f"{method} mlp"] = torch.cat(by_kind(scores, "mlp"))
-    found["removal"] = torch.tensor(removal(calibrated(model, ids))[0])
-    found["perplexity"] = torch.tensor(evaluate(model, ids, batch_size=1).perplexity)
+    found["removal"] = torch.tensor(removal(calibrated(model, ids, processes))[0])
+    found["perplexity"] = torch.tensor(
+        evaluate(model, ids, batch_size=1, processes=processes).perplexity
+    )
     if windows > 1:
-        scores = score(calibrated(model, ids), "magnitude-l2")
+        scores = score(calibrated(model, ids, processes), "magnitude-l2")
         sizes = [layer_size(layer, ("attention", "mlp")) for layer in decoder_layers(model)]
-        curves = measure_curves(Search(calibrated(model, ids), scores), sizes)
+        curves = measure_curves(Search(calibrated(model, ids, processes), scores), sizes)
         found["curves"] = torch.tensor([v for c in curves for v in c.divergence])
-    refits = compensate(calibrated(model, ids), half(model))
+    refits = compensate(calibrated(model, ids, processes), half(model))
     found["errors"] = torch.tensor([r.error_after for r in refits])
     found |= {f"weight {name}": p.detach() for name, p in model.named_parameters()}
     return found
@@ -83,9 +86,10 @@ def half(model: torch.nn.Module) -> Plan:
 
 def main(checkpoint: Path, text: Path, folder: Path) -> int:
     """What torchrun starts."""
-    with distributed.joined("cpu"):
-        assert distributed.world() == 2
-        torch.save({n: measure(n) for n in (9, 1)}, folder / f"measured-{distributed.rank()}.pt")
+    with joined("cpu") as processes:
+        assert processes.count == 2
+        measured = {n: measure(n, processes) for n in (9, 1)}
+        torch.save(measured, folder / f"measured-{processes.rank}.pt")
     return max(prune(checkpoint, text, folder))
 
 

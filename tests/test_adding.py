@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
-from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from calibrated import calibrated
+from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer, token_ids
 
+from fastprune.errors import InputError
 from fastprune.exporting.config import ExportConfig
 from fastprune.exporting.formats import FORMATS, Format, register_format
 from fastprune.exporting.pipeline import run_export
 from fastprune.models.families import sublayers
 from fastprune.pruning.config import PruneConfig
-from fastprune.pruning.importance import REGISTERED, register_score
+from fastprune.pruning.importance import REGISTERED, register_score, score
 from fastprune.pruning.pipeline import prune
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.recipes import load_recipe
@@ -94,6 +97,20 @@ class TestScore:
         plan = prune(model, tiny_tokenizer(), config).plan
         kept = plan.layers[0].kept["mlp"]
         assert set(kept) == set(down.topk(len(kept)).indices.tolist())
+
+    @pytest.mark.parametrize(
+        ("attention", "got"), [({}, "none"), ({"attention": torch.ones(7)}, r"one of \(7,\)")]
+    )
+    def test_every_unit_needs_one(self, attention, got):
+        def some(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+            return {"mlp": of_layer(layer)["mlp"]} | attention
+
+        wanted = f"'largest-weight' gives {got} for 'attention'"
+        with (
+            patch.dict(REGISTERED, {"largest-weight": some}),
+            pytest.raises(InputError, match=wanted),
+        ):
+            score(calibrated(tiny_model("llama", layers=1), token_ids(1, 8)), "largest-weight")
 
     def test_no_name_is_taken_twice(self):
         with pytest.raises(ValueError, match="'obs' is registered already"):

@@ -9,8 +9,6 @@ import random
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.append(str(Path(__file__).parent.parent / "tools" / "bad_inputs"))
 
 from case import Case
@@ -22,21 +20,7 @@ from fastprune import cli
 COUNT = 40
 
 
-@pytest.fixture
-def quiet(monkeypatch):
-    """main() sets up logging for a whole process; a test must not leave that behind."""
-    import logging
-
-    log, warnings = logging.getLogger("fastprune"), logging.getLogger("py.warnings")
-    before = log.handlers[:], log.level, log.propagate, warnings.handlers[:]
-    quiet = cli.console.quiet
-    yield
-    log.handlers, log.level, log.propagate, warnings.handlers = before
-    logging.captureWarnings(False)
-    cli.console.quiet = quiet
-
-
-def test_a_sample_of_malformed_inputs_is_refused(tmp_path, monkeypatch, quiet):
+def test_a_sample_of_malformed_inputs_is_refused(tmp_path, monkeypatch):
     cases = all_cases(make_base(tmp_path / "base"), seed=0)
     assert len(cases) > 2000
     assert len({case.name for case in cases}) > 2000

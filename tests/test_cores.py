@@ -11,7 +11,8 @@ from fastprune import cores
 def machine(tmp_path, monkeypatch):
     """Two cores of four are this process's; returns what sets how they are used from now on."""
     for name in cores.CHOICES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back whatever the test sets
+        monkeypatch.delenv(name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2})
     monkeypatch.setattr(cores, "STAT", tmp_path / "stat")
 

@@ -26,7 +26,14 @@ def test_an_interrupt_leaves_the_earlier_file(tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == [file]
 
 
-def test_permissions_stay(tmp_path):
+@pytest.fixture
+def usual_umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def test_permissions_stay(tmp_path, usual_umask):
     file = tmp_path / "a.json"
     write_whole(file, "one")
     assert file.stat().st_mode & 0o777 == 0o644

@@ -115,15 +115,11 @@ def test_errors_are_english_in_python_and_chinese_on_the_terminal(chinese):
 
 
 def test_stderr_is_chinese_while_other_handlers_stay_english(chinese, caplog, capsys):
-    cli._log_to_stderr(fastprune.PruneConfig(model="m", out=Path("o")))
     log = logging.getLogger("fastprune")
-    try:
+    with cli._logging_to_stderr(fastprune.PruneConfig(model="m", out=Path("o"))):
         log.addHandler(caplog.handler)
         log.warning(Message("no improvement in {patience} evaluations", patience=3))
         log.warning("%s: %s", "100 %", Message("nothing was written"))
-    finally:
-        log.handlers, log.propagate = [], True
-        logging.captureWarnings(False)
     assert capsys.readouterr().err == "连续 3 次评估没有改善\n100 %: 没有写入任何文件\n"
     assert caplog.messages == ["no improvement in 3 evaluations", "100 %: nothing was written"]
 

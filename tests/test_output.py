@@ -179,7 +179,7 @@ class TestStaged:
         for moment in range(1, 100):
             out = fill(tmp_path / str(moment) / "out")
             command = [sys.executable, "-c", KILLED, str(moment), way, str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode in (0, -signal.SIGKILL), done.stderr
             check_out(out, overwrite=True)  # as the next run with this OUT begins
             assert names(out.parent) == ["out"]

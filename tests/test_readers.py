@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -174,18 +173,3 @@ def test_programs_of_two_threads_have_their_own_times():
         slow = pool.submit(in_time, endless, 0.05, "too long")
         other = pool.submit(in_time, slow.exception, 60, "the other one")
         assert isinstance(other.result(), TimeoutError)
-
-
-def test_an_alarm_of_the_caller_is_kept():
-    def ring(*_):
-        pass
-
-    before = signal.signal(signal.SIGALRM, ring)
-    earlier = signal.setitimer(signal.ITIMER_REAL, 1000)
-    try:
-        in_time(lambda: None, 60, "too long")
-        assert signal.getsignal(signal.SIGALRM) is ring
-        assert signal.getitimer(signal.ITIMER_REAL)[0] > 60
-    finally:
-        signal.signal(signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, *earlier)

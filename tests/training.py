@@ -17,8 +17,9 @@ from pathlib import Path
 import precise  # noqa: F401
 import torch
 
-from fastprune import FinetuneConfig, cli, distributed, finetune
+from fastprune import FinetuneConfig, cli, finetune
 from fastprune.data import tokenise
+from fastprune.distributed import launched
 from fastprune.models.load import load_model
 from fastprune.recover import pipeline, range_test
 from fastprune.sharding import local
@@ -60,7 +61,7 @@ def guarded(files: list[Path], batch_size: int, **settings) -> dict:
 
     def break_gradients(step: int, trained: torch.nn.Module) -> None:
         calls.append(step)
-        if len(calls) in (3, 4, 5) and distributed.rank() == 0:
+        if len(calls) in (3, 4, 5) and launched().first:
             for parameter in trained.parameters():
                 local(parameter.grad)[:1] = float("nan")
 
@@ -96,7 +97,7 @@ def main(*paths: Path) -> None:
         run(name, folder / "fsdp" / name, "--shard")
     checkpoint = folder / "fsdp" / "full" / "fastprune" / "state" / "stage-0" / "checkpoint-2"
     run("full", folder / "resumed" / "fsdp", "--shard", "--resume", str(checkpoint))
-    torch.save(guarded(files, 2, shard=True), folder / f"guarded-{distributed.rank()}.pt")
+    torch.save(guarded(files, 2, shard=True), folder / f"guarded-{launched().rank}.pt")
     os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp` says it
     run("lora", folder / "launched")
     run("full", folder / "resumed" / "ddp", "--resume", str(checkpoint))

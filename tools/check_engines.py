@@ -1,6 +1,7 @@
 """Prove that engines load what `fastprune export` writes, and compute the same.
 
     python tools/check_engines.py llama.cpp [--model MODEL] [--work DIR] [--ratio R] [--layouts L]
+                                            [--families F]
     python tools/check_engines.py mlx [--work DIR]
     python tools/check_engines.py onnx [--work DIR]
 
@@ -11,7 +12,10 @@ sublayers gone), each written as f16 and q8_0:
 - perplexity on WikiText-2 is within 1 % (f16) and 3 % (q8_0) of transformers'
 - tokens/s are reported
 
-and for a `.gguf` file of others that the package reads (--gguf): tokens, log-probabilities of the
+for a tiny random model of every family, written as f32: log-probabilities and greedy continuations
+are those of transformers.
+
+For a `.gguf` file of others that the package reads (--gguf): tokens, log-probabilities of the
 likeliest and perplexity are those of the same file in the engine.
 
 mlx: three results for `nemotron-nas`, continued by MLX-LM as by transformers.
@@ -37,6 +41,11 @@ import engine_mlx
 import engine_onnx
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from exported import CARRIED, carried, export
+from tiny import TEXT, tiny_tokenizer
+
 import fastprune
 from fastprune.data.builtin import WIKITEXT2
 from fastprune.data.text import load_documents
@@ -61,6 +70,9 @@ PERPLEXITY = {"f16": 0.01, "q8_0": 0.03}
 TIE = 0.01
 """Log-probabilities that are no further apart may change places: the engine multiplies f16 weights
 by activations in f16."""
+RANDOM = 0.03
+"""By how much log-probabilities of a tiny random model may differ: the engine looks the activation
+of a Gemma or a StarCoder2 up in a table of f16."""
 LIKELIEST, APART, FURTHER = 10, 0.15, 0.02
 """How many log-probabilities are compared, by how much they may differ in the mean, and perplexity
 in all: the engine multiplies matrices of 4 bits by activations that it rounds to 8."""
@@ -75,6 +87,7 @@ def main() -> int:
     one.add_argument("--work", type=Path, help="where pruned models and files are kept")
     one.add_argument("--ratio", default="0.2")
     one.add_argument("--layouts", default=",".join(("dense", *LAYOUTS)))
+    one.add_argument("--families", default=",".join(CARRIED), help="tiny models, '' for none")
     one.add_argument("--new-tokens", type=int, default=24)
     one.add_argument("--windows", type=int, default=2, help="of 128 tokens, for the perplexity")
     one.set_defaults(check=check_llama_cpp)
@@ -106,7 +119,9 @@ def check_llama_cpp(asked: argparse.Namespace) -> Iterator[Check]:
         work.mkdir(parents=True, exist_ok=True)
         if asked.gguf is not None:
             yield from _round_trip(asked.gguf, asked.windows)
-        for layout in asked.layouts.split(","):
+        for family in filter(None, asked.families.split(",")):
+            yield _tiny(family, work / f"{family}.gguf", asked.new_tokens)
+        for layout in filter(None, asked.layouts.split(",")):
             model, tokenizer = load_model(_pruned(asked, layout, work), dtype="float32")
             for quant in PERPLEXITY:
                 file = work / f"{layout}-{quant}.gguf"
@@ -116,6 +131,22 @@ def check_llama_cpp(asked: argparse.Namespace) -> Iterator[Check]:
                 written = fastprune.export(model, tokenizer, config)["written"]["gguf"]
                 kind = f"{layout} {quant} ({written['architecture']})"
                 yield from _compare(kind, file, model, tokenizer, quant, asked)
+
+
+@torch.no_grad()
+def _tiny(family: str, file: Path, count: int) -> Check:
+    """A random model of `family`, written to `file`, in the engine and in memory."""
+    model = carried(family)
+    written = export(model, file, overwrite=True)
+    engine = engine_llama_cpp.load(file)
+    ids = tiny_tokenizer()(TEXT)["input_ids"][:100]
+    ours = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    ours = ours.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    apart = float((torch.tensor(engine.log_probs(ids)) - ours).abs().max())
+    margin = _margin(model, engine, ids, count)
+    same = "the same" if margin == 0 else f"another, log-probabilities {margin:.4f} apart"
+    words = f"log-probabilities differ by {apart:.1e} at most, continuation {same}"
+    return f"{family} ({written['architecture']})", apart <= RANDOM and margin <= TIE, words
 
 
 def check_mlx(asked: argparse.Namespace) -> Iterator[Check]:

@@ -76,6 +76,9 @@ inline Source& source() {
 
 // capsule: torch.Tensor.__dlpack_c_exchange_api__. Throws ValueError when it cannot be used.
 inline void connect(pybind11::type tensor_type, pybind11::capsule capsule) {
+  const char* const attribute = "__dlpack_c_exchange_api__";
+  if (!capsule.is(pybind11::getattr(tensor_type, attribute, pybind11::none())))
+    throw pybind11::value_error("the exchange API is not that of the tensor type");
   const auto* api =
       static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!api) throw pybind11::error_already_set();
@@ -120,7 +123,8 @@ inline const ExchangeApi& api_for(PyObject* object) {
   return *torch.api;
 }
 
-// Throws ValueError for a tensor without memory or on a device that no backend serves.
+// Throws ValueError for a tensor that no kernel can take: on a device that no backend serves,
+// without memory, of more elements than can be counted, or with elements that are not aligned.
 inline fastprune::Tensor view_of(const Tensor& t) {
   fastprune::Tensor view;
   view.dtype = dtype_of(t.dtype);
@@ -134,8 +138,11 @@ inline fastprune::Tensor view_of(const Tensor& t) {
   view.ndim = t.ndim;
   view.shape = t.shape;
   view.strides = t.strides;
+  require(view.countable(), "a tensor of shape ", ShapeOf{view}, " has too many elements");
   require(t.data || view.numel() == 0, "a tensor of shape ", ShapeOf{view},
           " has no memory (a FakeTensor?)");
+  require(view.aligned(item_size(view.dtype)), "a tensor of shape ", ShapeOf{view},
+          " begins at an address that is no multiple of its elements' size; clone() it");
   return view;
 }
 

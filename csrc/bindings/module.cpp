@@ -37,6 +37,7 @@ struct type_caster<fastprune::Score> {
 
   bool load(handle name, bool) {
     using fastprune::Score;
+    if (!isinstance<str>(name)) return false;
     static constexpr std::pair<const char*, Score> kKinds[] = {
         {"first", Score::first},          {"second", Score::second}, {"mix", Score::mix},
         {"vector", Score::vector},        {"l1", Score::l1},         {"l2", Score::l2},
@@ -54,6 +55,7 @@ struct type_caster<fastprune::AdamWRule> {
     using fastprune::Master;
     static constexpr std::pair<const char*, Master> kMasters[] = {
         {"none", Master::none}, {"fp32", Master::fp32}, {"stochastic", Master::stochastic}};
+    if (!isinstance<str>(getattr(rule, "master", none()))) return false;
     value.max_norm = rule.attr("max_norm").cast<double>();
     value.master = member_named(rule.attr("master"), "adamw: master", kMasters);
     value.seed = rule.attr("seed").cast<std::uint64_t>();
@@ -116,12 +118,23 @@ template <class Params, class Member>
 struct Argument {
   const char* name;
   Member Params::* member;
+  bool optional;
+
+  py::arg as_arg() const { return py::arg(name).none(optional); }
 };
 
 template <class Params, class Member>
 Argument<Params, Member> argument(const char* name, Member Params::* member) {
-  return {name, member};
+  return {name, member, false};
 }
+
+// One that may be None.
+template <class Params, class Member>
+Argument<Params, Member> optional(const char* name, Member Params::* member) {
+  return {name, member, true};
+}
+
+py::arg required(const char* name) { return py::arg(name).none(false); }
 
 // Binds an op whose arguments are members of its params struct; it runs where `on` lies.
 template <class Params, class... Members>
@@ -134,7 +147,7 @@ void def_op(py::module_& m, const char* name, Tensor Params::* on, OnCpu<Params>
         ((p.*arguments.member = std::move(values)), ...);
         run<Params>(p, (p.*on).device, cpu, cuda);
       },
-      py::arg(arguments.name)...);
+      arguments.as_arg()...);
 }
 
 // ---------------------------------------------------------------------------- gather
@@ -187,7 +200,9 @@ class AdamWStates {
   };
 
   // states: one dict per parameter with the tensors "exp_avg", "exp_avg_sq" and perhaps "master".
+  // Steps made before look no further at what is held here.
   void sync(const py::list& states) {
+    ++syncs_;
     held_.resize(states.size());
     for (std::size_t i = 0; i < held_.size(); ++i) {
       PyObject* state = PyList_GET_ITEM(states.ptr(), Py_ssize_t(i));
@@ -199,6 +214,7 @@ class AdamWStates {
     }
   }
   const std::vector<State>& held() const { return held_; }
+  std::int64_t syncs() const { return syncs_; }
 
  private:
   static void update(PyObject* state, PyObject* key, py::object& object, Owned& owned) {
@@ -211,16 +227,21 @@ class AdamWStates {
   }
 
   std::vector<State> held_;
+  std::int64_t syncs_ = 0;
   py::str exp_avg_{"exp_avg"}, exp_avg_sq_{"exp_avg_sq"}, master_{"master"};
 };
 
-// One step over borrowed tensors; the lists and buffers are kept alive as long as the object, which
-// is meant to live for one step. Parameters without a gradient (None) are left out.
+// One step over borrowed tensors, which are kept alive as long as the object; it is meant to live
+// for one step. Parameters without a gradient (None) are left out.
 class AdamWStep {
  public:
-  AdamWStep(const Tensors& params, const Tensors& grads, const AdamWStates& states,
+  AdamWStep(const py::list& param_list, const py::list& grad_list, const AdamWStates& states,
             const std::vector<int>& group_of, const std::vector<std::vector<double>>& groups,
-            const fastprune::AdamWBuffers& buffers, const fastprune::AdamWRule& rule) {
+            const fastprune::AdamWBuffers& buffers, const fastprune::AdamWRule& rule)
+      : alive_(py::tuple(param_list), py::tuple(grad_list)),
+        states_(states),
+        syncs_(states.syncs()) {
+    const Tensors params = param_list.cast<Tensors>(), grads = grad_list.cast<Tensors>();
     const std::size_t n = params.size();
     fastprune::require(grads.size() == n && states.held().size() == n && group_of.size() == n,
                        "adamw: the lists have different lengths");
@@ -247,14 +268,19 @@ class AdamWStep {
     return slots;
   }
 
-  void norms() const {
-    run<fastprune::AdamWParams>(p_, p_.buffers.total.device, BACKENDS(adamw_norms));
-  }
-  void update() const {
-    run<fastprune::AdamWParams>(p_, p_.buffers.total.device, BACKENDS(adamw_update));
-  }
+  void norms() const { pass(BACKENDS(adamw_norms)); }
+  void update() const { pass(BACKENDS(adamw_update)); }
 
  private:
+  void pass(OnCpu<fastprune::AdamWParams> cpu, OnCuda<fastprune::AdamWParams> cuda) const {
+    fastprune::require(states_.syncs() == syncs_,
+                       "adamw: the states were synced anew since this step was made; make another");
+    run<fastprune::AdamWParams>(p_, p_.buffers.total.device, cpu, cuda);
+  }
+
+  std::pair<py::tuple, py::tuple> alive_;  // the lists themselves may change
+  const AdamWStates& states_;
+  std::int64_t syncs_;
   fastprune::AdamWParams p_;
 };
 
@@ -283,9 +309,10 @@ PYBIND11_MODULE(_C, m) {
   using Taylor = fastprune::TaylorParams;
   m.def(
       "taylor_workspace",
-      [](Tensor w) { return WORKSPACE(w.device, taylor_workspace, w.rows(), w.cols()); }, "w"_a);
+      [](Tensor w) { return WORKSPACE(w.device, taylor_workspace, w.rows(), w.cols()); },
+      required("w"));
   def_op<Taylor>(m, "taylor", &Taylor::w, BACKENDS(taylor), argument("w", &Taylor::w),
-                 argument("g", &Taylor::g), argument("h", &Taylor::h), argument("x", &Taylor::x),
+                 optional("g", &Taylor::g), optional("h", &Taylor::h), optional("x", &Taylor::x),
                  argument("kind", &Taylor::score), argument("rows", &Taylor::rows),
                  argument("cols", &Taylor::cols), argument("workspace", &Taylor::workspace));
 
@@ -308,12 +335,11 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("sync", &AdamWStates::sync, "states"_a);
   py::class_<AdamWStep>(m, "AdamWStep")
-      .def(py::init<const Tensors&, const Tensors&, const AdamWStates&, const std::vector<int>&,
+      .def(py::init<const py::list&, const py::list&, const AdamWStates&, const std::vector<int>&,
                     const std::vector<std::vector<double>>&, const fastprune::AdamWBuffers&,
                     const fastprune::AdamWRule&>(),
-           "params"_a, "grads"_a, "states"_a, "group_of"_a, "groups"_a, "buffers"_a, "rule"_a,
-           py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
-           py::keep_alive<1, 7>())
+           "params"_a, "grads"_a, required("states"), "group_of"_a, "groups"_a, "buffers"_a,
+           "rule"_a, py::keep_alive<1, 4>(), py::keep_alive<1, 7>())
       .def("misfits", &AdamWStep::misfits)
       .def("norms", &AdamWStep::norms)
       .def("update", &AdamWStep::update);
@@ -322,19 +348,19 @@ PYBIND11_MODULE(_C, m) {
   def_op<CrossEntropy>(
       m, "cross_entropy", &CrossEntropy::logits, BACKENDS(cross_entropy),
       argument("logits", &CrossEntropy::logits), argument("targets", &CrossEntropy::targets),
-      argument("scale", &CrossEntropy::scale), argument("loss", &CrossEntropy::loss),
+      optional("scale", &CrossEntropy::scale), argument("loss", &CrossEntropy::loss),
       argument("log_normaliser", &CrossEntropy::log_normaliser));
 
   using Attention = fastprune::AttentionParams;
   m.def("attention_serves", &fastprune::cpu::attention_serves);
-  m.def("attention_workspace", &fastprune::cpu::attention_workspace, "q"_a, "k"_a);
+  m.def("attention_workspace", &fastprune::cpu::attention_workspace, required("q"), required("k"));
   def_op<Attention>(m, "attention", &Attention::q, &fastprune::cpu::attention, nullptr,
                     argument("q", &Attention::q), argument("k", &Attention::k),
                     argument("v", &Attention::v), argument("scale", &Attention::scale),
                     argument("out", &Attention::out), argument("log_sums", &Attention::log_sums),
                     argument("workspace", &Attention::workspace));
-  m.def("attention_backward_workspace", &fastprune::cpu::attention_backward_workspace, "q"_a,
-        "at_once"_a);
+  m.def("attention_backward_workspace", &fastprune::cpu::attention_backward_workspace,
+        required("q"), "at_once"_a);
   def_op<Attention>(
       m, "attention_backward", &Attention::q, &fastprune::cpu::attention_backward, nullptr,
       argument("grad_out", &Attention::grad_out), argument("q", &Attention::q),

@@ -1,6 +1,9 @@
 // The one check of each op's arguments.
 #include "core/check.h"
 
+#include <algorithm>
+#include <string>
+
 #include "core/ops.h"
 
 namespace fastprune {
@@ -29,7 +32,41 @@ void require_matrix(const char* op, const char* arg, const Tensor& t) {
           op, ": ", arg, " must have inner stride 1");
 }
 
+void require_heads(const char* arg, const Tensor& t, Device device) {
+  constexpr const char* op = "attention";
+  require_dtype(op, arg, t, DType::bf16);
+  require_device(op, arg, t, device);
+  require(t.ndim == 4, op, ": ", arg, " must have 4 dimensions, not ", ShapeOf{t});
+  require(t.shape[3] <= 1 || t.strides[3] == 1, op, ": ", arg, " must have inner stride 1");
+}
+
 }  // namespace
+
+void Memory::add(const char* arg, const Tensor& t, std::int64_t number, bool written) {
+  if (!t.present() || t.numel() == 0) return;
+  std::int64_t length = 1;
+  for (int d = 0; d < t.ndim; ++d) length += (t.shape[d] - 1) * t.strides[d];
+  const auto begin = reinterpret_cast<std::uintptr_t>(t.data);
+  extents_.push_back(
+      {begin, begin + std::uintptr_t(length * item_size(t.dtype)), arg, number, written});
+}
+
+void Memory::require_apart() {
+  const auto named = [](const Extent& e) {
+    return e.number < 0 ? std::string(e.arg) : e.arg + (" " + std::to_string(e.number));
+  };
+  std::sort(extents_.begin(), extents_.end(),
+            [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  const Extent* furthest[2] = {nullptr, nullptr};  // read and written, so far
+  for (const Extent& e : extents_) {
+    for (const Extent* other : furthest)
+      if (other && e.begin < other->end && (e.written || other->written))
+        require(false, op_, ": ", named(e), " and ", named(*other),
+                " share memory, and one is written");
+    const Extent*& last = furthest[e.written];
+    if (!last || last->end < e.end) last = &e;
+  }
+}
 
 void check(const TaylorParams& p) {
   constexpr const char* op = "taylor";
@@ -60,11 +97,21 @@ void check(const TaylorParams& p) {
   }
   require_buffer(op, "rows", p.rows, DType::f32, p.w.rows(), device);
   require_buffer(op, "cols", p.cols, DType::f32, p.w.cols(), device);
-  require_buffer(op, "workspace", p.workspace, DType::u8, 0, device);
+  require_workspace(op, p.workspace, device);
+  Memory memory(op);
+  memory.reads("w", p.w);
+  memory.reads("g", p.g);
+  memory.reads("h", p.h);
+  memory.reads("x", p.x);
+  memory.writes("rows", p.rows);
+  memory.writes("cols", p.cols);
+  memory.writes("workspace", p.workspace);
+  memory.require_apart();
 }
 
 void check(const GatherParams& p) {
   constexpr const char* op = "gather";
+  Memory memory(op);
   std::int64_t number = 0;
   for (const GatherItem& item : p.items) {
     const Device device = p.items.front().src.device;
@@ -94,22 +141,35 @@ void check(const GatherParams& p) {
     require(fits, op, ": result ", number, " has shape ", ShapeOf{item.dst},
             ", which does not hold ", kept, " entries along dimension ", item.dim, " of ",
             ShapeOf{item.src});
+    memory.reads("tensor", item.src, number);
+    memory.reads("index", item.index, number);
+    memory.writes("result", item.dst, number);
     ++number;
   }
+  if (p.workspace.present() && number > 0) {
+    require_workspace(op, p.workspace, p.items.front().src.device);
+    memory.writes("workspace", p.workspace);
+  }
+  memory.require_apart();
 }
 
 void check(const ScanParams& p) {
   constexpr const char* op = "scan";
   const Device device = p.out.device;
+  Memory memory(op);
   for (const Tensor& t : p.tensors) {
     require_float(op, "x", t);
     require_device(op, "x", t, device);
     require(t.dense(), op, ": x must fill one block of memory, unlike this view of shape ",
             ShapeOf{t});
+    memory.reads("x", t);
   }
   require_buffer(op, "out", p.out, DType::f64, kScanFields * std::int64_t(p.tensors.size()),
                  device);
-  require_buffer(op, "workspace", p.workspace, DType::u8, 0, device);
+  require_workspace(op, p.workspace, device);
+  memory.writes("out", p.out);
+  memory.writes("workspace", p.workspace);
+  memory.require_apart();
 }
 
 void check(const AdamWParams& p) {
@@ -153,7 +213,7 @@ void check(const AdamWParams& p) {
   require_buffer(op, "stats", p.buffers.stats, DType::f64, 2 * slots, device);
   require_buffer(op, "total", p.buffers.total, DType::f64, 2, device);
   require_buffer(op, "control", p.buffers.control, DType::f64, kControlFields, device);
-  require_buffer(op, "workspace", p.buffers.workspace, DType::u8, 0, device);
+  require_workspace(op, p.buffers.workspace, device);
 }
 
 void check(const CrossEntropyParams& p) {
@@ -168,39 +228,69 @@ void check(const CrossEntropyParams& p) {
   require_buffer(op, "targets", p.targets, DType::i64, rows, device);
   require_buffer(op, "loss", p.loss, DType::f32, rows, device);
   require_buffer(op, "log_normaliser", p.log_normaliser, DType::f32, rows, device);
+  Memory memory(op);
+  p.scale ? memory.writes("logits", p.logits) : memory.reads("logits", p.logits);
+  memory.reads("targets", p.targets);
+  memory.writes("loss", p.loss);
+  memory.writes("log_normaliser", p.log_normaliser);
+  memory.require_apart();
+}
+
+void check_attention_query(const Tensor& q) {
+  require_heads("q", q, q.device);
+  require(q.numel() > 0, "attention: q must not be empty, unlike ", ShapeOf{q});
+  require(q.shape[3] % 16 == 0 && q.shape[3] <= kMaxHeadDim,
+          "attention: the heads' dimension must be a multiple of 16 up to ", kMaxHeadDim, ", not ",
+          q.shape[3]);
+}
+
+void check_attention_key(const Tensor& q, const Tensor& k) {
+  require_heads("k", k, q.device);
+  require(k.shape[0] == q.shape[0] && k.shape[2] == q.shape[2] && k.shape[3] == q.shape[3] &&
+              k.shape[1] > 0 && q.shape[1] % k.shape[1] == 0,
+          "attention: k of shape ", ShapeOf{k}, " does not go with q of shape ", ShapeOf{q});
 }
 
 void check(const AttentionParams& p) {
   constexpr const char* op = "attention";
-  const auto require_heads = [&](const char* arg, const Tensor& t) {
-    require_dtype(op, arg, t, DType::bf16);
-    require_device(op, arg, t, p.q.device);
-    require(t.ndim == 4, op, ": ", arg, " must have 4 dimensions, not ", ShapeOf{t});
-    require(t.shape[3] <= 1 || t.strides[3] == 1, op, ": ", arg, " must have inner stride 1");
-  };
+  const bool backward = p.grad_out.present();
+  Memory memory(op);
   const auto require_like = [&](const char* arg, const Tensor& t, const char* other_arg,
                                 const Tensor& other) {
-    require_heads(arg, t);
+    require_heads(arg, t, p.q.device);
     require_same_shape(op, arg, t, other_arg, other);
   };
-  require_heads("q", p.q);
-  require_heads("k", p.k);
-  require_like("v", p.v, "k", p.k);
-  require(p.q.shape[3] % 16 == 0 && p.q.shape[3] > 0 && p.q.shape[3] <= kMaxHeadDim, op,
-          ": the heads' dimension must be a multiple of 16 up to ", kMaxHeadDim, ", not ",
-          p.q.shape[3]);
-  require(p.k.shape[0] == p.q.shape[0] && p.k.shape[2] == p.q.shape[2] &&
-              p.k.shape[3] == p.q.shape[3] && p.k.shape[1] > 0 && p.q.shape[1] % p.k.shape[1] == 0,
-          op, ": k of shape ", ShapeOf{p.k}, " does not go with q of shape ", ShapeOf{p.q});
+  const auto require_input = [&](const char* arg, const Tensor& t, const char* other_arg,
+                                 const Tensor& other) {
+    require_like(arg, t, other_arg, other);
+    memory.reads(arg, t);
+  };
+  const auto require_result = [&](const char* arg, const Tensor& t, const char* other_arg,
+                                  const Tensor& other) {
+    require_like(arg, t, other_arg, other);
+    require(t.dense(), op, ": ", arg, " must fill one block of memory, unlike this view of shape ",
+            ShapeOf{t});
+    memory.writes(arg, t);
+  };
+  check_attention_query(p.q);
+  check_attention_key(p.q, p.k);
+  memory.reads("q", p.q);
+  memory.reads("k", p.k);
+  require_input("v", p.v, "k", p.k);
   require(p.scale > 0, op, ": scale must be positive, not ", p.scale);
-  require_like("out", p.out, "q", p.q);
+  backward ? require_input("out", p.out, "q", p.q) : require_result("out", p.out, "q", p.q);
   require_buffer(op, "log_sums", p.log_sums, DType::f32, p.q.shape[0] * p.q.shape[1] * p.q.shape[2],
                  p.q.device);
-  if (!p.grad_out.present()) return;
-  require_like("grad_out", p.grad_out, "q", p.q);
-  require_like("grad_q", p.grad_q, "q", p.q);
-  require_like("grad_k", p.grad_k, "k", p.k);
-  require_like("grad_v", p.grad_v, "k", p.k);
+  backward ? memory.reads("log_sums", p.log_sums) : memory.writes("log_sums", p.log_sums);
+  if (backward) {
+    require_input("grad_out", p.grad_out, "q", p.q);
+    require_result("grad_q", p.grad_q, "q", p.q);
+    require_result("grad_k", p.grad_k, "k", p.k);
+    require_result("grad_v", p.grad_v, "k", p.k);
+  }
+  require_workspace(op, p.workspace, p.q.device);
+  memory.writes("workspace", p.workspace);
+  memory.require_apart();
 }
 
 }  // namespace fastprune

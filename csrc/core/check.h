@@ -2,8 +2,10 @@
 // whose message names the op, the argument and what it was.
 #pragma once
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "core/tensor.h"
 
@@ -40,12 +42,15 @@ inline bool is_float(const Tensor& t) {
   return t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16;
 }
 
+// What a tensor is in a message about its dtype.
+inline const char* kind_of(const Tensor& t) { return t.present() ? name(t.dtype) : "None"; }
+
 inline void require_float(const char* op, const char* arg, const Tensor& t) {
-  require(is_float(t), op, ": ", arg, " must be float32, bfloat16 or float16, not ", name(t.dtype));
+  require(is_float(t), op, ": ", arg, " must be float32, bfloat16 or float16, not ", kind_of(t));
 }
 
 inline void require_dtype(const char* op, const char* arg, const Tensor& t, DType dtype) {
-  require(t.dtype == dtype, op, ": ", arg, " must be ", name(dtype), ", not ", name(t.dtype));
+  require(t.dtype == dtype, op, ": ", arg, " must be ", name(dtype), ", not ", kind_of(t));
 }
 
 inline void require_device(const char* op, const char* arg, const Tensor& t, Device device) {
@@ -67,5 +72,42 @@ inline void require_buffer(const char* op, const char* arg, const Tensor& t, DTy
   require(t.contiguous() && t.numel() >= numel, op, ": ", arg, " must be contiguous with at least ",
           numel, " elements, not ", ShapeOf{t});
 }
+
+// Bytes in which a backend keeps what it likes; how many it needs it checks itself.
+constexpr int kWorkspaceAlignment = 64;
+
+inline void require_workspace(const char* op, const Tensor& t, Device device) {
+  require_buffer(op, "workspace", t, DType::u8, 0, device);
+  require(t.aligned(kWorkspaceAlignment), op, ": workspace must begin at a multiple of ",
+          kWorkspaceAlignment, " bytes");
+}
+
+// The memory that an op reads and writes. What it writes must lie apart from all the rest.
+class Memory {
+ public:
+  explicit Memory(const char* op) : op_(op) {}
+
+  // `number` is that of a tensor in a list.
+  void reads(const char* arg, const Tensor& t, std::int64_t number = -1) {
+    add(arg, t, number, false);
+  }
+  void writes(const char* arg, const Tensor& t, std::int64_t number = -1) {
+    add(arg, t, number, true);
+  }
+  void require_apart();
+
+ private:
+  struct Extent {
+    std::uintptr_t begin, end;
+    const char* arg;
+    std::int64_t number;
+    bool written;
+  };
+
+  void add(const char* arg, const Tensor& t, std::int64_t number, bool written);
+
+  const char* op_;
+  std::vector<Extent> extents_;
+};
 
 }  // namespace fastprune

@@ -151,6 +151,8 @@ struct AttentionParams {
 };
 
 void check(const AttentionParams& p);
+void check_attention_query(const Tensor& q);
+void check_attention_key(const Tensor& q, const Tensor& k);
 
 // ---------------------------------------------------------------------------- backends
 namespace cpu {

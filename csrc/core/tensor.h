@@ -64,6 +64,9 @@ inline const char* name(DType dtype) {
   return "an unsupported dtype";
 }
 
+// More elements than any address space has bytes. Sizes computed from fewer fit in 64 bits.
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 48;
+
 // shape and strides (in elements) point into the owner's metadata, so a view lives no longer
 // than the call that borrowed it. A default view is an absent (optional) tensor.
 struct Tensor {
@@ -80,6 +83,21 @@ struct Tensor {
     std::int64_t n = 1;
     for (int d = 0; d < ndim; ++d) n *= shape[d];
     return n;
+  }
+
+  // The lengths' product, with 1 in place of 0, is at most kMaxElements: numel() cannot overflow,
+  // nor can what is computed from some of the lengths.
+  bool countable() const {
+    std::int64_t n = 1;
+    for (int d = 0; d < ndim; ++d)
+      if (shape[d] != 0 && (__builtin_mul_overflow(n, shape[d], &n) || n > kMaxElements))
+        return false;
+    return true;
+  }
+
+  // The first element lies at a multiple of `bytes`, a power of two (or 0, which asks for nothing).
+  bool aligned(int bytes) const {
+    return bytes == 0 || reinterpret_cast<std::uintptr_t>(data) % std::uintptr_t(bytes) == 0;
   }
 
   bool contiguous() const {

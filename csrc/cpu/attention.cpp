@@ -74,14 +74,16 @@ bool attention_serves() {
 #if defined(FASTPRUNE_WITH_BF16)
 
 std::int64_t attention_workspace(const Tensor& q, const Tensor& k) {
+  check_attention_query(q);
+  check_attention_key(q, k);
   return k.shape[0] * k.shape[1] * padded_rows(q.shape[2]) * q.shape[3] *
          std::int64_t(sizeof(bf16));
 }
 
 void attention(const AttentionParams& p) {
   require_serving(p);
-  require_buffer("attention", "workspace", p.workspace, DType::u8, attention_workspace(p.q, p.k),
-                 p.q.device);
+  require(p.workspace.numel() >= attention_workspace(p.q, p.k),
+          "attention: workspace is too small");
   const Sizes s = sizes(p);
   const std::int64_t padded = padded_rows(s.n), blocks = padded / kAttentionBlock;
   const BlockProducts& products = *products_for(s.d);
@@ -98,6 +100,8 @@ void attention(const AttentionParams& p) {
 }
 
 std::int64_t attention_backward_workspace(const Tensor& q, std::int64_t at_once) {
+  check_attention_query(q);
+  require(at_once > 0, "attention: at_once must be positive, not ", at_once);
   const std::int64_t n = q.shape[2], d = q.shape[3], heads = q.shape[0] * q.shape[1];
   const std::int64_t grads = 2 * padded_rows(n) * d * std::int64_t(sizeof(float));
   return heads * grads + std::min(heads, at_once) * attention_head_workspace(n, d);
@@ -105,8 +109,8 @@ std::int64_t attention_backward_workspace(const Tensor& q, std::int64_t at_once)
 
 void attention_backward(const AttentionParams& p) {
   require_serving(p);
-  require_buffer("attention", "workspace", p.workspace, DType::u8,
-                 attention_backward_workspace(p.q, 1), p.q.device);
+  require(p.workspace.numel() >= attention_backward_workspace(p.q, 1),
+          "attention: workspace is too small");
   const Sizes s = sizes(p);
   const BlockProducts& products = *products_for(s.d);
   const std::int64_t size = padded_rows(s.n) * s.d, heads = s.all_heads();

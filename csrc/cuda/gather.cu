@@ -173,8 +173,6 @@ void gather(const GatherParams& p, void* stream_) {
   if (p.items.empty()) return;
   const auto stream = static_cast<cudaStream_t>(stream_);
   const DeviceGuard guard(p.items.front().src.device);
-  require(!p.workspace.present() || p.workspace.device == p.items.front().src.device,
-          "gather: workspace is on another device");
   require((p.workspace.present() ? p.workspace.numel() : 0) >= gather_workspace(p.items),
           "gather: workspace is too small");
   const auto* device_index = p.workspace.as<const std::int32_t>();

@@ -1,7 +1,7 @@
-"""Which architecture of llama.cpp a model is written as, with which sizes, tensor by tensor.
+"""Which architecture of llama.cpp a model is written as, and with which sizes.
 
 Layers of one size are written as the family's own architecture, if that takes them. Others need
-`deci`, whose loader has three peculiarities:
+`deci`, which computes Llamas, and whose loader has three peculiarities:
 
 - a layer without feed-forward is left before its residual addition, so its attention would be lost:
   it gets a feed-forward of zeros
@@ -11,21 +11,23 @@ Layers of one size are written as the family's own architecture, if that takes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastprune.errors import InputError
+from fastprune.exporting.gguf_architectures import (
+    ARCHITECTURES,
+    PER_LAYER,
+    PER_LAYER_FAMILIES,
+    Architecture,
+    check_config,
+    check_heads,
+    check_mixture,
+)
 from fastprune.exporting.gguf_types import Quant
-from fastprune.exporting.padding import padded
-from fastprune.models.families import PRUNED_PREFIX, Geometry, decoder_layers, geometries
-from fastprune.models.gguf import BIASES, DECI, LAYER_TENSORS, PAIRED, pair_neighbours
+from fastprune.models.families import FAMILIES, PRUNED_PREFIX, Geometry, geometries
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""What llama.cpp calls the families; it computes a Mistral as a Llama."""
 SMALLEST = 32
 """Width of a feed-forward of zeros: the smallest that every kind of matrix can have."""
 
@@ -37,13 +39,13 @@ class Layout:
     ``own`` are the sizes that the layers have without padding and zeros, by the same numbers.
     """
 
-    architecture: str
+    architecture: Architecture
     layers: dict[int, Geometry]
     own: dict[int, Geometry]
 
     @property
     def uniform(self) -> bool:
-        return self.architecture != DECI
+        return self.architecture is not PER_LAYER
 
     @property
     def head_dim(self) -> int:
@@ -82,30 +84,36 @@ def layout(model: nn.Module, quant: Quant, pad: bool) -> Layout:
     }
     if not any(size.query_heads for size in own.values()):
         raise InputError("the model has no attention left, which llama.cpp cannot run; prune less")
+    check_mixture(ARCHITECTURES[family], FAMILIES[family], own.values())
     grown = {index: _grown(index, size, quant.block, pad) for index, size in own.items()}
-    whole = all(size.query_heads and size.channels for size in grown.values())
-    if len(set(grown.values())) == 1 and whole and _is_stock(family, grown, hidden):
-        return Layout(ARCHITECTURES[family], grown, own)
-    if family == "qwen3":
-        raise InputError(
-            "layers of a Qwen3 that differ in size cannot be a .gguf file (deci, llama.cpp's "
-            "architecture for such layers, has no norms of queries and keys); prune with "
-            "--layout uniform and without --structures sublayer, or export as hf"
-        )
-    return Layout(DECI, _filled(grown, quant.block), own)
+    found = Layout(ARCHITECTURES[family], grown, own)
+    if len(set(grown.values())) > 1 or not all(s.query_heads and s.channels for s in own.values()):
+        if family not in PER_LAYER_FAMILIES:
+            raise InputError(
+                f"layers of a {family} that differ in size cannot be a .gguf file (deci, "
+                "llama.cpp's architecture for such layers, computes a Llama); prune with --layout "
+                "uniform and without --structures sublayer, or export as hf"
+            )
+        found = Layout(PER_LAYER, _filled(grown, quant.block), own)
+    elif family in PER_LAYER_FAMILIES and not _is_stock(found, hidden):
+        found = Layout(PER_LAYER, grown, own)
+    check_config(model.config, found.architecture, found.layers)
+    check_heads(model.config, found.architecture, next(iter(own.values())))
+    return found
 
 
-def _is_stock(family: str, sizes: dict[int, Geometry], hidden: int) -> bool:
+def _is_stock(found: Layout, hidden: int) -> bool:
     """Whether the family's own loader takes the heads: Qwen2's are as wide as the model."""
-    size = next(iter(sizes.values()))
-    return family != "qwen2" or size.query_heads * size.head_dim == hidden
+    size = next(iter(found.layers.values()))
+    return not found.architecture.full_queries or size.query_heads * size.head_dim == hidden
 
 
 def _grown(index: int, size: Geometry, block: int, pad: bool) -> Geometry:
     """`size` with widths that are multiples of `block`. Raises InputError unless `pad`."""
     groups = _groups(size, size.kv_heads, block)
     channels = -(-size.channels // block) * block
-    found = size.keeping({"attention": groups, "mlp": channels})
+    units = {"attention": groups} if size.experts else {"attention": groups, "mlp": channels}
+    found = size.keeping(units, channels)
     if found == size or pad:
         return found
     what, advice = (
@@ -138,93 +146,3 @@ def _groups(size: Geometry, least: int, block: int) -> int:
     while least * size.queries_per_kv * size.head_dim % block:
         least += 1
     return least
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the file: its shape as torch has it, and its values, made when they are written.
-
-    ``matrix`` says that the type asked for applies; ``end`` that it is the embedding or the head.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-    end: bool = False
-
-    @property
-    def matrix(self) -> bool:
-        return len(self.shape) == 2
-
-
-def entries(model: nn.Module, found: Layout) -> Iterator[Entry]:
-    """The tensors of the file, but for those of the rotary embedding."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    yield whole("token_embd.weight", embedding, end=True)
-    layers = decoder_layers(model)
-    for number, (index, size) in enumerate(found.layers.items()):
-        for name, shape in _shapes(size, model.config.hidden_size):
-            yield from _of_layer(layers[index], f"blk.{number}.", name, shape, found)
-    yield whole("output_norm.weight", model.model.norm.weight)
-    if not model.config.tie_word_embeddings:
-        yield whole("output.weight", head, end=True)
-
-
-def whole(name: str, weight: Tensor, end: bool = False) -> Entry:
-    """The entry of a tensor that is written as it is."""
-    return Entry(name, tuple(weight.shape), lambda: weight, end)
-
-
-def _shapes(size: Geometry, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The shapes of a layer's weights by the modules they belong to."""
-    queries, keys = size.query_heads * size.head_dim, size.kv_heads * size.head_dim
-    if size.query_heads:
-        yield "input_layernorm", (hidden,)
-        yield "self_attn.q_proj", (queries, hidden)
-        yield "self_attn.k_proj", (keys, hidden)
-        yield "self_attn.v_proj", (keys, hidden)
-        yield "self_attn.o_proj", (hidden, queries)
-        yield "self_attn.q_norm", (size.head_dim,)
-        yield "self_attn.k_norm", (size.head_dim,)
-    yield "post_attention_layernorm", (hidden,)
-    yield "mlp.gate_proj", (size.channels, hidden)
-    yield "mlp.up_proj", (size.channels, hidden)
-    yield "mlp.down_proj", (hidden, size.channels)
-
-
-def _of_layer(
-    layer: nn.Module, prefix: str, name: str, shape: tuple[int, ...], found: Layout
-) -> Iterator[Entry]:
-    """Weight and bias of the module `name`; zeros where the layer has no such sublayer."""
-    short = LAYER_TENSORS[name]
-    module: Any = layer
-    for part in name.split("."):
-        module = getattr(module, part, None)
-    paired = short in PAIRED[found.architecture]
-
-    def made(tensor: Tensor, wanted: tuple[int, ...]) -> Callable[[], Tensor]:
-        def make() -> Tensor:
-            turned = pair_neighbours(tensor, found.head_dim) if paired else tensor
-            return padded(turned, wanted)
-
-        return make
-
-    weight, bias = (getattr(module, kind, None) for kind in ("weight", "bias"))
-    if weight is not None:
-        yield Entry(f"{prefix}{short}.weight", shape, made(weight, shape))
-    elif len(shape) == 2 or "layernorm" in name:
-        fill = torch.zeros if len(shape) == 2 else torch.ones
-        yield Entry(f"{prefix}{short}.weight", shape, lambda: fill(shape))
-    if bias is not None:
-        yield Entry(f"{prefix}{short}.bias", shape[:1], made(bias, shape[:1]))
-
-
-def check_biases(model: nn.Module, found: Layout) -> None:
-    """InputError where layers have biases that the loader of the architecture does not read."""
-    if found.architecture != "qwen3":
-        return
-    for field in BIASES:
-        if getattr(model.config, field, False):
-            raise InputError(
-                "a Qwen3 with biases in its projections cannot be a .gguf file; export as hf"
-            )

@@ -9,27 +9,34 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.models.gguf import ATTENTION, DECI, FREQUENCIES, LONG, SHORT
+from fastprune.exporting.gguf_architectures import Architecture
+from fastprune.models.gguf import ATTENTION, DEFAULT_THETA, FREQUENCIES, LONG, SHORT
 
-WITH_FACTORS = ("llama", DECI)
-"""Architectures whose loaders read tensors of factors."""
+KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 
-def rope(config: Any, architecture: str, head_dim: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def rope(
+    config: Any, architecture: Architecture, head_dim: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings by name, without the architecture in front, and tensors by name.
 
     Raises InputError for a rotary embedding that llama.cpp does not compute.
     """
     said = config.rope_parameters
+    settings: dict[str, Any] = {}
+    if "full_attention" in said:  # a rotary embedding of their own for layers with a window
+        settings["rope.freq_base_swa"] = _window_base(said["sliding_attention"])
+        said = said["full_attention"]
     kind = said.get("rope_type", "default")
-    settings: dict[str, Any] = {
+    part = said.get("partial_rotary_factor", 1.0)
+    settings |= {
         "rope.freq_base": float(said["rope_theta"]),
-        "rope.dimension_count": head_dim,
+        "rope.dimension_count": int(head_dim * part),
     }
-    if said.get("partial_rotary_factor", 1.0) != 1.0:
+    if part != 1.0 and not architecture.partial:
         raise _refusal("a rotary embedding of a part of each head")
-    if kind in ("llama3", "longrope") and architecture not in WITH_FACTORS:
-        raise _refusal(f"{kind} rotary scaling in the architecture {architecture}")
+    if kind in KNOWN[1:] and kind not in architecture.scalings:
+        raise _refusal(f"{kind} rotary scaling in the architecture {architecture.name}")
     if kind == "default":
         return settings, {}
     if kind == "linear":
@@ -43,6 +50,16 @@ def rope(config: Any, architecture: str, head_dim: int) -> tuple[dict[str, Any],
         tensors = {name: torch.tensor(values).float() for name, values in found.items()}
         return settings | _longrope(said, config), tensors
     raise _refusal(f"{kind} rotary scaling")
+
+
+def _window_base(said: dict[str, Any]) -> float:
+    """The base of the layers with a sliding window, whose rotary embedding is never scaled.
+
+    Loaders that do not read it take the default.
+    """
+    if said.get("rope_type", "default") != "default" or said["rope_theta"] != DEFAULT_THETA:
+        raise _refusal("a rotary embedding of its own kind for layers with a sliding window")
+    return float(said["rope_theta"])
 
 
 def _scaling(kind: str, factor: float) -> dict[str, Any]:

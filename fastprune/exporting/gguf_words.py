@@ -112,13 +112,15 @@ def _adds_space(backend: Mapping[str, Any]) -> bool:
     """Whether a space is put before a text. Raises InputError for other rules than for spaces."""
     normalizer, splitter = (backend[key] or {} for key in ("normalizer", "pre_tokenizer"))
     steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
-    prefix = False
+    prefix = replaced = False
     for step in [*steps, splitter]:
         match step:
             case {"type": "Prepend", "prepend": "▁"}:
                 prefix = True
             case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
-                pass
+                replaced = True
+            case {"type": "Split", "pattern": {"String": " "}} if replaced:
+                pass  # Gemma's: no space is left to cut at
             case {"type": "Metaspace", "replacement": "▁", "split": False}:
                 prefix = prefix or step.get("prepend_scheme") in ("first", "always")
             case _ if step:

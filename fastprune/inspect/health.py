@@ -303,6 +303,6 @@ def _outliers(
     for piece, reaches in zip(pieces(), far):
         if reaches:
             for values in _scannable(piece).flatten().split(SLICE):
-                distance = (values.float() - whole.mean).abs()
+                distance = (values.double() - whole.mean).abs()
                 count += int(((distance > limit) & distance.isfinite()).sum())
     return count

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
 from fastprune.bounds import LENGTH, Range, check_ranges
 from fastprune.config import CommonConfig, Group, Positional
 from fastprune.data.builtin import EVALUATION_TEXT
@@ -25,6 +24,7 @@ from fastprune.data.text import (
     opening,
     token_stream,
 )
+from fastprune.distributed import ALONE, Processes
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
 from fastprune.inspect.memory import forget_peak, peak_memory_bytes
@@ -272,14 +272,15 @@ def evaluate(
     *,
     batch_size: int | None = None,
     description: str = "evaluating",
+    processes: Processes = ALONE,
 ) -> Perplexity:
     """Perplexity of `model` on the token ids `windows` (n, s); the first of each is not scored.
 
     exp of the mean negative log-likelihood over all n * (s - 1) scored tokens, summed in float64.
     The encoder of a T5 reads the first half of a window, and the second half is scored. Not a
     number when the model's output is not finite: the caller decides what that means (`sound`).
-    Where several processes share the work, each runs its own batches. A model that is sharded all
-    must evaluate, each all batches.
+    Where several `processes` share the work, each runs its own batches. A model that is sharded all
+    must evaluate, each all batches: of that each process is given as `ALONE`.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -288,28 +289,28 @@ def evaluate(
     tokens = 0
     start = time.perf_counter()
     try:
-        for batch in track(distributed.share(batches(windows, batch_size)), description):
+        for batch in track(processes.share(batches(windows, batch_size)), description):
             loss, scored = inside(model, partial(_summed_loss, model, batch.to(device)))
             total += loss
             tokens += scored
     finally:
         model.train(training)
-    distributed.sum_(total)
-    return measured(total, windows, start, round(distributed.sums([tokens])[0]))
+    processes.sum_(total)
+    return measured(total, windows, start, round(processes.sums([tokens])[0]))
 
 
 @torch.no_grad()
-def evaluate_layers(layers: Layers, windows: Tensor) -> Perplexity:
+def evaluate_layers(layers: Layers, windows: Tensor, processes: Processes = ALONE) -> Perplexity:
     """The perplexity that `evaluate` measures, of `layers` wherever their weights are.
 
     The token ids `windows` are (n, s), and so are the figures the same bit for bit.
     """
     start = time.perf_counter()
-    rows = distributed.share(batches(windows))
+    rows = processes.share(batches(windows))
     total = torch.zeros((), dtype=torch.float64, device=layers.device)
     for ids, hidden in zip(rows, layers.final(rows, "evaluating"), strict=True):
         total += chunked_loss(hidden, layers.head, ids)[0]
-    distributed.sum_(total)
+    processes.sum_(total)
     return measured(total, windows, start)
 
 

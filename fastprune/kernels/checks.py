@@ -33,18 +33,29 @@ def check_tensor(
 
 
 def inner_contiguous(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """t in `shape`, with inner stride 1; a copy only where t's strides or lazy sign ask for it."""
+    """t in `shape`, with inner stride 1, at an address for its elements; a copy only where t is
+    otherwise, or lazily negated."""
     if t.is_neg():
         t = t.detach().resolve_neg()
     if tuple(t.shape) != shape:
-        return t.detach().reshape(shape).contiguous()
-    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.detach().contiguous()
+        t = t.detach().reshape(shape).contiguous()
+    elif t.shape[-1] > 1 and t.stride(-1) != 1:
+        t = t.detach().contiguous()
+    return t if is_aligned(t) else t.detach().clone()
 
 
 def dense(t: Tensor) -> Tensor:
-    """t where its elements fill one block of memory, none in the place of another; else a copy."""
+    """t where its elements fill one block of memory, none in the place of another, at an address
+    for them; else a copy."""
     t = t.detach().resolve_neg()
-    return t if fills_block(t) else t.contiguous()
+    if not fills_block(t):
+        return t.contiguous()
+    return t if is_aligned(t) else t.clone()
+
+
+def is_aligned(t: Tensor) -> bool:
+    """Whether t begins at a multiple of its elements' size, as memory from a file need not."""
+    return t.data_ptr() % t.element_size() == 0
 
 
 def fills_block(t: Tensor) -> bool:

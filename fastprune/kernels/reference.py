@@ -84,7 +84,7 @@ def _health(x: Tensor) -> Tensor:
         moments, outliers = [nan] * 5, x.new_zeros(())
     else:
         mean, second = finite.mean(), (finite * finite).mean()
-        sigma = (second - mean * mean).clamp(min=0).sqrt()
+        sigma = (finite - mean).square().mean().sqrt()
         outliers = ((finite - mean).abs() > SIGMAS * sigma).sum()
         outliers = outliers * (finite.min() < finite.max())  # among equal values there are none
         moments = [finite.min(), finite.max(), finite.abs().max(), mean, second]

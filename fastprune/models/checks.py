@@ -20,12 +20,12 @@ PARALLEL = "module."
 DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.\d+\.")
 BUFFERS = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|(?:attn|attention)\.(?:masked_)?bias)$")
 """Constants that older releases of transformers saved beside the weights."""
-WHOLE = (
-    *("float64", "float32", "float16", "bfloat16", "int64", "bool"),
-    *("f64", "f32", "f16", "bf16", "i64"),
-)
-"""Dtypes whose numbers are what they say, by their names in torch and in safetensors: weights, and
-positions and masks that lie beside them."""
+WHOLE = ("float64", "float32", "float16", "bfloat16", "f64", "f32", "f16", "bf16")
+"""Dtypes of weights whose numbers are what they say, by their names in torch and in safetensors."""
+WHOLE_BESIDE = ("int64", "bool", "i64")
+"""Those of positions and masks that lie beside weights."""
+WEIGHT = re.compile(r"(?:weight|bias|_proj)$|(?:^|\.)lora_")
+"""Names that only weights have."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What weights are computed in."""
 MOST_LAYERS = 100_000
@@ -129,12 +129,15 @@ def check_unquantised(config: Any, name: str) -> None:
 
 
 def check_dtype(name: str, dtype: str, path: Path | str) -> None:
-    """InputError where the weight `name` in `path` has a `dtype` that needs a scale beside it.
+    """InputError where the weight `name` in `path` has a `dtype` that needs a scale beside it, or
+    that no weight has.
 
     `dtype` is a name of safetensors or of torch. Constants that older models keep beside their
     weights are not looked at.
     """
-    if dtype.lower() not in WHOLE and not BUFFERS.search(name):
+    if BUFFERS.search(name) or dtype.lower() in WHOLE:
+        return
+    if WEIGHT.search(name) or dtype.lower() not in WHOLE_BESIDE:
         raise unscaled(name, dtype, path)
 
 

@@ -8,7 +8,7 @@ parameters: the gate and up rows of all channels (experts, 2·channels, hidden),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +115,36 @@ def _without_absent(
     if getattr(router, "norm_topk_prob", True):  # Mixtral's always normalises
         best = best / best.sum(-1, keepdim=True)
     return logits, best.to(gates.dtype), chosen
+
+
+def apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The gate, up and down matrices of all experts, (experts, channels, hidden) and the last
+    (experts, hidden, channels), by names of their own.
+
+    ``tensor`` is one of the two parameters of a layer that hold them; empty for any other. The
+    matrices are views.
+    """
+    path, _, parameter = name.rpartition(".")
+    if not path.endswith(".experts"):
+        return {}
+    gate, up, down = PUBLISHED["others"]
+    parts = dict(zip((gate, up), tensor.chunk(2, 1))) if parameter == INPUTS else {down: tensor}
+    return {f"{path}.{part}.weight": matrix for part, matrix in parts.items()}
+
+
+def together(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``weights`` by name with what `apart` gave two names put together again."""
+    gate, up, down = (f".experts.{part}.weight" for part in PUBLISHED["others"])
+    found = {}
+    for name, tensor in weights.items():
+        if name.endswith(gate):
+            path = name.removesuffix(gate)
+            found[f"{path}.experts.{INPUTS}"] = torch.cat([tensor, weights[path + up]], 1)
+        elif name.endswith(down):
+            found[name.removesuffix(".weight")] = tensor
+        elif not name.endswith(up):
+            found[name] = tensor
+    return found
 
 
 def published(name: str, tensor: Tensor, family: str) -> dict[str, Tensor]:

@@ -44,10 +44,17 @@ LAYER_TENSORS = {
 }
 """What the modules of a decoder layer are called in a file."""
 TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-PAIRED = {"llama": ("attn_q", "attn_k"), DECI: ("attn_q", "attn_k"), "qwen2": (), "qwen3": ()}
+PAIRED = {
+    **dict.fromkeys(("llama", DECI, "granite", "smollm3"), ("attn_q", "attn_k")),
+    **dict.fromkeys(("qwen2", "qwen3"), ()),
+}
 """Whose rotary embedding turns neighbouring values of a head together, not halves of it."""
-LESS_ONE = ("gemma2", "gemma3")
+LESS_ONE = ("gemma", "gemma2", "gemma3")
 """Architectures whose files hold the weights of norms as what is multiplied with, 1 + weight."""
+ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+"""Tensors that say how much of each expert a token gets; they are always f32."""
+ROW = ROUTERS[1:]
+"""Tensors that are a matrix of one row in a model, and a vector in a file."""
 MAPPED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose settings are read here; those of others are as transformers' reader has them."""
 FREQUENCIES = "rope_freqs.weight"
@@ -157,6 +164,9 @@ def complete_config(config: Any, header: Header) -> Any:
             wide = config.num_hidden_layers == WIDE_QUERIES[config.model_type]
             heads = config.num_attention_heads
             config.query_pre_attn_scalar = config.hidden_size // heads if wide else config.head_dim
+        for name in SAME_NAME:
+            if name in header.settings and hasattr(config, name):
+                setattr(config, name, header.settings[name])
         _check_others(config, header)
     return config
 

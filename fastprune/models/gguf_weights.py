@@ -6,13 +6,14 @@ needs them (see `fastprune.exporting.gguf_layout`) are sublayers that are gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.models.checkpoint import LAYER_KEY, rebuild
+from fastprune.models.experts import together
 from fastprune.models.families import DOWN, GATE, KEY, LLAMA, OUTPUT, QUERY, UP, VALUE
 from fastprune.models.gguf import (
     DECI,
@@ -20,6 +21,7 @@ from fastprune.models.gguf import (
     LAYER_TENSORS,
     LESS_ONE,
     PAIRED,
+    ROW,
     TENSORS,
     Header,
     check_settings,
@@ -29,6 +31,7 @@ from fastprune.models.gguf import (
 )
 from fastprune.models.gguf_file import read_tensor
 
+HEAD_DIM = "attention.key_length"
 OWN_BIASES = (
     ("attention_bias", tuple(f"{name}.bias" for name in (QUERY, KEY, VALUE, OUTPUT))),
     ("mlp_bias", tuple(f"{name}.bias" for name in (GATE, UP, DOWN))),
@@ -44,7 +47,7 @@ def read_weights(header: Header) -> nn.Module:
     check_settings(header)
     state = _state(header)
     settings = header.settings
-    head_dim = settings["attention.key_length"]
+    head_dim = settings[HEAD_DIM]
     for name in ("attention.value_length", "rope.dimension_count"):
         if settings.get(name, head_dim) != head_dim:
             raise InputError(f"{header.path}: heads of {head_dim} and {settings[name]} values")
@@ -88,7 +91,7 @@ def _state(header: Header) -> dict[str, Tensor]:
     """The weights by transformers' names."""
     long = {short: name for name, short in LAYER_TENSORS.items()}
     ends = {short: name for name, short in TENSORS.items()}
-    head_dim = header.settings["attention.key_length"]
+    head_dim = header.settings[HEAD_DIM]
     state = {}
     for name, tensor in header.contents.tensors.items():
         if name in FACTORS:
@@ -121,9 +124,26 @@ def read_state(header: Header, config: Any, names: Iterable[str]) -> dict[str, T
         if header.architecture in LESS_ONE and name.endswith("norm.weight"):
             weight -= 1
         if name.split(".")[-2] in PAIRED.get(header.architecture, ()):
-            weight = part_neighbours(weight, config.head_dim)
-        state[short[name]] = weight
+            weight = part_neighbours(weight, header.settings.get(HEAD_DIM) or config.head_dim)
+        state[short[name]] = weight[None] if name.endswith(ROW) else weight
     return state
+
+
+def read_like(
+    header: Header, config: Any, names: Sequence[str], layers: Sequence[int]
+) -> nn.Module:
+    """The model in the file of `header`, in float32, with the settings of `config`.
+
+    `names` are those of its parameters, experts apart, with the layers numbered as in the file;
+    `layers` are the numbers that they have in the model. Raises InputError where a weight is
+    missing, and whatever damaged bytes lead to.
+    """
+    state = {}
+    for name, weight in together(read_state(header, config, names)).items():
+        if match := LAYER_KEY.fullmatch(name):
+            name = f"{LLAMA.layers}.{layers[int(match[1])]}.{match[2]}"
+        state[name] = weight
+    return rebuild(config.to_dict(), state)
 
 
 def _without_zeros(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ from fastprune.models.states import (
     tokenizer_beside,
     tokenizer_in,
 )
-from fastprune.precision import convert_weights
+from fastprune.precision import convert_weights, leave_double
 from fastprune.progress import track
 from fastprune.readers import read_json
 
@@ -84,7 +84,8 @@ def load_model(
 ) -> tuple[nn.Module, Any]:
     """The language model and the tokenizer that `source` names, ready for inference.
 
-    `dtype` auto keeps the dtype of the checkpoint (float32 for a `.gguf` file). `allow_pickle`
+    `dtype` auto keeps the dtype of the checkpoint (float32 for a `.gguf` file, and for weights in
+    float64). `allow_pickle`
     reads a foreign `.bin` file, which may run any code it contains; `trust_remote_code` runs the
     Python code in the model's folder where transformers has none for it. `adapter` is a folder with
     a LoRA adapter, put onto the model unmerged; one that resizes the vocabulary brings its
@@ -107,6 +108,7 @@ def load_model(
             convert_weights(model, wanted)
     else:
         model, words = _load_resolved(source, wanted, trust_remote_code, given)
+    leave_double(model)
     model = model.to(target).eval()
     adopt(model)
     settle_tie(model)

@@ -175,11 +175,13 @@ def _fill_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _own_dtype(config: Any, shards: ShardReader) -> torch.dtype:
-    """The dtype a checkpoint asks for: its config's, else that of its embeddings."""
+    """The dtype a checkpoint asks for: its config's, else that of its embeddings, where these are
+    not of twice the precision that is computed in."""
     if config.dtype is not None:
         return config.dtype
     entry = shards.entries.get(EMBEDDING)
-    return DTYPES.get(entry.dtype, torch.float32) if entry else torch.float32
+    dtype = DTYPES.get(entry.dtype) if entry else None
+    return torch.float32 if dtype in (None, torch.float64) else dtype
 
 
 def _equal(shards: ShardReader, name: str, other: str) -> bool:

@@ -8,10 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import ALONE, Processes
 from fastprune.models.forward import batches
 from fastprune.models.layers import Layers
-from fastprune.pruning.moments import After, Moments, advance, collect, collect_routed
+from fastprune.pruning.moments import (
+    After,
+    Moments,
+    advance,
+    collect,
+    collect_routed,
+    completed,
+)
 
 HELD_OUT = 8
 """One calibration batch in this many, and the last, judge a refit instead of entering it."""
@@ -24,11 +31,12 @@ TEXT_PER_RANDOM = 4
 class Calibration:
     """A model as ``layers``, and token ``windows`` (n, s) of the text that it is calibrated on.
 
-    Where several processes share the work, each has its own of the windows and batches below.
+    Where several ``processes`` share the work, each has its own of the windows and batches below.
     """
 
     layers: Layers
     windows: Tensor
+    processes: Processes = ALONE
 
     def part(self, windows: slice) -> Calibration:
         """The same model with some of the windows."""
@@ -36,11 +44,11 @@ class Calibration:
 
     def single(self) -> Sequence[Tensor]:
         """The windows one by one (1, s)."""
-        return distributed.share(self.windows.split(1))
+        return self.processes.share(self.windows.split(1))
 
     def batches(self) -> Sequence[Tensor]:
         """The windows in batches (b, s)."""
-        return distributed.share(batches(self.windows))
+        return self.processes.share(batches(self.windows))
 
     def random_windows(self) -> Tensor:
         """Windows (n // TEXT_PER_RANDOM, s) of tokens from all of the vocabulary, which begin with
@@ -68,7 +76,7 @@ class Calibration:
         found = [(ids, n % HELD_OUT == HELD_OUT - 1 or n == last) for n, ids in enumerate(text)]
         if random and len(words := self.random_windows()):
             found += [(ids, last == 0) for ids in batches(words, batch_size)]
-        return distributed.share(found)
+        return self.processes.share(found)
 
 
 class Prefix:
@@ -88,7 +96,7 @@ class Prefix:
         place: torch.device | None = None,
     ) -> None:
         found = calibration.fitting(random=random, batch_size=batch_size)
-        self.layers = calibration.layers
+        self.layers, self.processes = calibration.layers, calibration.processes
         self.held_out = [held_out for _, held_out in found]
         self.states = self.layers.embed([ids for ids, _ in found], place or torch.device("cpu"))
         self.dense: list[Tensor] | None = None
@@ -103,7 +111,9 @@ class Prefix:
 
         What they are behind ``targets`` comes back, as from `advance`.
         """
-        return {} if self.dense is None else advance(self.layers, index, self.dense, targets)
+        if self.dense is None:
+            return {}
+        return advance(self.layers, index, self.dense, targets, self.processes)
 
     def advance(self, index: int) -> None:
         """Carry the hidden states through layer ``index`` as it is now."""
@@ -113,11 +123,13 @@ class Prefix:
         self, index: int, linears: Sequence[nn.Linear], after: After | None = None
     ) -> dict[nn.Linear, tuple[Moments, Moments]]:
         """Moments of the inputs of ``linears`` in layer ``index``: to fit, and held out."""
-        return collect(self.layers, index, linears, self.states, self.held_out, after)
+        seen = collect(self.layers, index, linears, self.states, self.held_out, after)
+        return completed(seen, self.processes)
 
     def routed_moments(
         self, index: int, experts: nn.Module, linears: Mapping[int, nn.Linear]
     ) -> dict[int, tuple[Moments, Moments]]:
         """Moments of what the output matrices ``linears`` of ``experts`` in layer ``index`` read
         of the tokens routed to them."""
-        return collect_routed(self.layers, index, experts, linears, self.states, self.held_out)
+        seen = collect_routed(self.layers, index, experts, linears, self.states, self.held_out)
+        return completed(seen, self.processes)

@@ -188,6 +188,7 @@ def refit(linear: nn.Linear, kept: Tensor, fit: Moments, test: Moments) -> Solut
             continue
         trial = masked.clone()
         trial[:, kept] += update
+        trial = trial.to(linear.weight.dtype).float()  # judged as it will be written
         value = error(trial)
         if value < after:
             best, strength, after = trial, candidate, value

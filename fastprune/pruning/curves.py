@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import Processes
 from fastprune.errors import InputError
 from fastprune.models.families import FINEST, sublayers
 from fastprune.models.layers import Branches
@@ -125,11 +125,12 @@ class _Measurement:
 
     def __init__(self, search: Search, thinned: Thinned | None) -> None:
         self.search, self.thinned = search, thinned
-        self.layers = search.calibration.layers
+        self.layers, self.processes = search.calibration.layers, search.calibration.processes
         yardstick = thinned.yardstick if thinned else Yardstick(search.judging)
         self.base = yardstick.divergence(self.layers) if thinned else None
         self.known = _Cache(
-            None if search.cache is None else search.cache / _name(search, self.base)
+            None if search.cache is None else search.cache / _name(search, self.base),
+            self.processes,
         )
         self.branches = Branches(self.layers, yardstick.mean, fast=True)
         self.judged = self.layers.embed(yardstick.batches)
@@ -173,7 +174,7 @@ class _Measurement:
             for removed in t.levels
             if not self.known.has([t.key(removed)])
         ]
-        for t, removed in distributed.share(levels):
+        for t, removed in self.processes.share(levels):
             with self._changed(t, removed, moments.get(t.linear) if t.order else None):
                 behind = (
                     self.layers.run(index, hidden.to(self.layers.device), fast=True)
@@ -185,7 +186,7 @@ class _Measurement:
     def _settle(self) -> None:
         """Put the values of pending levels, which some process has measured, into the cache."""
         mine = [self.branches.values.get(key, 0.0) for key in self.pending]
-        self.known.add(dict(zip(self.pending, distributed.sums(mine), strict=True)))
+        self.known.add(dict(zip(self.pending, self.processes.sums(mine), strict=True)))
         self.pending.clear()
 
     def _curve(self, t: _Thinning) -> Curve:
@@ -245,10 +246,10 @@ class _Measurement:
 class _Cache:
     """Measured levels in a file, so that an interrupted search goes on where it was."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, processes: Processes) -> None:
+        self.path, self.processes = path, processes
         found = None if path is None else read(path, dict)
-        self.values: dict[str, float] = distributed.from_first(found or {})
+        self.values: dict[str, float] = processes.from_first(found or {})
 
     def has(self, keys: Sequence[str]) -> bool:
         return all(key in self.values for key in keys)
@@ -256,7 +257,7 @@ class _Cache:
     def add(self, values: dict[str, float]) -> None:
         self.values |= values
         if self.path is not None:
-            keep(self.path, self.values)
+            keep(self.path, self.values, self.processes)
 
 
 def _name(search: Search, base: float | None) -> str:

@@ -29,7 +29,7 @@ from fastprune.pruning.compensation import STRENGTHS
 from fastprune.pruning.config import PruneConfig
 from fastprune.pruning.curves import CHANNEL_LEVELS, KL_SHARE
 from fastprune.pruning.divergence import TOP
-from fastprune.pruning.importance import ACTIVATION, MAGNITUDE, TAYLOR
+from fastprune.pruning.importance import ACTIVATION, TAYLOR
 from fastprune.pruning.moments import ROWS
 
 FP32 = 4
@@ -234,7 +234,7 @@ class Estimate:
             stage = self._stage("score", n * work, device, host, read, fits)
             return replace(stage, host_bytes=host)
         # the weights alone, or nothing
-        return self._stage("score", 0, self._resident(m), 0, m.block * (method in MAGNITUDE))
+        return self._stage("score", 0, self._resident(m), 0, m.block * (method != "random"))
 
     def _taylor(self) -> Stage:
         """A backward pass takes what two forward passes do; with weights on disk each layer is run

@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fastprune import distributed
 from fastprune.models.families import KINDS
-from fastprune.models.layers import Layers
 from fastprune.pruning.allocation import allocate, fit_channels
 from fastprune.pruning.calibration import Calibration
 from fastprune.pruning.curves import Search, Thinned, measure_curves
@@ -78,20 +76,21 @@ class Problem:
 class Trial:
     """The uncut model thinned by one mix after the other, and how far each takes it."""
 
-    layers: Layers
+    calibration: Calibration
+    fitting: Calibration | None
     dense: DenseOutputs
     yardstick: Yardstick
     plan_of: Callable[[Sequence[Removal]], Plan]
-    fitting: Calibration | None
 
     def __call__(self, removals: Sequence[Removal]) -> float:
         """Divergence of the model thinned by ``removals``, in nats a token; it stays so.
 
         All processes go by what the first one measures: they must take the same turns.
         """
+        layers = self.calibration.layers
         self.dense.restore()
-        mask(self.layers, self.plan_of(removals), self.fitting)
-        return distributed.from_first(self.yardstick.divergence(self.layers))
+        mask(layers, self.plan_of(removals), self.fitting)
+        return self.calibration.processes.from_first(self.yardstick.divergence(layers))
 
 
 def exchange(
@@ -109,9 +108,9 @@ def exchange(
     thinnable = any(size.prunable for size in remaining(problem.sizes, start))
     if not (rounds and thinnable and problem.left(start) > 0):
         return list(start)
-    layers, yardstick = search.calibration.layers, Yardstick(search.judging)
-    with preserved(layers) as dense:
-        trial = Trial(layers, dense, yardstick, plan_of, search.fitting)
+    calibration, yardstick = search.calibration, Yardstick(search.judging)
+    with preserved(calibration.layers) as dense:
+        trial = Trial(calibration, search.fitting, dense, yardstick, plan_of)
         best, least = list(start), trial(start)
         log.info("exchange: divergence %.4f as the search has it", least)
         halfway = problem.halfway_to_equal(start)

@@ -1,10 +1,9 @@
 """Scores of units: Taylor, magnitude, activation, OBS, random.
 
-Taylor scores are means over the calibration windows of the per-window term, so
-they do not depend on how windows are batched: one backward pass a window, in
-which every parameter's gradient is reduced to unit scores by the `taylor`
-kernel and freed as soon as it exists. Peak memory is therefore the weights, one
-parameter's gradient, and one window's activations.
+Taylor scores are means over the calibration windows of the per-window term, so they do not depend
+on how windows are batched: one backward pass a window, in which every parameter's gradient is
+reduced to unit scores by the `taylor` kernel and freed as soon as it exists. Peak memory is
+therefore the weights, one parameter's gradient, and one window's activations.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import Processes
+from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
 from fastprune.kernels import ops
 from fastprune.messages import Message
@@ -29,7 +29,7 @@ from fastprune.progress import track
 from fastprune.pruning.calibration import Calibration, Prefix
 from fastprune.pruning.moments import outputs
 from fastprune.pruning.obs import obs
-from fastprune.pruning.routed import Routed, Units, channel_energies, expert_terms
+from fastprune.pruning.routed import Routed, Units, channel_energies, expert_terms, extent
 
 TAYLOR = {
     "taylor-first": "first",
@@ -52,8 +52,9 @@ REGISTERED: dict[str, Callable[[nn.Module], Units]] = {}
 def register_score(name: str, units: Callable[[nn.Module], Units]) -> None:
     """Let ``importance=name`` score each decoder layer by ``units``, higher is kept.
 
-    It is given a layer with its weights and returns tensors (units,) by kind of sublayer. Raises
-    ValueError when the name is taken.
+    It is given a layer with its weights and returns tensors (units,) by kind, of all kinds that the
+    layer has; of channels inside of experts (experts, channels). Raises ValueError when the name is
+    taken.
     """
     if name in (*METHODS, *REGISTERED):
         raise ValueError(f"the score '{name}' is registered already")
@@ -91,7 +92,8 @@ def score(calibration: Calibration, method: str, *, seed: int = 0) -> Scores:
 
     Magnitude and random need no windows. The model is left as it was. Where layers are fetched the
     host keeps (layers + 1)·n·s hidden states for Taylor scores, n·s for activation and OBS. Raises
-    NumericalError when a score is not finite, and ValueError for an unknown method.
+    NumericalError when a score is not finite, ValueError for an unknown method, and InputError for
+    a registered one that does not score every unit.
     """
     layers = calibration.layers
     if method in TAYLOR:
@@ -106,11 +108,7 @@ def score(calibration: Calibration, method: str, *, seed: int = 0) -> Scores:
             prefix = Prefix(calibration, random=False)
             found = [obs(prefix, index) for index, _ in layers.walk("OBS")]
     elif method in REGISTERED:
-        of_layer = REGISTERED[method]
-        found = [
-            {kind: s.detach().double().cpu() for kind, s in of_layer(layer).items()}
-            for _, layer in layers.walk("scoring")
-        ]
+        found = [_registered(method, layer) for _, layer in layers.walk("scoring")]
     elif method == "random":
         found = random(layers, seed)
     else:
@@ -126,6 +124,16 @@ def score(calibration: Calibration, method: str, *, seed: int = 0) -> Scores:
 def magnitude(layer: nn.Module, kind: str) -> Units:
     """Sums of |w| (``kind`` l1) or w² (l2) over each unit of ``layer``."""
     return _sums(layer, lambda sublayer, s: _terms(sublayer, s, layer, kind))
+
+
+def _registered(name: str, layer: nn.Module) -> Units:
+    """The scores of ``layer`` by a criterion from outside. InputError where units have none."""
+    found = {kind: s.detach().double().cpu() for kind, s in REGISTERED[name](layer).items()}
+    for kind, shape in (pair for s in sublayers(layer) for pair in _shapes(s).items()):
+        if kind not in found or found[kind].shape != shape:
+            got = f"one of {tuple(found[kind].shape)}" if kind in found else "none"
+            raise InputError(f"the score '{name}' gives {got} for '{kind}'; give a tensor {shape}")
+    return found
 
 
 class Inputs:
@@ -169,11 +177,11 @@ class Inputs:
             for handle in handles:
                 handle.remove()
 
-    def complete(self) -> Inputs:
-        """Itself, with what all processes have seen; call it once, after everything was seen."""
-        distributed.sum_(*self._squares.values(), self._inverse)
+    def complete(self, processes: Processes) -> Inputs:
+        """Itself, with what all ``processes`` have seen; call it once, when all was seen."""
+        processes.sum_(*self._squares.values(), self._inverse)
         if self.routed is not None:
-            self.routed.complete()
+            self.routed.complete(processes)
         self.norms = {module: total.sqrt().float() for module, total in self._squares.items()}
         total, count = self._inverse
         self.scale = (total / count.clamp_min(1)).item()
@@ -258,10 +266,9 @@ def _maximum_weight(layer: nn.Module, sublayer: Sublayer) -> Tensor:
     total: Tensor | float = 0.0
     for s in sublayer.slices:
         if s.parameter == "weight":
-            weight = layer.get_parameter(s.name).detach()
-            extent = weight.amax(1 - s.dim).double() + weight.amin(1 - s.dim).double().abs()
-            extent = s.by_unit(extent).flatten()
-            total = total + extent / extent.max().clamp_min(torch.finfo(torch.float64).tiny)
+            largest = extent(layer.get_parameter(s.name).detach(), 1 - s.dim)
+            largest = s.by_unit(largest).flatten()
+            total = total + largest / largest.max().clamp_min(torch.finfo(torch.float64).tiny)
     assert isinstance(total, Tensor)
     return total
 
@@ -362,9 +369,9 @@ class TaylorSums:
             with only_gradients_of([*modules, self.layers.final_norm], hooks):
                 yield
 
-    def means(self, windows: int) -> list[Units]:
-        """The means over so many ``windows``, those of all processes; call it once."""
-        distributed.sum_(*(total for units in self.totals for total in units.values()))
+    def means(self, windows: int, processes: Processes) -> list[Units]:
+        """The means over so many ``windows``, those of all ``processes``; call it once."""
+        processes.sum_(*(total for units in self.totals for total in units.values()))
         finish = torch.abs if self.kind == "vector" else torch.Tensor.clone
         return [
             {kind: finish(total / windows).cpu() for kind, total in units.items()}
@@ -416,7 +423,7 @@ def _taylor(calibration: Calibration, kind: str) -> list[Units]:
                         after.backward(gradients[number].to(layers.device))
                         if first.grad is not None:
                             gradients[number] = first.grad.to(layers.waiting)
-    return sums.means(len(calibration.windows))
+    return sums.means(len(calibration.windows), calibration.processes)
 
 
 def _through(
@@ -484,5 +491,6 @@ def _activations(calibration: Calibration, method: str) -> list[Units]:
             with seen[index].watching():
                 states = layers.through(index, states, fast=True)
             if not left:
-                found.append(activation(layer, seen[index].complete(), method))
+                inputs = seen[index].complete(calibration.processes)
+                found.append(activation(layer, inputs, method))
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from fastprune import distributed
 from fastprune.pruning.masking import mask, preserved
 from fastprune.pruning.planning import Planned, Request, make_plan
 from fastprune.report.run import Clock
@@ -25,14 +24,15 @@ def plan_in_steps(request: Request, clock: Clock) -> Planned:
     processes go by the plan of the first one.
     """
     layers, budget = request.calibration.layers, request.budget
+    processes = request.calibration.processes
     budget.check_removes(request.model, request.config)
     steps = request.config.iterations
     if steps == 1:
-        return distributed.from_first(make_plan(request, clock))
+        return processes.from_first(make_plan(request, clock))
     with preserved(layers) as dense:
         for step in range(1, steps):
             made = make_plan(replace(request, budget=budget.part(step / steps)), clock)
-            plan = distributed.from_first(made).plan
+            plan = processes.from_first(made).plan
             dense.restore()
             with clock("compensate"):
                 mask(layers, plan, request.refit)
@@ -40,4 +40,4 @@ def plan_in_steps(request: Request, clock: Clock) -> Planned:
             log.info("step %d of %d is planned", step, steps)
         made = make_plan(request, clock)
         # the last step's divergence is the one from the model as masked before it
-        return distributed.from_first(made)._replace(divergence=None)
+        return processes.from_first(made)._replace(divergence=None)

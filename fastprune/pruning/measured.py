@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastprune import distributed
 from fastprune.cache import cache_directory
+from fastprune.distributed import Processes
 from fastprune.errors import InputError
 from fastprune.precision import bf16_is_fast
 from fastprune.pruning.calibration import Calibration
@@ -33,11 +33,11 @@ def remembered(name: str, calibration: Calibration, compute: Callable[[Calibrati
     A list of what JSON knows, of which only one called ``name`` follows from the calibration.
     """
     path = cache_directory() / "measured" / f"{name}-{fingerprint(calibration)}.json"
-    found = distributed.from_first(read(path, list))
+    found = calibration.processes.from_first(read(path, list))
     if found is not None:
         return found
     measured = compute(calibration)
-    keep(path, measured)
+    keep(path, measured, calibration.processes)
     return measured
 
 
@@ -56,9 +56,9 @@ def read(path: Path, kind: type[T] | type[dict[str, float]]) -> Any:
     return found
 
 
-def keep(path: Path, figures: Any) -> None:
-    """Write ``figures`` to ``path``, in the first process; a warning where that cannot be."""
-    if distributed.rank() > 0:
+def keep(path: Path, figures: Any, processes: Processes) -> None:
+    """Write ``figures`` to ``path``, the first of ``processes``; a warning where that cannot be."""
+    if not processes.first:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import Processes
 from fastprune.errors import InputError
 from fastprune.models.families import declaration, decoder_layers, geometries, sublayers
 from fastprune.models.layers import Layers
@@ -135,10 +135,10 @@ class Shares:
                 stack.callback(router.register_forward_hook(count(index)).remove)
             yield
 
-    def complete(self) -> dict[int, list[float]]:
+    def complete(self, processes: Processes) -> dict[int, list[float]]:
         """By layer, the part of all tokens that each expert gets; those of one layer sum to the
-        experts of a token. Call it once; all processes count."""
-        distributed.sum_(*self.counts.values())
+        experts of a token. Call it once; all ``processes`` count."""
+        processes.sum_(*self.counts.values())
         return {i: (c[:-1] / c[-1].clamp_min(1)).tolist() for i, c in self.counts.items()}
 
 

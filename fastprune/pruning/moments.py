@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune import distributed
+from fastprune.distributed import ALONE, Processes
 from fastprune.models.experts import Visit, observed
 from fastprune.models.families import residual_scale, sublayers
 from fastprune.models.layers import Layers
@@ -36,6 +37,8 @@ SMALL_GAIN = 1e-2
 
 ROWS = 4
 """XᵀX is symmetric: it is counted in so many rows of blocks, each from the diagonal on."""
+
+K = TypeVar("K")
 
 After = Mapping[nn.Linear, Sequence[Tensor]]
 """The dense model's hidden states (n, s, hidden) after a sublayer is added to them, by its output
@@ -73,14 +76,14 @@ class Moments:
             self.target_sums += target.sum(0)
             self.target_square += target.square().sum()
 
-    def complete(self) -> None:
-        """Account for what the other processes have seen as well; call it once, after all `add`."""
+    def complete(self, processes: Processes) -> None:
+        """Account for what all ``processes`` have seen; call it once, after all `add`."""
         for start, end in symmetric_rows(len(self.squares)):
             self.squares[end:, start:end] = self.squares[start:end, end:].T
-        distributed.sum_(self.squares, self.sums)
+        processes.sum_(self.squares, self.sums)
         if self.cross is not None:
-            distributed.sum_(self.cross, self.target_sums, self.target_square)
-        self.count = round(distributed.sums([self.count])[0])
+            processes.sum_(self.cross, self.target_sums, self.target_square)
+        self.count = round(processes.sums([self.count])[0])
 
     def centred(self) -> Tensor:
         """Σ (x − mean)(x − mean)ᵀ: what is left to a layer whose bias absorbs the mean."""
@@ -146,8 +149,9 @@ def collect(
     held_out: Sequence[bool],
     after: After | None = None,
 ) -> dict[nn.Linear, tuple[Moments, Moments]]:
-    """Moments of the inputs of ``linears`` in layer ``index``: to fit, and held out.
+    """Moments of the inputs of ``linears`` in layer ``index`` here: to fit, and held out.
 
+    Those of this process are counted, which `completed` adds up.
     ``linears`` are output modules of its sublayers, in their order; ``states`` (n, s, hidden) the
     layer's inputs, anywhere; ``held_out`` says of each batch which it is for. Targets are counted
     for those that ``after`` has, for the same batches.
@@ -156,7 +160,7 @@ def collect(
         return {}
     after = after or {}
     found = {
-        linear: tuple(Moments(linear, targets=linear in after) for _ in range(2))
+        linear: (Moments(linear, targets=linear in after), Moments(linear, targets=linear in after))
         for linear in linears
     }
     every = {behind.linear: behind for behind in outputs(layers.modules[index])}
@@ -191,10 +195,7 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    for moments in found.values():
-        for m in moments:
-            m.complete()
-    return {linear: (a, b) if a.count else (b, b) for linear, (a, b) in found.items()}
+    return found
 
 
 @torch.no_grad()
@@ -222,22 +223,37 @@ def collect_routed(
         for number, hidden in enumerate(states):
             side = int(held_out[number])
             layers.run(index, hidden.to(layers.device), fast=True)
+    return found
+
+
+def completed(
+    found: Mapping[K, tuple[Moments, Moments]], processes: Processes
+) -> dict[K, tuple[Moments, Moments]]:
+    """What all ``processes`` have ``found`` by `collect` or `collect_routed`, added up.
+
+    Where nothing was seen to fit, what is held out does for both.
+    """
     for pair in found.values():
-        for m in pair:
-            m.complete()
-    return {expert: (a, b) if a.count else (b, b) for expert, (a, b) in found.items()}
+        for moments in pair:
+            moments.complete(processes)
+    return {key: (a, b) if a.count else (b, b) for key, (a, b) in found.items()}
 
 
 @torch.no_grad()
 def advance(
-    layers: Layers, index: int, states: Sequence[Tensor], targets: Sequence[nn.Linear] = ()
+    layers: Layers,
+    index: int,
+    states: Sequence[Tensor],
+    targets: Sequence[nn.Linear] = (),
+    processes: Processes = ALONE,
 ) -> After:
     """Carry the hidden states (n, s, hidden) through layer ``index`` as it is, in their place:
     new memory for them at every layer would leave the heap in pieces.
 
     What they are after those sublayers are added whose output module is among ``targets`` comes
     back, for `collect`: nothing where the layer does more than to add what its sublayers give to
-    its input, for then no weights can be fitted to a target.
+    its input, for then no weights can be fitted to a target. The first of ``processes`` decides
+    that for all.
     """
     added: dict[nn.Module, Tensor] = {}
     scale = residual_scale(layers.modules[index])
@@ -272,7 +288,7 @@ def advance(
         for handle in handles:
             handle.remove()
     if targets:
-        plain = distributed.from_first(plain)
+        plain = processes.from_first(plain)
     return after if plain else {}
 
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastprune import distributed
 from fastprune.config import resolve_device
+from fastprune.distributed import ALONE, Processes, joined, launched
 from fastprune.errors import InputError
 from fastprune.models.adopted import check_known, is_known
 from fastprune.models.checkpoint import check_savable, save_checkpoint
@@ -78,7 +78,7 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
     if config.out is None and not config.dry_run:
         raise InputError("--out DIR is needed (or --dry-run)")
     config.check()
-    if config.out is not None and distributed.rank() == 0:
+    if config.out is not None and launched().first:
         check_out(config.out, config.overwrite, config.inputs())
     clock = Clock()
     if lacks_weights(config):
@@ -88,19 +88,19 @@ def run_prune(config: PruneConfig, beside: Beside | None = None) -> PruneResult:
         return carry_out(run, planning=decided)
     check_early(config)
     with (
-        distributed.joined(config.device),
-        _staged(config.out, config.overwrite) as directory,
-        _log(config) as run_log,
+        joined(config.device) as processes,
+        _staged(config.out, config.overwrite, processes) as directory,
+        _log(config, processes) as run_log,
     ):
         with clock("load"):
             layers, tokenizer = _load(config)
         if directory is None:
-            return carry_out(PruneRun(layers, tokenizer, config, clock))
+            return carry_out(PruneRun(layers, tokenizer, config, clock, processes=processes))
         check_savable(layers.model, tokenizer)
-        run = PruneRun(layers, tokenizer, config, clock, directory)
+        run = PruneRun(layers, tokenizer, config, clock, directory, processes)
         result = carry_out(run, beside=beside)
         result.out = config.out
-        if distributed.rank() == 0:
+        if processes.first:
             write_result(directory, result, config, clock, run_log)
             if beside is not None:
                 beside.write(result.model, result.tokenizer, directory)
@@ -125,43 +125,50 @@ def write_result(
     _record(directory / RECORDS, result, run_log)
 
 
-def _log(config: PruneConfig) -> AbstractContextManager[RunLog]:
+def _log(config: PruneConfig, processes: Processes) -> AbstractContextManager[RunLog]:
     """The log of the run, in its place from the first second on; in memory where there is none."""
-    if config.out is None or distributed.rank() > 0:
+    if config.out is None or not processes.first:
         return RunLog()
     return lasting_log(Path(config.out).absolute() / RECORDS / RUN_LOG)
 
 
 @contextmanager
-def _staged(out: Path | None, overwrite: bool) -> Iterator[Path | None]:
-    """`staged` of the first process, under its name in all; the others must not write there.
+def _staged(out: Path | None, overwrite: bool, processes: Processes) -> Iterator[Path | None]:
+    """`staged` of the first of ``processes``, under its name in all; the others must not write.
 
     None where there is no ``out``.
     """
     if out is None:
         yield None
         return
-    if distributed.rank() > 0:
-        yield distributed.from_first(out)
+    if not processes.first:
+        yield processes.from_first(out)
         return
     with staged(out, overwrite) as directory:
-        yield distributed.from_first(directory)
+        yield processes.from_first(directory)
 
 
 def prune(
-    model: nn.Module, tokenizer: Any, config: PruneConfig, *, clock: Clock | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    config: PruneConfig,
+    *,
+    clock: Clock | None = None,
+    processes: Processes = ALONE,
 ) -> PruneResult:
     """Prune ``model`` in place (unless ``config.dry_run``) and measure it before and after.
 
     Of a multimodal model it is the decoder that is pruned and measured, on text.
-    Inside `fastprune.distributed.joined` the processes share the calibration and the evaluation.
+    The ``processes`` that `fastprune.distributed.joined` gives share the calibration and the
+    evaluation; each has the model, and calls this.
     Nothing is written. Raises InputError for settings that cannot be met, GateError when perplexity
     grows beyond ``config.gate_ppl_ratio``, NumericalError for non-finite scores.
     """
     config.check()
     decoder = text_part(model)
     check_known(decoder, config.family)
-    result = carry_out(PruneRun(resident(decoder), tokenizer, config, clock or Clock()))
+    run = PruneRun(resident(decoder), tokenizer, config, clock or Clock(), processes=processes)
+    result = carry_out(run)
     result.model = model
     return result
 

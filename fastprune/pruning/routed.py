@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import Processes
 from fastprune.kernels import ops
 from fastprune.models.experts import INPUTS, Visit, observed
 from fastprune.models.families import Sublayer
@@ -46,10 +46,9 @@ class Routed:
         with observed(self.experts, self._see):
             yield
 
-    def complete(self) -> None:
-        """Account for what the other processes have seen as well; call it once, after everything
-        was seen."""
-        distributed.sum_(self.tokens, self.outputs, self.energies, self.states, self.inner)
+    def complete(self, processes: Processes) -> None:
+        """Account for what all ``processes`` have seen; call it once, after everything was seen."""
+        processes.sum_(self.tokens, self.outputs, self.energies, self.states, self.inner)
 
     @torch.no_grad()
     def _see(self, visit: Visit) -> None:
@@ -103,15 +102,15 @@ def channel_energies(layer: nn.Module, sublayer: Sublayer, seen: Routed) -> tupl
     largest, summed.
     """
     rows, down = (layer.get_parameter(s.name).detach() for s in sublayer.slices[-2:])
-    gate, up = _extent(rows, 2).chunk(2, dim=1)
-    parts = (gate, up, _extent(down, 1))
+    gate, up = extent(rows, 2).chunk(2, dim=1)
+    parts = (gate, up, extent(down, 1))
     smallest = torch.finfo(torch.float64).tiny
-    largest = sum(extent / extent.max().clamp_min(smallest) for extent in parts)
+    largest = sum(part / part.max().clamp_min(smallest) for part in parts)
     energy = expert_terms(sublayer.output.parameter, down, "l2")["mlp"] * seen.inner
     return energy, largest * seen.inner.sqrt()
 
 
-def _extent(weights: Tensor, dim: int) -> Tensor:
+def extent(weights: Tensor, dim: int) -> Tensor:
     """The largest weight plus the absolute value of the smallest, along ``dim``, in fp64."""
     return weights.amax(dim).double() + weights.amin(dim).double().abs()
 

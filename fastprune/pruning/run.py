@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import ALONE, Processes
 from fastprune.errors import InputError
 from fastprune.inspect.memory import peak_memory_bytes
 from fastprune.inspect.perplexity import Perplexity, evaluate_layers, sound, with_bytes
@@ -69,8 +69,9 @@ class PruneRun:
     """The steps of a run in their order, and what each leaves for the next.
 
     ``layers`` are the model's, wherever its weights are. The result is the model itself, cut in
-    place, or goes to ``directory`` where its weights stay on disk. A dry run is `trim`, `prepare`
-    and `make_plan`; `record` may be called after either.
+    place, or goes to ``directory`` where its weights stay on disk; ``processes`` share the
+    calibration and the evaluation. A dry run is `trim`, `prepare` and `make_plan`; `record` may be
+    called after either.
     """
 
     def __init__(
@@ -80,10 +81,11 @@ class PruneRun:
         config: PruneConfig,
         clock: Clock,
         directory: Path | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         check_layout(layers.model, config)
         check_mixture(layers.model, config)
-        self.layers, self.directory = layers, directory
+        self.layers, self.directory, self.processes = layers, directory, processes
         self.tokenizer, self.clock = tokenizer, clock
         self.config = with_lengths(config, layers.model)
         self.model: nn.Module = layers.model.eval()
@@ -137,7 +139,7 @@ class PruneRun:
         if not config.dry_run and self.dense is None:
             test, _ = run_windows(config, self.model, self.tokenizer, calibrate=False)
             with self.clock("evaluate"):
-                found = evaluate_layers(self.layers, test)
+                found = evaluate_layers(self.layers, test, self.processes)
                 found = sound(found, self.model, Message("the loss of the model"))
                 self.dense = with_bytes(found, self.tokenizer, test)
         dense, timed = self.model, config.target_latency is not None
@@ -160,11 +162,11 @@ class PruneRun:
             with self.clock("plan"):
                 context = self.config.latency_context
                 # by one process alone: the others would disturb the clock
-                self.table = distributed.by_first(partial(latency.measure, self.model, context))
+                self.table = self.processes.by_first(partial(latency.measure, self.model, context))
                 self.milliseconds = self.table.dense
                 if self.untrimmed is not None:
                     again = partial(latency.measure_again, self.untrimmed, self.table)
-                    self.milliseconds, self.untrimmed = distributed.by_first(again), None
+                    self.milliseconds, self.untrimmed = self.processes.by_first(again), None
         if self.given is None:
             self.budget = budget_of(self.config, self.model, self.table)
         share = self._share()
@@ -180,11 +182,15 @@ class PruneRun:
         if texts:
             calibrate = self.given is None or self.refits
             self.test, windows = run_windows(
-                self.config, self.model, self.tokenizer, calibrate=calibrate
+                self.config,
+                self.model,
+                self.tokenizer,
+                calibrate=calibrate,
+                processes=self.processes,
             )
             check_decoder(self.model, self.test)
             if windows is not None:
-                self.calibration = Calibration(self.layers, windows)
+                self.calibration = Calibration(self.layers, windows, self.processes)
 
     def _structures(self) -> list[str]:
         """The kinds of units that may be removed, or that the given plan removes."""
@@ -217,8 +223,8 @@ class PruneRun:
         assert self.test is not None
         shares = Shares(self.layers)
         with shares.watching():
-            found = evaluate_layers(self.layers, self.test)
-        self.shares[when] = shares.complete()
+            found = evaluate_layers(self.layers, self.test, self.processes)
+        self.shares[when] = shares.complete(self.processes)
         return found
 
     def make_plan(self, planning: PruneConfig | None = None) -> None:
@@ -230,8 +236,9 @@ class PruneRun:
             self.made = Planned(self.given)
         else:
             assert self.budget is not None  # config.check() has seen a budget or a plan
-            nothing = Calibration(self.layers, torch.empty(0, 0, dtype=torch.int64))
-            text = self.calibration or nothing  # what is planned by sizes alone needs none
+            text = self.calibration or Calibration(  # what is planned by sizes alone needs none
+                self.layers, torch.empty(0, 0, dtype=torch.int64), self.processes
+            )
             self.made = plan_in_steps(Request(text, self.budget, config), self.clock)
         if self.made.divergence is not None and self.dense is not None:
             assert self.calibration is not None  # the search has used it
@@ -250,7 +257,7 @@ class PruneRun:
         if isinstance(self.layers, StreamedModel):
             assert self.directory is not None  # run_prune has seen --out or --dry-run
             with self.clock("surgery"):
-                write_cut(self.layers, self.plan, calibration, self.directory)
+                write_cut(self.layers, self.plan, calibration, self.directory, self.processes)
             self.layers = StreamedModel(self.directory, device=str(self.layers.device))
             return
         if calibration is not None:
@@ -331,8 +338,8 @@ class PruneRun:
             else {"predicted": self.made.divergence, "actual": self.divergence},
             latency=found,
             seconds=self.clock.totals(STAGES),
-            peak_memory_bytes=distributed.largest(peak_memory_bytes(self.layers.device)),
-            processes=distributed.world(),
+            peak_memory_bytes=self.processes.largest(peak_memory_bytes(self.layers.device)),
+            processes=self.processes.count,
             versions=versions(),
             command=command_line(),
             settings=settings(config),
@@ -374,7 +381,7 @@ def _latency(run: PruneRun) -> dict[str, float | int | None]:
     assert table is not None
     with run.clock("evaluate"):
         if not run.config.dry_run:
-            after = distributed.by_first(partial(latency.measure_again, run.model, table))
+            after = run.processes.by_first(partial(latency.measure_again, run.model, table))
     return {
         "before": run.milliseconds,
         "predicted": table.predicted(run.plan.result()),

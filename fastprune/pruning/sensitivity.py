@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastprune import distributed
 from fastprune.errors import InputError
 from fastprune.inspect.health import unsound
 from fastprune.messages import Message
@@ -65,7 +64,7 @@ def activation(calibration: Calibration) -> list[float]:
             for changed in map(_change, states, after):
                 totals[index] += changed
             states = after
-    totals = distributed.sums(totals)
+    totals = calibration.processes.sums(totals)
     if not all(map(math.isfinite, totals)):
         raise unsound(layers.model, Message("the hidden states"))
     return [total / calibration.windows.numel() for total in totals]
@@ -89,7 +88,7 @@ def _increases(totals: Sequence[float], calibration: Calibration) -> tuple[list[
 
     The losses are added up over the processes. Raises NumericalError when one is not finite.
     """
-    totals = distributed.sums(totals)
+    totals = calibration.processes.sums(totals)
     n, length = calibration.windows.shape
     if not all(map(math.isfinite, totals)):
         raise unsound(calibration.layers.model, Message("the loss with a layer skipped"))

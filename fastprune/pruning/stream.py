@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import ALONE, Processes
 from fastprune.models.adopted import config_with
 from fastprune.models.checkpoint import LAYER_KEY, Form, save_checkpoint
 from fastprune.models.families import geometries, sublayers
@@ -22,19 +22,23 @@ from fastprune.pruning.surgery import cut_parameter, keep_scales
 
 
 def write_cut(
-    source: StreamedModel, plan: Plan, calibration: Calibration | None, directory: Path
+    source: StreamedModel,
+    plan: Plan,
+    calibration: Calibration | None,
+    directory: Path,
+    processes: Processes = ALONE,
 ) -> None:
     """Write the checkpoint that ``plan`` leaves of ``source`` into the folder ``directory``.
 
-    The first process writes; the others do their share of the calibration and wait for it. With
-    ``calibration`` what is kept is refitted as `compensate` does. InputError when the plan is of
-    another model.
+    The first of ``processes`` writes; the others do their share of the calibration and wait for it.
+    With ``calibration`` what is kept is refitted as `compensate` does. InputError when the plan is
+    of another model.
     """
     plan.check_model(geometries(source.model))
-    if distributed.rank() > 0:
+    if not processes.first:
         for _ in _refitted(source, plan, calibration) if calibration is not None else ():
             pass
-        distributed.wait()
+        processes.wait()
         return
     target = skeleton(config_with(source.model.config, plan.result()), source.dtype)
     target.generation_config = source.model.generation_config
@@ -53,7 +57,7 @@ def write_cut(
                         out.write(new, tensor)
 
     save_checkpoint(target, source.tokenizer, directory, write)
-    distributed.wait()
+    processes.wait()
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from fastprune import distributed
 from fastprune.inspect.health import unsound
 from fastprune.messages import Message
 from fastprune.models.families import KINDS, sublayers
@@ -54,7 +53,7 @@ def sublayer_losses(calibration: Calibration) -> list[dict[str, float]]:
         losses = branches.finish()
         for key in totals:
             totals[key] += losses.get(key, losses[None])
-    dense, *values = distributed.sums([totals[key] for key in (None, *keys)])
+    dense, *values = calibration.processes.sums([totals[key] for key in (None, *keys)])
     if not all(map(math.isfinite, [dense, *values])):
         raise unsound(layers.model, Message("the loss with a sublayer skipped"))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
@@ -70,4 +69,4 @@ def mean_loss(calibration: Calibration) -> float:
     layers, rows = calibration.layers, calibration.single()
     total = summed_loss(rows, layers.final(rows, "loss"), layers.head)
     n, length = calibration.windows.shape
-    return distributed.sums([total])[0] / (n * (length - 1))
+    return calibration.processes.sums([total])[0] / (n * (length - 1))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastprune import distributed
 from fastprune.data.records import SELF, source_names
 from fastprune.data.text import characters_for, load_sources, opening, sample_mix, token_stream
 from fastprune.data.written import written_windows
+from fastprune.distributed import ALONE, Processes
 from fastprune.inspect.perplexity import SEQ_LEN, text_windows, window_length
 from fastprune.models.vocabulary import check_largest
 from fastprune.pruning.config import PruneConfig
@@ -31,9 +31,17 @@ def with_lengths(config: PruneConfig, model: nn.Module) -> PruneConfig:
 
 
 def run_windows(
-    config: PruneConfig, model: nn.Module, tokenizer: Any, *, calibrate: bool
+    config: PruneConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    calibrate: bool,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, Tensor | None]:
-    """Evaluation windows from the text's start, calibration windows from what is not tested."""
+    """Evaluation windows from the text's start, calibration windows from what is not tested.
+
+    What the model writes itself is written by the first of ``processes`` for all.
+    """
     assert config.eval_seq_len  # decided
     wanted = (config.calib_samples or 0) * (config.calib_seq_len or 0)
     enough = characters_for(wanted + config.eval_windows * config.eval_seq_len)
@@ -55,7 +63,8 @@ def run_windows(
     for first, name in enumerate(names):
         if name == SELF:
             share = len(range(first, config.calib_samples, len(names)))
-            streams[name] = _written(config, model, tokenizer, share, len(start))
+            write = partial(_written, config, model, tokenizer, share, len(start))
+            streams[name] = processes.by_first(write).flatten()
         else:
             texts = sources.get(name) or load_sources(name, enough)[name]
             streams[name] = token_stream(tokenizer, texts)[tested.get(name, 0) :]
@@ -69,11 +78,7 @@ def run_windows(
 def _written(
     config: PruneConfig, model: nn.Module, tokenizer: Any, windows: int, opened: int
 ) -> Tensor:
-    """A stream of so many calibration windows, less ``opened`` tokens each, that ``model`` writes;
-    the first process has it do so for all."""
+    """A stream of so many calibration windows by ``model`` itself, less ``opened`` tokens each."""
     assert config.calib_seq_len  # decided by `prune`
-    written = torch.empty(0, dtype=torch.int64)
-    if distributed.rank() == 0:
-        length = config.calib_seq_len - opened
-        written = written_windows(model, tokenizer, length, max(1, windows), seed=config.seed)
-    return distributed.from_first(written).flatten()
+    length = config.calib_seq_len - opened
+    return written_windows(model, tokenizer, length, max(1, windows), seed=config.seed)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fastprune import distributed
+from fastprune.distributed import ALONE, Processes
 from fastprune.kernels.reference import IGNORED
-from fastprune.recover.processes import world_size
 
 Batch = dict[str, Any]
 
@@ -43,35 +42,32 @@ def shuffled(samples: int, seed: int) -> list[int]:
 
 
 def own_batches(
-    order: Sequence[int], batch_size: int, processes: int = 1, process: int = 0
+    order: Sequence[int], batch_size: int, processes: Processes = ALONE
 ) -> list[list[int]]:
-    """The batches of `order` that fall to number `process` of `processes`, which take turns.
+    """The batches of `order` that fall to this one of `processes`, which take turns.
 
     Alone a process takes what is left as a smaller last batch. Several go on from the beginning of
     `order`, so that all have as many batches, all of them full.
     """
     padded = list(order)
-    if processes > 1:
-        turn = batch_size * processes
+    turn = batch_size * processes.count
+    if processes.several:
         padded = list(islice(cycle(order), math.ceil(len(order) / turn) * turn))
-    starts = range(process * batch_size, len(padded), processes * batch_size)
+    starts = range(processes.rank * batch_size, len(padded), turn)
     return [padded[start : start + batch_size] for start in starts]
 
 
 def load_batches(
     samples: Any,
-    order: Sequence[int],
-    batch_size: int,
+    chosen: Sequence[Sequence[int]],
     collate: Callable[..., Batch],
     device: torch.device,
-    first: int = 0,
 ) -> Iterator[Batch]:
-    """This process's batches of the map-style `samples` in `order`, from number `first` on.
+    """The batches of the map-style `samples` whose numbers are `chosen`, as by `own_batches`.
 
     They are on the host, pinned where `device` is a GPU. torch's random state goes on by one draw,
     at once.
     """
-    chosen = own_batches(order, batch_size, world_size(), distributed.rank())[first:]
     loader: Any = DataLoader(
         samples, batch_sampler=chosen, collate_fn=collate, pin_memory=device.type == "cuda"
     )

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastprune import distributed
+from fastprune.distributed import ALONE, Processes
 from fastprune.errors import InputError
 from fastprune.files import SEAL, is_sealed, seal, sync
 from fastprune.kernels.optim import AdamW
@@ -39,7 +39,6 @@ from fastprune.models.checks import check_values
 from fastprune.output import sync_folder
 from fastprune.readers import read_json
 from fastprune.recover.freeze import rates_of, reschedule
-from fastprune.recover.processes import barrier, is_first_process, world_size
 from fastprune.recover.state import State
 from fastprune.report.run import write_json
 from fastprune.sharding import collected, local, shard_of
@@ -137,12 +136,19 @@ class CheckpointFolder:
         folder: where they lie; it holds nothing else.
         keep_last: how many stay.
         model, optimizer, schedule: what they are of.
+        processes: those that train together; the first one writes.
     """
 
     def __init__(
-        self, folder: Path, keep_last: int, model: nn.Module, optimizer: AdamW, schedule: Any
+        self,
+        folder: Path,
+        keep_last: int,
+        model: nn.Module,
+        optimizer: AdamW,
+        schedule: Any,
+        processes: Processes = ALONE,
     ) -> None:
-        self.folder, self.keep_last = folder, keep_last
+        self.folder, self.keep_last, self.processes = folder, keep_last, processes
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.device = next(model.parameters()).device
 
@@ -151,15 +157,15 @@ class CheckpointFolder:
 
         Raises InputError where the disk is full; what was written of it is removed.
         """
-        first, work = is_first_process(), self.folder / WRITING
+        first, work = self.processes.first, self.folder / WRITING
         made = work / f"checkpoint-{step}"
         if first:
             shutil.rmtree(work, ignore_errors=True)
-        barrier(self.device)
+        self.processes.wait()
         try:
             with disk_errors(self.folder):
                 self._fill(made, state)
-                barrier(self.device)
+                self.processes.wait()
                 if first:
                     self._put_in_place(made)
         finally:
@@ -168,7 +174,7 @@ class CheckpointFolder:
 
     def _fill(self, made: Path, state: Mapping[str, Any]) -> None:
         """Write the files of a checkpoint into the folder `made`."""
-        first = is_first_process()
+        first = self.processes.first
         made.mkdir(parents=True, exist_ok=True)  # processes may have folders of their own
         self._write_weights(made / WEIGHTS)
         optimizer = collected(self.optimizer.state_dict(), keep=first)
@@ -176,7 +182,7 @@ class CheckpointFolder:
             _save(optimizer, made / OPTIMIZER)
             _save(self.schedule.state_dict(), made / SCHEDULE)
             write_json(made / OWN_STATE, dict(state))
-        _save(_random_state(self.device), made / _random_file())
+        _save(_random_state(self.device), made / self._random_file)
 
     def _put_in_place(self, made: Path) -> None:
         """Give the complete checkpoint `made` its name, and drop the oldest."""
@@ -192,7 +198,7 @@ class CheckpointFolder:
     def drop_oldest(self) -> None:
         """Keep the last checkpoints alone. A process that was killed may have left more."""
         work = self.folder / WRITING
-        for path in checkpoints(self.folder)[: -self.keep_last] if is_first_process() else ():
+        for path in checkpoints(self.folder)[: -self.keep_last] if self.processes.first else ():
             work.mkdir(exist_ok=True)
             path.rename(work / f"old-{path.name}")  # half removed, it is none
             shutil.rmtree(work / f"old-{path.name}", ignore_errors=True)
@@ -228,7 +234,7 @@ class CheckpointFolder:
         """Draw on as when `checkpoint` was written, by as many processes as there are now."""
         from accelerate.utils import load  # torch's reader of weights, with numpy's arrays allowed
 
-        file = checkpoint / _random_file()
+        file = checkpoint / self._random_file
         if not file.is_file():
             return
         state = load(file, map_location="cpu")
@@ -249,6 +255,11 @@ class CheckpointFolder:
         """Put the best weights back."""
         self._put(load_file(self.folder / BEST, device="cpu"))
 
+    @property
+    def _random_file(self) -> str:
+        several, rank = self.processes.several, self.processes.rank
+        return f"rng_state_{rank}.pth" if several else "rng_state.pth"
+
     def _learning(self) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
@@ -260,8 +271,8 @@ class CheckpointFolder:
 
     def _write_weights(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Write what learns to `path`, whole or not at all."""
-        tensors = collected(self._learning(), keep=is_first_process())
-        if is_first_process():
+        tensors = collected(self._learning(), keep=self.processes.first)
+        if self.processes.first:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, tensors, metadata)
 
@@ -270,10 +281,6 @@ def _save(content: Any, path: Path) -> None:
     """As torch.save, but for the errors, which are the operating system's."""
     with path.open("wb") as file:
         torch.save(content, file)
-
-
-def _random_file() -> str:
-    return f"rng_state_{distributed.rank()}.pth" if world_size() > 1 else "rng_state.pth"
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

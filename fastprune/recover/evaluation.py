@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from fastprune.data.text import characters_for, load_documents
 from fastprune.inspect.perplexity import SEQ_LEN, evaluate, text_windows, window_length
 from fastprune.models.vocabulary import check_largest
-from fastprune.recover.batches import Counted, load_batches
+from fastprune.recover.batches import Counted, load_batches, own_batches
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.held_out import bleu_of
 from fastprune.recover.objective import Objective
-from fastprune.recover.processes import total
 from fastprune.recover.recipes import Stage
 
 log = logging.getLogger("fastprune")
@@ -74,16 +73,15 @@ class Evaluation:
         model.eval()
         collate = Counted(self.samples.collate, aligned=self.objective.seq2seq)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        order = range(len(self.validation))
-        for batch in load_batches(
-            self.validation, order, self.stage.batch_size, collate, self.device
-        ):
+        processes, order = self.objective.processes, range(len(self.validation))
+        chosen = own_batches(order, self.stage.batch_size, processes)
+        for batch in load_batches(self.validation, chosen, collate, self.device):
             inputs = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
             scored, count = self.objective.plain(inputs)
             sums[0] += scored
             sums[1] += count
         model.train()
-        sums = total(sums)
+        processes.sum_(sums)
         return float(sums[0] / sums[1].clamp(min=1))
 
 

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastprune.distributed import ALONE, Processes
 from fastprune.errors import InputError, NumericalError
 from fastprune.files import sync, write_whole
 from fastprune.output import (
@@ -78,11 +79,12 @@ class RunFolder:
 
     `record` is what run.json holds: settings, stage (the number of the stage at work), results,
     replaces (whether DIR holds an earlier result, which goes when this one is complete), and, of a
-    finished run, files (what it has put into DIR).
+    finished run, files (what it has put into DIR). All `processes` that train together have one,
+    and the first one writes.
     """
 
-    def __init__(self, records: Path, config: FinetuneConfig) -> None:
-        self.records = records
+    def __init__(self, records: Path, config: FinetuneConfig, processes: Processes = ALONE) -> None:
+        self.records, self.processes = records, processes
         self.state = records / "state"
         self.log_file = records / "train_log.jsonl"
         self.run_log = records / RUN_LOG
@@ -98,7 +100,7 @@ class RunFolder:
     # ------------------------------------------------------------------------ beginning
 
     @classmethod
-    def open(cls, config: FinetuneConfig) -> RunFolder:
+    def open(cls, config: FinetuneConfig, processes: Processes = ALONE) -> RunFolder:
         """Decide from what lies in --out whether to begin or to continue; nothing is written.
 
         Raises InputError when --out holds something else, or a run with other settings, and
@@ -106,7 +108,7 @@ class RunFolder:
         """
         out = config.out
         assert out is not None  # run_finetune has seen it
-        folder = cls(Path(out).absolute() / RECORDS, config)
+        folder = cls(Path(out).absolute() / RECORDS, config, processes)
         folder.lasting = True
         for place in (out, folder.state):
             remove_leftovers(place)
@@ -219,6 +221,8 @@ class RunFolder:
 
     def begin(self) -> None:
         """Make the folder, before the first step: the state of an abandoned run goes."""
+        if not self.processes.first:
+            return
         if self.resumed:
             self.state.mkdir(parents=True, exist_ok=True)
             self._take_over_weights()
@@ -248,7 +252,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write run.json."""
-        write_json(self.state / "run.json", self.record)
+        if self.processes.first:
+            write_json(self.state / "run.json", self.record)
 
     # ------------------------------------------------------------------------ stages
 
@@ -282,6 +287,9 @@ class RunFolder:
     def next_stage(self, model: nn.Module) -> None:
         """Another stage begins, with the weights of `model`."""
         number = self.record["stage"] + 1
+        if not self.processes.first:
+            self.record["stage"] = number
+            return
         with disk_errors(self.state):
             tensors = {n: p.detach() for n, p in model.named_parameters()}
             write_tensors(self.state / f"start-{number}.safetensors", tensors)
@@ -299,6 +307,9 @@ class RunFolder:
         After an InputError before the first checkpoint of a new run the file is gone, the state,
         and the folders that were made for them.
         """
+        if not self.processes.first:
+            yield
+            return
         with lasting_log(self.run_log, self.state.exists):
             if self.checkpoint is not None:
                 step = int(self.checkpoint.name.rpartition("-")[2])
@@ -325,8 +336,9 @@ class RunFolder:
 
     def add_line(self, line: dict[str, Any]) -> None:
         """Append one line to train_log.jsonl."""
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.processes.first:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of train_log.jsonl so far; a last one cut short by a kill is left out."""
@@ -350,6 +362,8 @@ class RunFolder:
 
     def cut_log(self, stage: int, step: int) -> None:
         """Forget the lines after `step` of stage number `stage`: these steps are done again."""
+        if not self.processes.first:
+            return
         kept = [x for x in self.lines() if (x["stage"], x["step"]) <= (stage, step)]
         write_whole(self.log_file, "".join(json.dumps(x) + "\n" for x in kept))
 

@@ -21,7 +21,6 @@ from typing import Any
 from fastprune.data.records import source_names
 from fastprune.errors import InputError
 from fastprune.recover.config import FinetuneConfig
-from fastprune.recover.processes import is_first_process
 from fastprune.recover.recipes import Stage
 from fastprune.report.run import settings
 
@@ -126,12 +125,12 @@ class Tracker(Logger):
 
 
 def open_logger(config: FinetuneConfig, stage: Stage, folder: Path) -> Logger:
-    """The logger of `stage`, which has its checkpoints in `folder`; of the first process alone.
+    """The logger of `stage`, which has its checkpoints in `folder`.
 
     Raises InputError for what it refuses.
     """
     about = {**settings(config), "stage": asdict(stage)}
-    if config.log_to == "none" or not is_first_process():
+    if config.log_to == "none":
         return Logger()
     if config.log_to == "tensorboard":
         return TensorBoard(folder, about)

@@ -27,7 +27,7 @@ from fastprune.errors import NumericalError
 from fastprune.messages import Message
 from fastprune.models.script_optimizer import Moments
 from fastprune.progress import log as progress_log
-from fastprune.recover.batches import Batch, Counted, load_batches, shuffled
+from fastprune.recover.batches import Batch, Counted, load_batches, own_batches, shuffled
 from fastprune.recover.checkpoints import CheckpointFolder, own_state
 from fastprune.recover.config import FinetuneConfig
 from fastprune.recover.evaluation import Evaluation, Samples
@@ -38,11 +38,10 @@ from fastprune.recover.loggers import Logger, open_logger, perplexity_key
 from fastprune.recover.moments import take_over
 from fastprune.recover.monitor import ADVICE, NAMES
 from fastprune.recover.objective import Objective, synchronised, unsynchronised
-from fastprune.recover.processes import total, world_size
 from fastprune.recover.recipes import Stage
 from fastprune.recover.reporter import Reporter
 from fastprune.recover.state import State
-from fastprune.recover.steps import batches_per_epoch, steps_per_epoch, total_steps
+from fastprune.recover.steps import StepCounts
 
 LOG_LINES = 200  # of a stage, where --log-steps does not say
 
@@ -73,7 +72,8 @@ class Loop:
     """One stage of a recovery.
 
     Args:
-        objective: the loss, and with it the model, whose parts that do not learn are frozen.
+        objective: the loss, and with it the model, whose parts that do not learn are frozen, and
+            the processes that train it together.
         stage, config: settings.
         samples: what is learnt and measured.
         folder: for the checkpoints.
@@ -93,9 +93,10 @@ class Loop:
     ) -> None:
         self.objective, self.stage, self.config = objective, stage, config
         self.samples, self.folder, self.hooks = samples, folder, hooks or Hooks()
-        self.model, self.state = objective.model, State()
+        self.model, self.processes, self.state = objective.model, objective.processes, State()
         self.device = next(self.model.parameters()).device
-        self.steps = total_steps(stage, len(samples.train))
+        self.counts = StepCounts(stage, len(samples.train), self.processes)
+        self.steps = self.counts.total
         self.pace = pace(stage, self.steps)
         self.log_steps = config.log_steps or math.ceil(self.steps / LOG_LINES)
         set_seed(config.seed)
@@ -106,7 +107,7 @@ class Loop:
             take_over(self.optimizer, moments)
         self.schedule = make_schedule(stage, self.optimizer, self.steps)
         self.checkpoints = CheckpointFolder(
-            folder, stage.keep_last, self.model, self.optimizer, self.schedule
+            folder, stage.keep_last, self.model, self.optimizer, self.schedule, self.processes
         )
         self.evaluation = Evaluation(objective, stage, samples)
         self.eval_steps = stage.eval_steps if self.evaluation.possible else None
@@ -138,7 +139,8 @@ class Loop:
         if self._over():  # it had ended when its process was killed
             return
         state = self.state
-        self._logger = open_logger(self.config, self.stage, self.folder)
+        if self.processes.first:
+            self._logger = open_logger(self.config, self.stage, self.folder)
         self.guard = Guard(
             self.model,
             self.optimizer,
@@ -162,11 +164,10 @@ class Loop:
 
     def _epoch(self) -> None:
         """What is left of a pass over the data."""
-        samples = self.samples.train
-        epoch, done = divmod(self.state.step, steps_per_epoch(self.stage, len(samples)))
+        epoch, done = divmod(self.state.step, self.counts.per_epoch)
         taken = done * self.stage.grad_accum
         batches = self._batches(epoch, taken)
-        per_epoch = batches_per_epoch(self.stage, len(samples))
+        per_epoch = self.counts.batches_per_epoch
         while taken < per_epoch and not self._over():
             chosen = list(islice(batches, self.stage.grad_accum))
             taken += len(chosen)
@@ -186,7 +187,8 @@ class Loop:
             self.checkpoints.restore_random_state(self._checkpoint)
         order = shuffled(len(train), self.config.seed + epoch)
         collate = Counted(self.samples.collate, aligned=self.objective.seq2seq)
-        batches = load_batches(train, order, stage.batch_size, collate, self.device, first)
+        chosen = own_batches(order, stage.batch_size, self.processes)[first:]
+        batches = load_batches(train, chosen, collate, self.device)
         if self._checkpoint and first:
             self.checkpoints.restore_random_state(self._checkpoint)
         self._checkpoint = None
@@ -239,9 +241,11 @@ class Loop:
                         "skipped; is --seq-len too short for the prompts?"
                     )
                 )
-        if world_size() == 1:
+        if not self.processes.several:
             return items
-        return total(torch.tensor(items, device=self.device)).clamp(min=1)
+        scored = torch.tensor(items, device=self.device)
+        self.processes.sum_(scored)
+        return scored.clamp(min=1)
 
     def _backward(self, batch: Batch, items: int | Tensor) -> None:
         """Add the gradients of a micro-batch: its share of the mean loss over `items` tokens."""
@@ -250,7 +254,7 @@ class Loop:
         self.model.train()
         inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         # DDP takes the mean over processes, but `items` counts the tokens of all.
-        loss = self.loss(inputs, items) * world_size()
+        loss = self.loss(inputs, items) * self.processes.count
         self.optimizer.scale(poison(loss)).backward()
         self._step_loss += loss.detach()
 
@@ -328,8 +332,8 @@ class Loop:
         """Something is looked at in the block: torch's random state stays as it was, and an
         interrupt is heeded at once. Several processes end it together."""
         devices = [self.device] if self.device.type == "cuda" else []
-        alone = world_size() == 1
-        with torch.random.fork_rng(devices), self._interrupt.at_once() if alone else nullcontext():
+        agreed = nullcontext() if self.processes.several else self._interrupt.at_once()
+        with torch.random.fork_rng(devices), agreed:
             yield
 
     def _sound(self) -> bool:
@@ -338,16 +342,16 @@ class Loop:
 
     def _stop_agreed(self) -> bool:
         """Whether to stop now. Several processes ask each other, to stop at the same step."""
-        if world_size() == 1:
+        if not self.processes.several:
             return self._interrupt.asked
         if self.state.step % self.config.guard_steps:
             return False
-        return bool(total(torch.tensor(int(self._interrupt.asked), device=self.device)) > 0)
+        return bool(self.processes.largest(int(self._interrupt.asked)))
 
     def _log_step(self) -> None:
         """A line of the log, of the steps since the last one; the monitor looks at it."""
         state, monitor = self.state, self.state.monitor
-        loss = _mean(self._window)
+        loss = self._mean(self._window)
         norm = float(self.optimizer.grad_norm)
         self.hooks.line(
             {
@@ -394,7 +398,14 @@ class Loop:
                     self._save()
                 return
         measured["bleu"] = self.state.bleu
-        self.reporter.epoch(self.passes, step, _mean(self._epoch_sums), measured)
+        self.reporter.epoch(self.passes, step, self._mean(self._epoch_sums), measured)
+
+    def _mean(self, sums: Tensor) -> float | None:
+        """The mean from (sum, count) of all processes, None where the count is 0; zeroes `sums`."""
+        self.processes.sum_(sums)
+        value, count = sums.tolist()
+        sums.zero_()
+        return value / count if count else None
 
     # ------------------------------------------------------------------------ evaluation
 
@@ -458,10 +469,3 @@ class Loop:
         self.state.gave_up = str(error)
         self._save()
         return NumericalError(f"{error}; the last good state is that of step {self._saved_step}")
-
-
-def _mean(sums: Tensor) -> float | None:
-    """The mean from (sum, count) of all processes, None where the count is 0; zeroes `sums`."""
-    value, count = total(sums).tolist()
-    sums.zero_()
-    return value / count if count else None

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastprune.distributed import ALONE, Processes
 from fastprune.errors import InputError
 from fastprune.models.forward import decoder_and_head
 from fastprune.models.seq2seq import is_seq2seq, response_states
 from fastprune.precision import bf16_is_fast, lacks_units
 from fastprune.recover.loss import next_token_loss
-from fastprune.recover.processes import world_size
 from fastprune.sharding import inside, is_sharded
 
 log = logging.getLogger("fastprune")
@@ -54,12 +54,18 @@ class Objective:
         model: a causal language model or a T5, with or without LoRA matrices.
         dtype: of the matrix products, by autocast; None leaves them in the weights' dtype.
         distiller: a `recover.distill.Distiller`, where a teacher takes part.
+        processes: those that train together, each on batches of its own.
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype | None = None, distiller: Any = None
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        distiller: Any = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.dtype, self.distiller = model, dtype, distiller
+        self.processes = processes
         self.decoder, self.head = decoder_and_head(model)
         self.seq2seq = is_seq2seq(model)
         if self.seq2seq and distiller is not None:
@@ -124,7 +130,7 @@ def synchronised(objective: Objective, device: torch.device) -> Callable[..., Te
 
     That of one process, and of a sharded model, which does so itself, is `objective`.
     """
-    if world_size() == 1 or is_sharded(objective.model):
+    if not objective.processes.several or is_sharded(objective.model):
         return objective
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(_LossModule(objective), device_ids=devices)

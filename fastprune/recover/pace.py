@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprune.distributed import ALONE, Processes
 from fastprune.progress import log as progress_log
 from fastprune.recover.objective import Objective
-from fastprune.recover.processes import total, world_size
 from fastprune.recover.recipes import Stage
 from fastprune.report.format import duration
 
@@ -35,16 +35,24 @@ class Timetable:
     A few passes before the first step decide it. The steps themselves correct it on the way, since
     the machine may have been busier or idler during those passes. `decided` is what was decided so
     far, as (step, steps in all from then on, seconds of training until then). It belongs to the
-    record of the run, which `save` writes, and a resumed run decides alike.
+    record of the run, which `save` writes, and a resumed run decides alike. The `processes` that
+    train together go by the mean of their times.
     """
 
-    def __init__(self, minutes: float, decided: list[list[float]], save: Callable[[], None]):
+    def __init__(
+        self,
+        minutes: float,
+        decided: list[list[float]],
+        save: Callable[[], None],
+        processes: Processes = ALONE,
+    ) -> None:
         self.minutes, self.decided, self._save = minutes, decided, save
+        self.processes = processes
 
     def begin(self, measure: Callable[[], float]) -> None:
         """Decide by the seconds of a step that `measure` returns, unless that was done before."""
         if not self.decided:
-            seconds = _mean(measure() * BESIDE)
+            seconds = self._mean(measure() * BESIDE)
             steps = max(1, int(60 * self.minutes / seconds))
             self._decide(0, steps, 0.0)
             progress_log.info(
@@ -63,7 +71,7 @@ class Timetable:
         before = self.steps(step - 1)
         if step > self.decided[-1][0] and step in self._due():
             at, _, then = self.decided[-1]
-            seconds = _mean(seconds)
+            seconds = self._mean(seconds)
             each = (seconds - then) / (step - at)
             left = int((60 * self.minutes - seconds) / max(each, 1e-9))
             steps = step + max(1, left)
@@ -84,10 +92,9 @@ class Timetable:
         self.decided.append([step, steps, seconds])
         self._save()
 
-
-def _mean(seconds: float) -> float:
-    """The mean of `seconds` over the processes, who so decide alike."""
-    return float(total(torch.tensor(seconds, dtype=torch.float64))) / world_size()
+    def _mean(self, seconds: float) -> float:
+        """The mean of `seconds` over the processes, who so decide alike."""
+        return self.processes.sums([seconds])[0] / self.processes.count
 
 
 def seconds_per_step(

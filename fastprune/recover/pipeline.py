@@ -17,6 +17,7 @@ from fastprune.data.describe import describe
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import has_template, template_of
 from fastprune.data.training import TrainingData
+from fastprune.distributed import joined
 from fastprune.errors import InputError
 from fastprune.inspect.generate import generate, read_prompts, stop_at_end_of_turn
 from fastprune.inspect.health import check_weights
@@ -59,9 +60,7 @@ from fastprune.recover.outcome import (
     warn_of_broken,
 )
 from fastprune.recover.processes import (
-    barrier,
     check_shardable,
-    is_first_process,
     own_device,
     shards,
     take_over_sharding,
@@ -110,31 +109,35 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
     config = take_over_sharding(config)
     recipe = _checked(config)
     check_place(out)
-    with claimed(out) if is_first_process() else nullcontext() as claim:
-        folder = RunFolder.open(config)
+    with (
+        joined(config.device) as processes,
+        claimed(out) if processes.first else nullcontext() as claim,
+    ):
+        folder = RunFolder.open(config, processes)
         folder.claim = claim
-        barrier(own_device(config.device))  # all have seen the folder as it was
-        with folder.keeping_log() if is_first_process() else nullcontext():
+        processes.wait()  # all have seen the folder as it was
+        with folder.keeping_log():
             return _run(config, recipe, folder)
 
 
 def _run(config: FinetuneConfig, recipe: Recipe, folder: RunFolder) -> FinetuneResult:
     """`run_finetune` in the run's `folder`."""
-    clock, base = Clock(), config.model
+    clock, base, processes = Clock(), config.model, folder.processes
+    sharded = shards(config, processes)
     with clock("load"):
         model, tokenizer = load_or_start(
             base,
             dtype=config.dtype,
-            device=torch.device("cpu") if shards(config) else own_device(config.device),
+            device=torch.device("cpu") if sharded else own_device(config.device, processes),
             allow_pickle=config.allow_pickle,
             trust_remote_code=config.trust_remote_code,
             tokenizer=config.tokenizer,
         )
     check_savable(model, tokenizer)
-    check_shardable(model, config)
+    check_shardable(model, config, processes)
     result = _finetune(model, tokenizer, config, recipe, folder, clock)
     result.out = config.out
-    if is_first_process():
+    if processes.first:
         with clock("save"):
 
             def write(directory: Path) -> None:
@@ -165,9 +168,11 @@ def finetune(
     """
     config = take_over_sharding(config)
     recipe = _checked(config)
-    barrier(own_device(config.device))
-    with tempfile.TemporaryDirectory(prefix="fastprune-") as records:
-        folder = RunFolder(Path(records), config)
+    with (
+        joined(config.device) as processes,
+        tempfile.TemporaryDirectory(prefix="fastprune-") as records,
+    ):
+        folder = RunFolder(Path(records), config, processes)
         own = text_part(model)
         return _finetune(own, tokenizer, config, recipe, folder, Clock(), gradient_hook)
 
@@ -199,7 +204,7 @@ def _finetune(
     clock: Clock,
     gradient_hook: GradientHook | None = None,
 ) -> FinetuneResult:
-    device = own_device(config.device)
+    device = own_device(config.device, folder.processes)
     recipe = _fitted(recipe, config, model)
     if config.resize_embeddings:
         grow_embeddings(model, tokenizer, config.seed)
@@ -220,7 +225,7 @@ def _finetune(
         folder,
         device,
         windows=windows,
-        teacher=_teacher(config, tokenizer, device, clock),
+        teacher=_teacher(config, tokenizer, device, clock, shard=shards(config, folder.processes)),
         seq2seq=is_seq2seq(model),
         origin=Origin.of(config.model),
         sample=lambda m, step: _continue(m, course, step),
@@ -229,8 +234,7 @@ def _finetune(
     )
     with clock("data"):
         _prepare(model, course, recipe.stages[folder.record["stage"] :])
-    if is_first_process():
-        folder.begin()
+    folder.begin()
     _measure_before(model, course, recipe.stages[-1], clock)
     block = layer_parameters(model)
     model = _stages(model, recipe, course, clock)
@@ -296,7 +300,7 @@ def _held_out(
 
 
 def _teacher(
-    config: FinetuneConfig, tokenizer: Any, device: torch.device, clock: Clock
+    config: FinetuneConfig, tokenizer: Any, device: torch.device, clock: Clock, *, shard: bool
 ) -> nn.Module | None:
     """The model to learn from besides the text, where one is named."""
     if config.teacher is None:
@@ -309,7 +313,7 @@ def _teacher(
             allow_pickle=config.allow_pickle,
             trust_remote_code=config.trust_remote_code,
             words=config.tokenizer,
-            shard=shards(config),
+            shard=shard,
         )
 
 
@@ -447,8 +451,7 @@ def _stages(model: nn.Module, recipe: Recipe, course: Course, clock: Clock) -> n
             if left_out := [s.name for s in recipe.stages[number + 1 :]]:
                 log.warning("left out: %s", ", ".join(left_out))
             break
-        if is_first_process():
-            folder.next_stage(model)
+        folder.next_stage(model)
     return model
 
 
@@ -458,7 +461,7 @@ def _continue(model: nn.Module, course: Course, step: int | None) -> None:
     They are put to it as the training data put theirs.
     """
     config, folder, tokenizer = course.config, course.folder, course.tokenizer
-    if config.prompt is None or not (is_first_process() or is_sharded(model)):
+    if config.prompt is None or not (course.processes.first or is_sharded(model)):
         return
     encoder, kind = Encoder(tokenizer, course.seq2seq), next(iter(course.data.values())).kind
     stage = folder.record["stage"] if step is not None else None
@@ -469,8 +472,7 @@ def _continue(model: nn.Module, course: Course, step: int | None) -> None:
         log.info("step %s: %r → %r", "end" if step is None else step, prompt, text)
         kept.append({"stage": stage, "step": step, "prompt": prompt, "text": text})
     folder.record["samples"] = kept
-    if is_first_process():
-        folder.save()
+    folder.save()
 
 
 def _write(directory: Path, result: FinetuneResult, base: str) -> None:

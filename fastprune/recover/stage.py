@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastprune.data.columns import Columns
 from fastprune.data.training import Collator, Reading, TrainingData, training_data
+from fastprune.distributed import Processes
 from fastprune.errors import InputError, NumericalError
 from fastprune.inspect.bleu import check_installed
 from fastprune.inspect.conclude import risen
@@ -35,16 +36,10 @@ from fastprune.recover.lora import attach
 from fastprune.recover.monitor import Monitor
 from fastprune.recover.objective import Objective, autocast_dtype
 from fastprune.recover.pace import PASSES, Timetable, seconds_per_step
-from fastprune.recover.processes import (
-    first_of_node_first,
-    is_first_process,
-    shards,
-    total,
-    world_size,
-)
+from fastprune.recover.processes import first_of_node_first, shards
 from fastprune.recover.range_test import range_test
 from fastprune.recover.recipes import Stage
-from fastprune.recover.steps import describe, steps_per_epoch, total_steps, unusual_for_answers
+from fastprune.recover.steps import StepCounts
 from fastprune.report.format import duration
 from fastprune.sharding import bring_back, sharded_copy
 from fastprune.space import check_space
@@ -81,6 +76,11 @@ class Course:
     """where the optimizer of the first stage begins, by the name of a parameter"""
     data: dict[tuple[Any, ...], TrainingData] = field(default_factory=dict)
 
+    @property
+    def processes(self) -> Processes:
+        """Those that train together."""
+        return self.folder.processes
+
     def data_of(self, stage: Stage) -> TrainingData:
         """The training data of `stage`; stages that want the same share it.
 
@@ -88,7 +88,7 @@ class Course:
         """
         key = (stage.seq_len, stage.samples, stage.val_size)
         if key not in self.data:
-            with first_of_node_first(self.device):
+            with first_of_node_first(self.processes):
                 found = self._read(self.config.data, stage, stage.samples, stage.val_size)
                 if self.config.val_data is not None:
                     held_out = self._read(self.config.val_data, stage)
@@ -106,7 +106,7 @@ class Course:
         """What the finished model is measured on, in windows of `stage`; None without any."""
         if self.config.test_data is None:
             return None
-        with first_of_node_first(self.device):
+        with first_of_node_first(self.processes):
             return self._read(self.config.test_data, stage)
 
     def _read(
@@ -127,7 +127,9 @@ class Course:
 
         Such a copy has weights of its own. All processes must call it.
         """
-        return sharded_copy(model, self.device) if shards(self.config) else model.to(self.device)
+        if shards(self.config, self.processes):
+            return sharded_copy(model, self.device)
+        return model.to(self.device)
 
 
 def data_kind(config: FinetuneConfig) -> str | Columns:
@@ -161,13 +163,13 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
         torch.manual_seed(course.config.seed)  # the same matrices in all processes
         model = attach(model, stage)
     learning = freeze(model, stage.freeze)
-    if is_first_process():
+    if course.processes.first:
         _check_room(model, stage, course, number)
     trained, largest = course.placed(model), _largest(model)
     if course.config.gradient_checkpointing:
         _recompute_activations(trained)
     dtype = autocast_dtype(stage.precision, course.device)
-    objective = Objective(trained, dtype, _distiller(model, stage, course))
+    objective = Objective(trained, dtype, _distiller(model, stage, course), course.processes)
     collate = Collator(pad_token(model, course.tokenizer))
     folder = course.folder.stage_folder(number)
     found = None
@@ -190,14 +192,14 @@ def run_stage(model: nn.Module, stage: Stage, number: int, course: Course) -> St
     moments = course.moments if number == 0 and stage.method == "full" else None
     loop = Loop(objective, stage, course.config, samples, folder, hooks, moments)
     if checkpoint is None:
-        each = seconds_per_step(objective, stage, batch) if world_size() == 1 else None
-        seconds = None if each is None else each * loop.steps
-        _announce(stage, len(data.train), learning, seconds)
-        unusual = unusual_for_answers(stage, len(data.train)) if data.kind != "text" else []
+        seconds = None
+        if not course.processes.several:
+            seconds = seconds_per_step(objective, stage, batch) * loop.steps
+        _announce(loop.counts, learning, seconds)
+        unusual = loop.counts.unusual_for_answers() if data.kind != "text" else []
         if unusual:
             progress_log.info("usual for learning answers: %s", "; ".join(unusual))
-    if is_first_process():
-        course.folder.cut_log(number, step_of(checkpoint) if checkpoint else -1)
+    course.folder.cut_log(number, step_of(checkpoint) if checkpoint else -1)
     before = bits(p for p in trained.parameters() if p.requires_grad)
     _train(loop, checkpoint, folder if course.folder.lasting else None)
     if not loop.interrupted:
@@ -252,7 +254,7 @@ def _check_learnt(loop: Loop, before: list[int]) -> None:
     All processes must call it.
     """
     same = before == bits(p for p in loop.model.parameters() if p.requires_grad)
-    if int(total(torch.tensor(int(same), device=loop.device))) < world_size():
+    if loop.processes.largest(int(not same)):
         return
     state, guard = loop.state, loop.state.guard
     skipped = int(loop.optimizer.skipped_steps)
@@ -375,8 +377,7 @@ def _find_rate(
         ).to_dict()
         progress_log.info("learning rate %.2g: %s", found["chosen"], found["reason"])
         record.setdefault("range_tests", {})[str(number)] = found
-        if is_first_process():
-            course.folder.save()
+        course.folder.save()
     return replace(stage, lr=found["chosen"]), found
 
 
@@ -386,12 +387,7 @@ def _timetable(
     """How many steps of stage `number` fit into its minutes, as the run's record goes on."""
     assert stage.minutes is not None
     decided = folder.record.setdefault("timed_steps", {}).setdefault(str(number), [])
-
-    def save() -> None:
-        if is_first_process():
-            folder.save()
-
-    timetable = Timetable(stage.minutes, decided, save)
+    timetable = Timetable(stage.minutes, decided, folder.save, folder.processes)
     timetable.begin(lambda: seconds_per_step(objective, stage, batch, passes=PASSES))
     return timetable
 
@@ -415,18 +411,18 @@ def _first_batch(
     return {k: v.to(device) for k, v in collate(chosen).items() if isinstance(v, Tensor)}
 
 
-def _announce(stage: Stage, samples: int, learning: int, seconds: float | None) -> None:
+def _announce(counts: StepCounts, learning: int, seconds: float | None) -> None:
     """Say before the start what is to be done, and about how long it will take in `seconds`."""
-    steps = total_steps(stage, samples)
+    stage, steps = counts.stage, counts.total
     warmup = warmup_steps(stage, steps)
     rate = ", ".join(f"{lr:.3g}" for lr in stage.layer_lrs) or f"{stage.lr:.3g}"
     progress_log.info(
         "%s: %d samples (%s), %d steps an epoch, %d steps in all, warm-up %d (%.0f %%), lr %s, "
         "%s parameters learn%s",
         stage.name,
-        samples,
-        describe(stage),
-        steps_per_epoch(stage, samples),
+        counts.samples,
+        counts.describe(),
+        counts.per_epoch,
         steps,
         warmup,
         100 * warmup / steps,
@@ -437,11 +433,7 @@ def _announce(stage: Stage, samples: int, learning: int, seconds: float | None) 
 
 
 def _line_writer(folder: RunFolder, number: int) -> Callable[[dict[str, Any]], None]:
-    def write(line: dict[str, Any]) -> None:
-        if is_first_process():
-            folder.add_line({"stage": number, **line})
-
-    return write
+    return lambda line: folder.add_line({"stage": number, **line})
 
 
 def _recompute_activations(model: nn.Module) -> None:

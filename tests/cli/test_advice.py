@@ -65,6 +65,7 @@ ONE_CALLER = {
     ("inspect/health.py", "--precision"): {"finetune"},  # under autocast, which it alone has
     ("report/costs.py", "--stream"): {"prune"},
     ("inspect/generate.py", "--chat"): {"generate"},
+    ("exporting/gguf_architectures.py", "--structures"): {"prune"},
     ("exporting/gguf_layout.py", "--align"): {"prune"},
     ("exporting/gguf_layout.py", "--layout"): {"prune"},
     ("exporting/gguf_layout.py", "--structures"): {"prune"},

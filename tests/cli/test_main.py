@@ -180,7 +180,7 @@ class TestJson:
         os.mkfifo(pipe)
         reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
         assert cli.main(["echo", "--json", str(pipe)]) == 0
-        assert result_in(reader.communicate(timeout=60)[0]) == {"word": "hello"}
+        assert result_in(reader.communicate()[0]) == {"word": "hello"}
         assert pipe.is_fifo()
 
     def test_a_device_stays_a_device(self, capsys):
@@ -236,13 +236,13 @@ def test_every_command_exists(name, capsys):
 
 def test_help_does_not_load_torch():
     code = "import sys, fastprune.cli as c; c.main(['--help']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.endswith("False\n"), done.stderr
 
 
 def test_python_m_fastprune():
     command = [sys.executable, "-m", "fastprune", "nothing"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("fastprune: error: no command 'nothing'")
 
@@ -253,19 +253,21 @@ def buffering(request, monkeypatch):
 
 
 def with_closed_stdout(*args, stderr=subprocess.PIPE):
-    """Run the command while no one reads what it prints; (status, stderr)."""
+    """Run the command while no one reads what it prints; its status, and what stderr has without
+    the steps that took long."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
         target = closed if stderr is subprocess.STDOUT else stderr
         command = [sys.executable, "-m", "fastprune", *map(str, args)]
-        done = subprocess.run(command, stdout=closed, stderr=target, text=True, timeout=120)
-    return done.returncode, done.stderr
+        done = subprocess.run(command, stdout=closed, stderr=target, text=True)
+    lines = (done.stderr or "").splitlines()
+    return done.returncode, [line for line in lines if not line.endswith((" so far", " left"))]
 
 
 @pytest.mark.parametrize("args", [["--help"], ["prune", "--help"]])
 def test_a_closed_stdout_ends_quietly(buffering, args):
-    assert with_closed_stdout(*args) == (141, "")
+    assert with_closed_stdout(*args) == (141, [])
 
 
 def test_a_closed_stdout_of_a_longer_command(tmp_path, monkeypatch):
@@ -273,16 +275,16 @@ def test_a_closed_stdout_of_a_longer_command(tmp_path, monkeypatch):
     folder = tiny_checkpoint(tmp_path / "model", layers=2)
     result = tmp_path / "result.json"
     eval_ = ["eval", folder, "--windows", "1", "--seq-len", "32", "--json", result]
-    assert with_closed_stdout(*eval_) == (141, "")
+    assert with_closed_stdout(*eval_) == (141, [])
     assert json.loads(result.read_text())["windows"] == 1
     (tmp_path / "prompts.txt").write_text("a\nb\n" * 3)
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")  # else it is all printed at the end
     generate = ["generate", folder, "--prompt", tmp_path / "prompts.txt", "--max-new-tokens", "2"]
-    assert with_closed_stdout(*generate) == (141, "")
+    assert with_closed_stdout(*generate) == (141, [])
 
 
-def test_a_failure_keeps_its_status_where_no_one_reads():
-    assert with_closed_stdout("nothing", stderr=subprocess.STDOUT) == (2, None)
+def test_a_failure_keeps_its_status_where_no_one_reads(buffering):
+    assert with_closed_stdout("nothing", stderr=subprocess.STDOUT) == (2, [])
 
 
 def test_another_broken_pipe_is_a_bug(capsys, monkeypatch):

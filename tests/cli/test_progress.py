@@ -2,12 +2,16 @@
 
 import io
 import logging
-import time
+import threading
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from fastprune import progress
+
+PATIENCE = 250
+"""Seconds after which a line that has not come counts as missing: only so that a failure ends."""
 
 
 @pytest.fixture
@@ -18,6 +22,8 @@ def screen(monkeypatch):
         text = io.StringIO()
         monkeypatch.setattr(progress, "console", Console(file=text, force_terminal=terminal))
         monkeypatch.setattr(progress, "DELAY", delay)
+        monkeypatch.setattr(progress, "INTERVAL", 3600.0)
+        monkeypatch.setattr(progress, "_voices", progress._Voices())
         return text
 
     return make
@@ -29,43 +35,52 @@ def test_items_pass_through(screen):
     assert list(progress.track(iter("ab"), "spelling", total=2)) == ["a", "b"]
 
 
-def test_a_bar_on_a_terminal(screen, caplog):
-    text = screen(terminal=True)
-    with caplog.at_level(logging.INFO, "fastprune"):
-        for _ in progress.track(range(3), "counting"):
-            pass
-    assert "counting" in text.getvalue()
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still; the test moves it."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
+def test_a_bar_on_a_terminal(screen, clock):
+    text = screen(terminal=True)
+    for _ in progress.track(range(3), "counting"):
+        clock[0] += 1
+    assert "counting" in text.getvalue()
+
+
 @pytest.fixture
-def heard(caplog):
+def heard():
     """Wait until a line says just this; the lines so far."""
-    caplog.set_level(logging.INFO, "fastprune")
+    lines, changed = [], threading.Condition()
+
+    def note(record):
+        with changed:
+            lines.append(record.getMessage())
+            changed.notify_all()
 
     def wait(line: str) -> list[str]:
-        for _ in range(6000):  # only so that a failure ends
-            lines = [record.message for record in caplog.records]
-            if line in lines:
-                return lines
-            time.sleep(0.005)
-        raise AssertionError(f"{line!r} is not among {lines}")
+        with changed:
+            came = changed.wait_for(lambda: line in lines, timeout=PATIENCE)
+            assert came, f"{line!r} is not among {lines}"
+            return lines[:]
 
-    return wait
+    handler, log = logging.Handler(), progress.log
+    handler.emit = note
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield wait
+    log.removeHandler(handler)
+    log.setLevel(level)
 
 
 def test_a_plain_line_elsewhere(screen, heard):
     text = screen(terminal=False)
-    for number in progress.track(range(3), "counting"):
+    for _ in progress.track(range(3), "counting"):
         lines = heard("counting: 0 of 3 so far")
-        assert number == 0 or len(lines) == 1  # the next is due after INTERVAL
+        assert len(lines) == 1  # the next is due after INTERVAL
     assert text.getvalue() == ""
 
 
@@ -98,9 +113,8 @@ def test_lines_without_a_total(screen, heard):
         heard("counting: 0 so far")
 
 
-def test_the_innermost_step_speaks(screen, heard, monkeypatch):
+def test_the_innermost_step_speaks(screen, heard, clock):
     screen(terminal=False)
-    monkeypatch.setattr(progress, "INTERVAL", 3600.0)
     with progress.phase("plan"):
         heard("plan …, 0:00 so far")
         for _ in progress.track(range(2), "searching"):
@@ -108,22 +122,20 @@ def test_the_innermost_step_speaks(screen, heard, monkeypatch):
     assert lines == ["plan …, 0:00 so far", "searching: 0 of 2 so far"]
 
 
-def test_a_step_is_heard_while_those_inside_are_too_short_to_be(screen, heard, monkeypatch):
+def test_a_step_is_heard_while_those_inside_are_too_short_to_be(screen, heard, clock, monkeypatch):
     screen(terminal=False)
     monkeypatch.setattr(progress, "INTERVAL", 0.01)
     with progress.phase("plan"):
-        before = len(heard("plan …, 0:00 so far"))
-        monkeypatch.setattr(progress, "DELAY", 3600)
+        heard("plan …, 0:00 so far")
+        monkeypatch.setattr(progress, "DELAY", 3600.0)
         for _ in progress.track(range(1), "evaluating"):
-            for _ in range(6000):  # only so that a failure ends
-                if len(lines := heard("plan …, 0:00 so far")) > before + 1:
-                    break
-                time.sleep(0.005)
-    assert len(lines) > before + 1 and not any("evaluating" in line for line in lines)
+            clock[0] += 30
+            lines = heard("plan …, 0:30 so far")
+    assert not any("evaluating" in line for line in lines)
 
 
 def test_nothing_when_quick_or_quiet(screen, caplog):
-    text = screen(terminal=True, delay=60)
+    text = screen(terminal=True, delay=3600.0)
     with caplog.at_level(logging.INFO, "fastprune"):
         list(progress.track(range(3), "counting"))
         with progress.stage("thinking"):
@@ -136,10 +148,8 @@ def test_nothing_when_quick_or_quiet(screen, caplog):
     assert (text.getvalue(), text_quiet.getvalue(), caplog.records) == ("", "", [])
 
 
-def test_a_stage_announces_itself_after_the_delay(screen, caplog):
+def test_a_stage_announces_itself_after_the_delay(screen, heard, clock):
     screen(terminal=False)
-    with caplog.at_level(logging.INFO, "fastprune"), progress.stage("thinking"):
-        deadline = time.monotonic() + 30  # only so that a failure ends
-        while not caplog.records and time.monotonic() < deadline:
-            time.sleep(0.005)
-    assert [record.message for record in caplog.records] == ["thinking …, 0:00 so far"]
+    with progress.stage("thinking"):
+        lines = heard("thinking …, 0:00 so far")
+    assert lines == ["thinking …, 0:00 so far"]

@@ -175,7 +175,7 @@ def test_heads_are_padded_by_whole_groups(tmp_path):
         (
             lambda: tiny_model("qwen3", attention_bias=True),
             {},
-            "Qwen3 with biases",
+            r"qwen3 has no place for model\.layers\.0\.self_attn\.q_proj\.bias",
         ),
         (
             lambda: tiny_model("qwen3", rope_parameters=ROPES["llama3"] | {"rope_theta": 10000.0}),

@@ -15,7 +15,6 @@ def python(code, **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
 

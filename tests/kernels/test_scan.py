@@ -77,8 +77,20 @@ def test_nothing_finite(device, value):
     assert math.isnan(result.absmax)
 
 
-def test_constant_tensor_has_no_outliers(device):
-    assert check(torch.full((1000,), 0.1, device=device)).outliers == 0
+@pytest.mark.parametrize("mean", [1.0, -3.7, 1000.0])
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+def test_values_that_differ_little_have_no_outliers(device, mean, spread):
+    """Deviations of a single ulp too: one of 70,001 values that is another is one outlier."""
+    x = (mean * (1 + spread * torch.randn(70_001, dtype=torch.float64))).float().to(device)
+    found = check(x)
+    assert found.outliers == 0
+    deviation = math.sqrt(found.second_moment - found.mean**2)
+    # float64 has the difference of the moments to a few 1e-16 of the mean's square
+    exact = float(x.double().std(correction=0))
+    assert deviation == pytest.approx(exact, abs=4e-8 * abs(mean))
+    x = torch.full((70_001,), mean, device=device)
+    x[123] = torch.nextafter(x[123], x.new_tensor(math.inf))
+    assert check(x).outliers == 1
 
 
 def test_empty(device):

@@ -74,7 +74,6 @@ def test_a_fresh_process_computes_the_same(kind, tmp_path):
         [sys.executable, "-c", FRESH, kind, str(tmp_path), *map(str, folders.values())],
         check=True,
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        timeout=300,
     )
     for family, model in models.items():
         assert torch.equal(torch.load(folders[family] / "logits.pt"), logits(model)), family

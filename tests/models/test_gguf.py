@@ -198,13 +198,15 @@ def test_texts_are_cut_by_the_rules_that_the_file_names(tmp_path):
     ]
 
 
-def test_caps_of_other_values_than_the_reader_s_are_refused():
-    config = tiny_config("gemma2")
-    settings = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 50.0}
-    complete_config(config, Header(Path("m.gguf"), "gemma2", settings, {}, {}, NO_CONTENTS))
-    settings["attn_logit_softcapping"] = 20.0
-    with pytest.raises(InputError, match=r"gemma2.attn_logit_softcapping is 20.0"):
-        complete_config(config, Header(Path("m.gguf"), "gemma2", settings, {}, {}, NO_CONTENTS))
+def test_caps_of_a_file_are_those_of_the_model():
+    settings = {"final_logit_softcapping": 7.0, "attn_logit_softcapping": 20.0}
+    header = Header(Path("m.gguf"), "gemma2", settings, {}, {}, NO_CONTENTS)
+    config = complete_config(tiny_config("gemma2"), header)
+    assert config.final_logit_softcapping == 7.0
+    assert config.attn_logit_softcapping == 20.0
+    header = Header(Path("m.gguf"), "phi3", settings, {}, {}, NO_CONTENTS)
+    with pytest.raises(InputError, match=r"phi3\.final_logit_softcapping is 7\.0"):
+        complete_config(tiny_config("phi3"), header)
 
 
 @pytest.mark.parametrize(

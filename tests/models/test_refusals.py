@@ -16,6 +16,8 @@ from fastprune.models.load import load_config, load_model
 from fastprune.models.shards import ShardReader, listed_files
 from fastprune.models.skeleton import skeleton
 
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", "bool", "int64", "complex64"])
 def test_a_dtype_that_nothing_is_computed_in(tmp_path, dtype):
@@ -97,14 +99,15 @@ def test_a_fingerprint_of_other_types(tmp_path, change):
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "long"),
+        (ENDLESS, "long"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ '\\ud800' }}", "surrogates"),
     ],
 )
 def test_a_chat_template_that_fails_or_does_not_end(monkeypatch, template, words):
-    monkeypatch.setattr(instruct, "TEMPLATE_SECONDS", 0.2)
+    if template == ENDLESS:
+        monkeypatch.setattr(instruct, "TEMPLATE_SECONDS", 0.2)
     tokenizer = instruct.with_template(tiny_tokenizer())
     messages = [{"role": "user", "content": "Hello"}]
     with pytest.raises(Unusable) as caught:

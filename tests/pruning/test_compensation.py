@@ -10,11 +10,12 @@ from calibrated import calibrated
 from counting import keeping
 from tiny import FAMILIES, VOCABULARY, tiny_model, token_ids
 
+from fastprune.distributed import ALONE
 from fastprune.models.families import geometries
 from fastprune.models.layers import Layers
 from fastprune.pruning import calibration, compensation
 from fastprune.pruning.compensation import PROPAGATED, compensate, solve
-from fastprune.pruning.moments import Moments, advance, collect, outputs
+from fastprune.pruning.moments import Moments, advance, collect, completed, outputs
 from fastprune.pruning.plan import Plan, keep_all
 
 WINDOWS = token_ids(64, 32)
@@ -202,7 +203,7 @@ def test_the_dense_states_lack_nothing(family: str) -> None:
     states = layers.embed([WINDOWS[:8], WINDOWS[8:16]], torch.device("cpu"))
     after = advance(layers, 0, [hidden.clone() for hidden in states], linears)
     assert list(after) == linears
-    found = collect(layers, 0, linears, states, [False, True], after)
+    found = completed(collect(layers, 0, linears, states, [False, True], after), ALONE)
     for linear, (moments, _) in found.items():
         lacking = moments.cross - linear.weight @ moments.squares
         assert lacking.norm() < 1e-3 * moments.cross.norm()
@@ -218,7 +219,7 @@ def test_targets_lead_to_the_hidden_states_of_the_dense_model(family: str, scale
     (dense,) = layers.embed([WINDOWS[:4]])
     changed = dense + torch.randn_like(dense) / 4
     after = advance(layers, 0, [dense.clone()], both)
-    found = collect(layers, 0, both, [changed], [False], after)
+    found = completed(collect(layers, 0, both, [changed], [False], after), ALONE)
     seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = [
         m.register_forward_hook(lambda m, inputs, output: seen.update({m: (inputs[0], output)}))
@@ -248,7 +249,7 @@ def test_moments_are_whole_and_symmetric(columns: int) -> None:
     x, target = torch.randn(50, columns), torch.randn(50, 2)
     for some in (slice(20), slice(20, 50)):
         moments.add(x[some], target[some])
-    moments.complete()
+    moments.complete(ALONE)
     # 50 products of order 1 in fp32
     torch.testing.assert_close(moments.squares, x.T @ x, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(moments.cross, target.T @ x, rtol=1e-5, atol=1e-4)
@@ -259,7 +260,7 @@ def test_bias_takes_the_mean() -> None:
     x = torch.randn(50, 3) + 5
     moments.add(x[:20])
     moments.add(x[20:].view(2, 15, 3))
-    moments.complete()
+    moments.complete(ALONE)
     centred = x - x.mean(0)
     # fp32 sums of squares of numbers around 5: cancellation costs three digits
     torch.testing.assert_close(moments.centred(), centred.T @ centred, rtol=1e-3, atol=1e-2)

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from sharing import RUNS, measure, prune
 from tiny import TEXT, tiny_checkpoint
 
-from fastprune import distributed
+from fastprune.distributed import ALONE, joined
 from fastprune.errors import InputError
+
+pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +112,20 @@ def test_nothing_else_is_left(two):
 class TestOneProcess:
     def test_everything_is_its_own(self):
         values = torch.arange(5.0)
-        assert torch.equal(distributed.share(values), values)
-        distributed.sum_(values)
+        assert torch.equal(ALONE.share(values), values)
+        ALONE.sum_(values)
         assert values.tolist() == [0, 1, 2, 3, 4]
-        assert distributed.sums([1.5, 2.5]) == [1.5, 2.5]
-        assert (distributed.largest(3), distributed.from_first("x")) == (3, "x")
-        with distributed.joined():
-            assert (distributed.rank(), distributed.world()) == (0, 1)
+        assert ALONE.sums([1.5, 2.5]) == [1.5, 2.5]
+        assert (ALONE.largest(3), ALONE.from_first("x"), ALONE.by_first(list)) == (3, "x", [])
+        with joined() as processes:
+            assert processes is ALONE and (ALONE.rank, ALONE.count) == (0, 1)
 
     def test_each_takes_its_own_gpu(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "4")
         monkeypatch.setenv("LOCAL_RANK", "3")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        with pytest.raises(InputError, match="--nproc-per-node 2"), distributed.joined():
+        with pytest.raises(InputError, match="--nproc-per-node 2"), joined():
             pass
-        with pytest.raises(InputError, match="leave --device out"), distributed.joined("cuda:0"):
+        with pytest.raises(InputError, match="leave --device out"), joined("cuda:0"):
             pass

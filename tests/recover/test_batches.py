@@ -5,6 +5,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from torch.utils.data import BatchSampler
 
+from fastprune.distributed import Processes
 from fastprune.recover.batches import load_batches, own_batches, shuffled
 
 
@@ -22,7 +23,7 @@ def test_the_order_is_that_of_accelerate(samples, batch_size, processes, epoch):
         if processes > 1:
             shard = BatchSamplerShard(_Batches(theirs, batch_size), processes, process)
             expected = list(shard)
-        assert own_batches(order, batch_size, processes, process) == expected
+        assert own_batches(order, batch_size, Processes(process, processes)) == expected
 
 
 class _Batches(BatchSampler):
@@ -43,9 +44,8 @@ def test_loading_draws_once_wherever_it_begins():
     found, states = [], []
     for first in (0, 2):
         torch.manual_seed(1)
-        batches = load_batches(
-            range(7), range(7), 2, lambda rows: {"rows": rows}, torch.device("cpu"), first
-        )
+        chosen = own_batches(range(7), 2)[first:]
+        batches = load_batches(range(7), chosen, lambda rows: {"rows": rows}, torch.device("cpu"))
         states.append(torch.get_rng_state())
         found.append([batch["rows"] for batch in batches])
         assert torch.equal(torch.get_rng_state(), states[0])

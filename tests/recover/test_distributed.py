@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from training import RUNS, Runner, guarded
 
+from fastprune.distributed import launched
 from fastprune.errors import InputError
 from fastprune.recover import pipeline, range_test
 from fastprune.recover.processes import own_device
 from fastprune.sharding import spread
-
-pytestmark = pytest.mark.timeout(600)  # seconds: the processes of `two` share few cores
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def files(model, text, held_out, tmp_path_factory) -> list[Path]:
 def two(files, tmp_path_factory) -> Path:
     """The folder that two processes left; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    in_two("training.py", *files, folder, timeout=560)
+    in_two("training.py", *files, folder)
     return folder
 
 
@@ -139,7 +138,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(InputError, match="--nproc-per-node 1, or --device cpu"):
-        own_device("auto")
-    assert own_device("cpu") == torch.device("cpu")
+        own_device("auto", launched())
+    assert own_device("cpu", launched()) == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert own_device("auto") == torch.device("cuda", 0)
+    assert own_device("auto", launched()) == torch.device("cuda", 0)

@@ -12,7 +12,7 @@ from fastprune.inspect.conclude import EXPLODED, Trained
 from fastprune.inspect.record import Figures, Origin
 from fastprune.recover.recipes import Stage
 from fastprune.recover.stage import gate_passed
-from fastprune.recover.steps import unusual_for_answers
+from fastprune.recover.steps import StepCounts
 
 WORSE = ("--max-steps", "4", "--lr", "0.3", "--max-grad-norm", "0")
 
@@ -206,9 +206,12 @@ def test_unusual_settings_for_answers_are_said(finetune, tmp_path):
 
 
 def test_usual_settings_need_no_advice():
-    assert unusual_for_answers(Stage(warmup_ratio=0.12, batch_size=8, grad_accum=8), 1000) == []
-    assert unusual_for_answers(Stage(warmup_ratio=0.12), 40) == []  # too few samples for 64 a step
-    (found,) = unusual_for_answers(Stage(warmup_steps=50, grad_accum=16, max_steps=100), 1000)
+    usual = Stage(warmup_ratio=0.12, batch_size=8, grad_accum=8)
+    assert StepCounts(usual, 1000).unusual_for_answers() == []
+    few = StepCounts(Stage(warmup_ratio=0.12), 40)  # too few samples for 64 a step
+    assert few.unusual_for_answers() == []
+    long = StepCounts(Stage(warmup_steps=50, grad_accum=16, max_steps=100), 1000)
+    (found,) = long.unusual_for_answers()
     assert "here 50 %" in found
 
 
