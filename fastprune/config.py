@@ -8,6 +8,7 @@ A field annotated `Positional[...]` stands on the command line without a flag, o
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -99,14 +100,15 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if count else "cpu")
     if name == "cpu":
         return torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (":" in name and not index.isdecimal()):
+    match = re.fullmatch(r"cuda(?::(\d{1,9}))?", name)
+    if match is None:
         raise InputError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
     if not count:
         raise InputError(f"device {name!r}: no CUDA device is usable here; use --device cpu")
-    if index and int(index) >= count:
+    index = int(match[1] or 0)
+    if index >= count:
         raise InputError(f"device {name!r}: this machine has cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", int(index or 0))
+    return torch.device("cuda", index)
 
 
 def resolve_dtype(name: str) -> torch.dtype | None:

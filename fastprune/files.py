@@ -26,7 +26,7 @@ from fastprune.readers import read_json
 MARK = "fastprune"
 """First key of every JSON result: the version that wrote it."""
 MARKED = re.compile(rb'\s*\{\s*"fastprune"\s*:\s*"')
-DESCRIPTOR = re.compile(r"/dev/(stdout|stderr)|(?:/dev/fd|/proc/self/fd)/(\d+)")
+DESCRIPTOR = re.compile(r"/dev/(stdout|stderr)|(?:/dev/fd|/proc/self/fd)/(\d{1,9})")
 STANDARD = {"stdout": 1, "stderr": 2}
 SEAL = "sealed.json"
 UNFINISHED = ".fastprune-"

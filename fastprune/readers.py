@@ -117,10 +117,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _integer(digits: str) -> int:
+def _integer(digits: str, base: int = 10) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"a number in it has {len(digits)} digits")
-    return int(digits)
+    return int(digits, base)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
@@ -230,7 +230,7 @@ def _refusal(what: str, at: Any) -> yaml.YAMLError:
 
 def _number(loader: yaml.SafeLoader, node: Any) -> int:
     digits = loader.construct_scalar(node).replace("_", "")
-    return _integer(digits) if digits.strip("+-").isdecimal() else int(digits, 0)
+    return _integer(digits, 10 if digits.strip("+-").isdecimal() else 16)
 
 
 _Loader.yaml_implicit_resolvers = {

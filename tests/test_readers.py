@@ -72,6 +72,7 @@ def test_values_one_after_the_other():
         ("b: 2\na: 1\na: 2", "line 1: the key 'a' stands twice"),
         ("a: " + "[" * 3000, f"more than {DEEP} deep"),
         (f"a: {'9' * 5000}", "5000 digits"),
+        (f"a: 0x{'f' * 5000}", "5002 digits"),
         ("a: !!timestamp x", "without tags"),
         ("!!python/object:os.system x", "without tags"),
         ('a: "\\ud800"', "half of a surrogate pair"),

@@ -45,7 +45,7 @@ from fastprune.space import disk_trouble
 
 UNIFORM = "--layout uniform"
 CODE_FILE = "modeling_fastprune.py"
-LAYER_KEY = re.compile(rf"{re.escape(LLAMA.layers)}\.(\d+)\.(.*)")
+LAYER_KEY = re.compile(rf"{re.escape(LLAMA.layers)}\.(\d{{1,9}})\.(.*)")
 HEAD, EMBEDDING = f"{LLAMA.head}.weight", f"{LLAMA.embeddings}.weight"
 """Names of the weights that checkpoints of every family in `modeling.STOCK` share."""
 

@@ -23,7 +23,7 @@ OWNERS = ("model.", "transformer.")
 """What the model itself puts before a name."""
 PROJECTION = re.compile(r"h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 MASK = re.compile(r"h\.\d+\.attn\.(?:bias|masked_bias)")
-LAYER = re.compile(r"h\.(\d+)\.")
+LAYER = re.compile(r"h\.(\d{1,9})\.")
 FIRST = "h.0.attn.c_attn.weight"
 HEAD_SIZE = 64
 """Of every GPT-2 that was published; the weights alone do not tell."""

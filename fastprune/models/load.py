@@ -368,6 +368,7 @@ def _read_tokenizer(folder: Path, trust: bool = False) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust
             )
+            tokenizer.decode(tokenizer("a")["input_ids"])  # some settings break it in use alone
     except Exception as error:  # the tokenizers library raises bare Exception
         raise refusal(folder, "broken tokenizer", error) from error
     if not trust:

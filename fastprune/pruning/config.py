@@ -205,7 +205,7 @@ class PruneConfig(LoadingConfig):
         """InputError for a --vocab that names neither a text nor a number."""
         if self.vocab is None:
             return
-        text, count = self.vocab_text(), re.fullmatch(r"(\d+(?:\.\d*)?)(%?)", self.vocab)
+        text, count = self.vocab_text(), re.fullmatch(r"(\d{1,18}(?:\.\d*)?)(%?)", self.vocab)
         if text is None and (count is None or (not count[2] and "." in count[1])):
             raise InputError(
                 f"--vocab {self.vocab}: give keep:TEXT, a number of tokens, or a share as 40%"
@@ -284,7 +284,7 @@ class PruneConfig(LoadingConfig):
         """The layers that ``--layers A:B`` selects of ``count``; negative ends count backward."""
         if self.layers in (None, ALL):
             return range(count)
-        match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.layers or "")
+        match = re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?", self.layers or "")
         if not match:
             raise InputError(f"--layers must be written A:B, for example 3:27, not '{self.layers}'")
         bounds = [int(text) if text else None for text in match.groups()]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -46,11 +47,17 @@ from fastprune.space import disk_errors
 WEIGHTS, OWN_STATE = "weights.safetensors", "fastprune.json"
 OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
 BEST, WRITING = "best.safetensors", "writing"
+NAME = re.compile(r"checkpoint-\d{1,18}")
 
 
 def own_state(checkpoint: Path) -> dict[str, Any]:
     """The figures in `checkpoint`."""
     return read_json(checkpoint / OWN_STATE)
+
+
+def is_named(checkpoint: Path) -> bool:
+    """Whether `checkpoint` has the name of one, which says after how many steps it was written."""
+    return NAME.fullmatch(checkpoint.name) is not None
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -118,7 +125,7 @@ def write_tensors(
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / OWN_STATE).is_file()]
+    found = [p for p in folder.glob("checkpoint-*") if is_named(p) and (p / OWN_STATE).is_file()]
     return sorted(found, key=step_of)
 
 

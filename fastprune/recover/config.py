@@ -22,7 +22,7 @@ Method = Literal["full", "lora"]
 FROZEN = ("none", "most", "half", "ends", "attention", "mlp")
 PROJECTS = ("wandb", "trackio")
 """Loggers that know projects."""
-LAST = re.compile(r"last:([1-9]\d*)")
+LAST = re.compile(r"last:([1-9]\d{0,8})")
 """What `--freeze` takes besides."""
 Schedule = Literal["constant", "linear", "cosine", "one-cycle"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ from fastprune.recover.checkpoints import (
     WRITING,
     checkpoints,
     damage,
+    is_named,
     last_words,
     write_tensors,
 )
@@ -64,6 +66,7 @@ NOT_COMPARED = {
 """Settings that may differ between a run and its continuation: they do not change the result."""
 PACE = {"lr", "layer_lrs", "max_steps", "epochs"}
 """Settings that may differ, too, where the checkpoint to continue from is named."""
+STAGE = re.compile(r"stage-(\d{1,9})")
 UNFINISHED = ".final-"
 """What earlier versions called a model that was being written, inside DIR/fastprune."""
 
@@ -192,13 +195,18 @@ class RunFolder:
             older = f"give {others[-1]}" if others else "begin anew: --resume never"
             raise InputError(f"--resume {path}: is damaged ({harm}); {older}")
         path = path.absolute()
+        found = STAGE.fullmatch(path.parent.name)
+        if found is None or not is_named(path):
+            raise InputError(
+                f"--resume {path}: was moved or renamed, and does not say of which stage and step "
+                "it is; put it back as stage-N/checkpoint-N beside run.json"
+            )
         source = path.parent.parent
         own = source == self.state
         if not own:
             check_out(self.records.parent, config.overwrite, [path])
         record = _read_record(source / "run.json")
-        stage = int(path.parent.name.rpartition("-")[2])
-        record["stage"] = stage
+        record["stage"] = int(found[1])
         if record.pop("finished", False) or not own:
             record["replaces"] = not own and (self.records / "metrics.json").exists()
         if not own:

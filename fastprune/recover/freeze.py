@@ -18,7 +18,7 @@ from fastprune.recover.config import LAST
 from fastprune.recover.objective import Objective
 from fastprune.recover.recipes import Stage
 
-LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d{1,9})\.")
 ATTENTION = re.compile(r"\.(self_attn|attn|attention|SelfAttention|EncDecAttention)\.")
 MLP = re.compile(r"\.(mlp|feed_forward|DenseReluDense)\.")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|wpe|shared|embeddings?)\.")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow
@@ -14,7 +13,6 @@ from tiny import TEXT, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
-from fastprune.data import instruct
 from fastprune.data.encode import Encoder
 from fastprune.data.instruct import end_of_turn, prompt_text
 from fastprune.data.training import Collator
@@ -167,16 +165,6 @@ def test_only_the_assistant_is_learnt(tmp_path, tokenizer, template):
     ).input_ids
     assert item["input_ids"][: len(prompt)].tolist() == prompt
     assert data.findings == []
-
-
-def test_a_template_that_does_not_end_is_refused_in_every_thread(tokenizer, monkeypatch):
-    monkeypatch.setattr(instruct, "TEMPLATE_SECONDS", 0.1)
-    tokenizer.chat_template = "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2
-    asked = (tokenizer, [{"role": "user", "content": "Who built the dam?"}])
-    with ThreadPoolExecutor(1) as pool:
-        for refusal in (lambda: prompt_text(*asked), pool.submit(prompt_text, *asked).result):
-            with pytest.raises(InputError, match="refuses this conversation: it takes too long"):
-                refusal()
 
 
 def test_a_template_without_an_end_gets_one(tmp_path, tokenizer):

@@ -164,6 +164,7 @@ def wrap_twice(folder):
         (break_index, "broken index"),
         (remove("tokenizer.json"), "no tokenizer"),
         (write("tokenizer.json", "{"), "broken tokenizer"),
+        (write("tokenizer_config.json", '{"model_max_length": ""}'), "broken tokenizer"),
         (point("model.safetensors"), r"model\.safetensors: a Git LFS pointer, .*git lfs pull"),
         (point("tokenizer.json"), r"tokenizer\.json: a Git LFS pointer"),
         (point("config.json"), r"config\.json: a Git LFS pointer"),

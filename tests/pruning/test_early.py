@@ -44,6 +44,9 @@ def refused(tmp_path, folder, monkeypatch, capsys):
     ("args", "words"),
     [
         (["--ratio", "0.2", "--layers", "29:3"], "selects nothing usable of 2 layers"),
+        (["--ratio", "0.2", "--layers", "9" * 5000 + ":1"], "must be written A:B"),
+        (["--vocab", "9" * 5000], "give keep:TEXT, a number of tokens, or a share"),
+        (["--vocab", "9" * 400 + "%"], "give keep:TEXT, a number of tokens, or a share"),
         (["--ratio", "0.5", "--max-layer-ratio", "0.2"], "cannot be reached"),
         (["--ratio", "0.2", "--align", "1000"], "--align 1000: layer 0 has 96 channels"),
         (["--ratio", "1e-9"], "rounds to nothing"),
@@ -75,6 +78,7 @@ def test_a_plan_for_another_model_is_refused_at_once(refused, tmp_path, folder):
     ("args", "words"),
     [
         (["--data", "missing.jsonl"], "no such file"),
+        (["--data", "text.txt", "--freeze", "last:" + "9" * 5000], "--freeze"),
         (["--data", "empty.jsonl"], "no data in it"),
         (["--data", "text.txt", "--test-data", "missing.txt"], "no such file"),
         (["--data", "text.txt", "--eval", "blank.txt"], "no text in it"),

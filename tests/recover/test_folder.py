@@ -335,6 +335,14 @@ class TestDamagedCheckpoints:
         again.begin()
         assert not again.stage_folder(0).exists()
 
+    @pytest.mark.parametrize("name", ["stage-0/mine", "stage-0/checkpoint-2-a", "b/checkpoint-1"])
+    def test_of_the_name_of_a_checkpoint(self, out, name):
+        folder = begun(out)
+        write_checkpoint(folder.state / name)
+        with pytest.raises(InputError, match="moved or renamed"):
+            RunFolder.open(config(out, resume=str(folder.state / name)))
+        assert RunFolder.open(config(out)).checkpoint == folder.stage_folder(0) / "checkpoint-1"
+
     @pytest.mark.parametrize("content", [None, b"", b"weights"])
     def test_of_the_weights_that_a_stage_began_with(self, out, content):
         folder = begun(out)

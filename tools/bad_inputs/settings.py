@@ -44,7 +44,7 @@ PATHS = {
     "blank": " ",
     "zero device": "/dev/zero",
     "null device": "/dev/null",
-    "folder": "/dev",
+    "folder": "/proc/self/fdinfo",  # without files of any form
     "process": "/proc/self/mem",
     "comma": ",",
 }
@@ -247,6 +247,7 @@ def _paths(base: Base) -> Iterator[Case]:
         for what in (*PATHS, *LINKS):
             written_to = flag in ("--out", "--json")
             usable = written_to and what in ("missing", "escapes", "blank", "comma", "null device")
+            usable |= flag == "--json" and what == "zero device"  # devices are written into
             unused = flag == "--layer-importance" or (flag == "--text" and what == "empty")
             unused |= flag == "--tasks" and what in ("comma", "empty", "blank")  # none are named
             yield Case(
