@@ -73,7 +73,8 @@ def check_out(out: Path, overwrite: bool = False, inputs: Iterable[str | Path] =
         )
     if (out / ".git").exists():
         raise InputError(
-            f"{out}: holds a git repository, which --overwrite spares; choose another --out"
+            f"{out}: holds a git repository, so --overwrite does not replace it; choose another "
+            "--out"
         )
 
 

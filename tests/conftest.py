@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +33,7 @@ os.environ |= {
     "TERM": "xterm",
     "OMP_WAIT_POLICY": "PASSIVE",  # where cores are busy, child processes would say so
 }
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, str(Path(__file__).parent))
 
 import precise  # noqa: E402, F401

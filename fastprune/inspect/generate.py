@@ -33,6 +33,8 @@ from fastprune.readers import read_text
 log = logging.getLogger("fastprune")
 
 GENERATION_CONFIG = "the model's generation_config.json"
+COUNTED = ("num_beams", "num_beam_groups", "num_return_sequences")
+"""Its settings that count something."""
 EXIT, CLEAR = "/exit", "/clear"
 
 
@@ -184,6 +186,7 @@ def generate(
     of range and NumericalError when the model's output is not finite.
     """
     settings = _settings(max_new_tokens, temperature)
+    _check_counts(model)
     device = next(model.parameters()).device
     ids = _prompt_ids(tokenizer, prompt, seq2seq=is_seq2seq(model))
     check_largest(model, tokenizer, int(ids.max()), "the prompt")
@@ -228,6 +231,17 @@ def generate(
         seconds=seconds,
         tokens_per_second=len(new) / seconds,
     )
+
+
+def _check_counts(model: nn.Module) -> None:
+    """InputError where the model's own settings of generation count in numbers that are none."""
+    for name in COUNTED:
+        value = getattr(model.generation_config, name, None)
+        if value is not None and not (type(value) is int and value > 0):
+            raise InputError(
+                f"{GENERATION_CONFIG}: broken: {name} must be a whole number above 0, not "
+                f"{value!r:.40}"
+            )
 
 
 def _settings(max_new_tokens: int, temperature: float) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def measure_speeds(models: Mapping[str, nn.Module], selection: Selection) -> dic
     """
     if any(is_seq2seq(model) for model in models.values()):
         raise InputError(
-            "--speed measures decoder-only models, and this one has an encoder; leave it out"
+            "speed is measured of decoder-only models, and this one has an encoder; leave it out"
         )
     steps = WARM_UP + selection.turns * STEPS
     context = min(fitting(model, CONTEXT, steps) for model in models.values())

@@ -210,7 +210,10 @@ def test_a_gate_that_is_not_met_writes_no_model(compress, tmp_path):
         (["--dry-run"], "does not take --dry-run"),
         (["--stream"], "does not take --stream"),
         (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--rounds", "2", "--ratio-of", "structures"], "a share of the whole block"),
+        (
+            ["--rounds", "2", "--ratio-of", "structures"],
+            "--rounds removes an equal part of --ratio",
+        ),
         (["--ratio", "1.5"], "--ratio must lie between 0 and 1"),
         (["--recipe", "nonsense"], "no recipe"),
         (["--eval", "nowhere.txt"], "nowhere.txt"),

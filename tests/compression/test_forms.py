@@ -66,7 +66,7 @@ def test_a_form_that_the_result_cannot_have_writes_no_model(run, tmp_path, name)
     [
         (["--format", "floppy"], "not one of hf,"),
         (["--format", "gguf", "--quant", "q99"], "q99"),
-        (["--format", "gguf", "--stream"], "--format with --stream"),
+        (["--format", "gguf", "--stream"], "--format does not go with --stream"),
     ],
 )
 def test_it_refuses(run, tmp_path, flags, words):

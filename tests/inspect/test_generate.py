@@ -225,3 +225,11 @@ def test_a_prompt_beyond_the_embedding_is_refused_and_padding_is_legal():
     with pytest.raises(InputError, match=r"the prompt: needs the token '<\|pad\|>' \(id"):
         generate(model, tokenizer, "The <|pad|>", 2)
     assert generate(model, tokenizer, PROMPT, 2).new_tokens == 2
+
+
+@pytest.mark.parametrize("value", [-1, 0, 2.5, "x", True])
+def test_settings_that_count_in_no_numbers_are_refused(value):
+    model = tiny_model("llama", layers=1)
+    model.generation_config.num_beams = value
+    with pytest.raises(InputError, match=r"generation_config.json: broken: num_beams must be"):
+        generate(model, tiny_tokenizer(), "The river", 2)

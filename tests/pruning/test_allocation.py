@@ -184,7 +184,7 @@ def test_global_gives_channels_back_for_a_group_that_is_larger_than_what_is_miss
 
 def test_weights_reject_what_is_no_sensitivity() -> None:
     for bad in ([0.0, 0.0], [float("nan"), 1.0]):
-        with pytest.raises(InputError, match="sensitivities"):
+        with pytest.raises(InputError, match="no layer sensitivity is a positive finite number"):
             layer_weights(bad, "inverse", 1.0)
 
 

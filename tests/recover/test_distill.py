@@ -257,9 +257,9 @@ def test_impossible_settings(settings, message):
 
 def test_another_vocabulary_is_refused():
     teacher = tiny_model("llama", vocab_size=301)
-    with pytest.raises(InputError, match="301 words, the student's 300"):
+    with pytest.raises(InputError, match="301 tokens, the student's 300"):
         Distiller(teacher, student=tiny_model("llama"))
-    with pytest.raises(InputError, match="301 words, the student's 300"):
+    with pytest.raises(InputError, match="301 tokens, the student's 300"):
         student_loss(tiny_model("llama"), Distiller(teacher), batch())
 
 
