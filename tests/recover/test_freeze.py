@@ -71,7 +71,7 @@ def test_a_strategy_that_is_none_is_refused(strategy):
 
 
 def test_more_layers_than_there_are():
-    with pytest.raises(InputError, match="last:9: the model has 8 layers"):
+    with pytest.raises(InputError, match="last:9: the model has only 8 layers"):
         learning("last:9")
 
 
