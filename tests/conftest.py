@@ -38,9 +38,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import precise  # noqa: E402, F401
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from fastprune import progress  # noqa: E402
 
+settings.register_profile(
+    "repeatable", deadline=None, database=None, derandomize=True, max_examples=60
+)
+settings.load_profile("repeatable")
 _numbers = itertools.count()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from counting import sized
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastprune.pruning.allocation import allocate, allocate_same
@@ -18,11 +18,6 @@ from fastprune.pruning.sizes import (
     reachable,
     removed_parameters,
 )
-
-settings.register_profile(
-    "offline", deadline=None, database=None, derandomize=True, max_examples=60
-)
-settings.load_profile("offline")
 
 STRUCTURES = st.sampled_from(["attention", "mlp", "both"])
 

@@ -23,11 +23,6 @@ from fastprune.pruning.moments import Moments
 from fastprune.pruning.plan import Plan, keep_all
 from fastprune.pruning.surgery import apply_plan
 
-settings.register_profile(
-    "offline", deadline=None, database=None, derandomize=True, max_examples=25
-)
-settings.load_profile("offline")
-
 HALVES = ("bfloat16", "float16")
 
 
@@ -115,6 +110,7 @@ def moments(linear: nn.Linear, x: torch.Tensor, lacking: torch.Tensor | None) ->
 
 
 @given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@settings(max_examples=25)
 def test_a_refit_makes_no_error_worse(seed, dtype) -> None:
     """The squared output error on held-out tokens, computed anew from what is written, is at most
     that of plain removal, however few the tokens and whatever their correlations."""
