@@ -35,6 +35,8 @@ log = logging.getLogger("fastprune")
 GENERATION_CONFIG = "the model's generation_config.json"
 COUNTED = ("num_beams", "num_beam_groups", "num_return_sequences")
 """Its settings that count something."""
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Its settings that name a token, or several."""
 EXIT, CLEAR = "/exit", "/clear"
 
 
@@ -186,7 +188,7 @@ def generate(
     of range and NumericalError when the model's output is not finite.
     """
     settings = _settings(max_new_tokens, temperature)
-    _check_counts(model)
+    _check_numbers(model)
     device = next(model.parameters()).device
     ids = _prompt_ids(tokenizer, prompt, seq2seq=is_seq2seq(model))
     check_largest(model, tokenizer, int(ids.max()), "the prompt")
@@ -233,8 +235,16 @@ def generate(
     )
 
 
-def _check_counts(model: nn.Module) -> None:
-    """InputError where the model's own settings of generation count in numbers that are none."""
+def _check_numbers(model: nn.Module) -> None:
+    """InputError where the model's own settings of generation are not the numbers they must be."""
+    for name in TOKENS:
+        value = getattr(model.generation_config, name, None)
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and -(2**63) <= token < 2**63 for token in tokens):
+            raise InputError(
+                f"{GENERATION_CONFIG}: broken: {name} must be the number of a token, or a list of "
+                f"numbers, not {value!r:.40}"
+            )
     for name in COUNTED:
         value = getattr(model.generation_config, name, None)
         if value is not None and not (type(value) is int and value > 0):

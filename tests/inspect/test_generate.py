@@ -227,6 +227,14 @@ def test_a_prompt_beyond_the_embedding_is_refused_and_padding_is_legal():
     assert generate(model, tokenizer, PROMPT, 2).new_tokens == 2
 
 
+@pytest.mark.parametrize("value", [1e300, 2**63, "x", [2, 2.5]])
+def test_settings_that_name_no_token_are_refused(value):
+    model = tiny_model("llama", layers=1)
+    model.generation_config.eos_token_id = value
+    with pytest.raises(InputError, match=r"generation_config.json: broken: eos_token_id must be"):
+        generate(model, tiny_tokenizer(), "The river", 2)
+
+
 @pytest.mark.parametrize("value", [-1, 0, 2.5, "x", True])
 def test_settings_that_count_in_no_numbers_are_refused(value):
     model = tiny_model("llama", layers=1)
