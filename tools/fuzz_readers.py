@@ -146,12 +146,18 @@ def _readers(folder: Path) -> dict[str, Reader]:
     """All readers by name; the sound inputs are made in `folder`."""
     from inputs import make_base
 
+    base = make_base(folder).folder
+    return {**_of_settings(base), **_of_models(base), **_of_data()}
+
+
+def _file(name: str) -> Callable[[Path, bytes], Any]:
+    """What puts an input into the file `name` of a folder."""
+    return lambda place, data: (place / name).write_bytes(data)
+
+
+def _of_settings(base: Path) -> dict[str, Reader]:
+    """Readers of plans, scores, recipes and settings, and of what they are written in."""
     from fastprune.flags import parse
-    from fastprune.models.adapter import check_adapter
-    from fastprune.models.foreign import convert_gguf
-    from fastprune.models.gguf_file import read_contents
-    from fastprune.models.load import load_config
-    from fastprune.models.shards import listed_files
     from fastprune.pruning.config import PruneConfig
     from fastprune.pruning.plan import Plan
     from fastprune.pruning.sensitivity import load_layer_importance
@@ -159,64 +165,73 @@ def _readers(folder: Path) -> dict[str, Reader]:
     from fastprune.recover.config import FinetuneConfig
     from fastprune.recover.recipes import FOLDER, load_recipe
 
-    base = make_base(folder).folder
-    model, gguf = base / "model", base / "tiny.gguf"
-    weights, packed = (model / "model.safetensors").read_bytes(), gguf.read_bytes()
-    length, end = 8 + int.from_bytes(weights[:8], "little"), read_contents(gguf).data
+    def settings(place: Path) -> Any:
+        given = ["model", "--out", "out", "--config", str(place / "a.yaml")]
+        return parse(PruneConfig, given, "fastprune prune").check()
+
+    plan = (base / "plan.json").read_bytes()
+    recipe = (FOLDER / "staged.yaml").read_bytes()
+    importance = b'{"layer_importance": {"0": 1.0, "1": 2.5}}'
+    chosen = b"ratio: 0.3\nlayers: '0:1'\nalign: 8\ncalib-samples: 2\nstructures: [mlp]\n"
+    json_file, yaml_file = _file("a.json"), _file("a.yaml")
+    return {
+        "json": Reader(plan, lambda place: read_json(place / "a.json"), json_file),
+        "yaml": Reader(recipe, lambda p: read_yaml(p / "a.yaml"), yaml_file, json=False),
+        "plan": Reader(plan, lambda place: Plan.load(place / "a.json"), json_file),
+        "importance": Reader(
+            importance, lambda place: load_layer_importance(place / "a.json", 2), json_file
+        ),
+        "settings": Reader(chosen, settings, yaml_file, json=False),
+        "recipe": Reader(
+            recipe,
+            lambda place: load_recipe(FinetuneConfig(recipe=str(place / "a.yaml"))),
+            yaml_file,
+            json=False,
+        ),
+    }
+
+
+def _of_models(base: Path) -> dict[str, Reader]:
+    """Readers of the files of models and adapters."""
+    from fastprune.models.adapter import check_adapter
+    from fastprune.models.foreign import convert_gguf
+    from fastprune.models.gguf_file import read_contents
+    from fastprune.models.load import load_config
+    from fastprune.models.shards import listed_files
+
+    weights = (base / "model" / "model.safetensors").read_bytes()
+    packed = (base / "tiny.gguf").read_bytes()
+    length = 8 + int.from_bytes(weights[:8], "little")
+    end = read_contents(base / "tiny.gguf").data
+    index = b'{"metadata": {"total_size": 8}, "weight_map": {"a": "b.safetensors"}}'
 
     def framed(place: Path, header: bytes) -> None:
         size = len(header).to_bytes(8, "little")
         (place / "model.safetensors").write_bytes(size + header + weights[length:])
-
-    def file(name: str) -> Callable[[Path, bytes], Any]:
-        return lambda place, data: (place / name).write_bytes(data)
-
-    def config(place: Path) -> Any:
-        given = ["model", "--out", "out", "--config", str(place / "a.yaml")]
-        return parse(PruneConfig, given, "fastprune prune").check()
 
     def adapter(place: Path) -> None:
         for name in ("adapter_model.safetensors", "fastprune_base.json"):
             (place / name).write_bytes((base / "adapter" / name).read_bytes())
         check_adapter(place)
 
-    plan = (base / "plan.json").read_bytes()
-    recipe = (FOLDER / "staged.yaml").read_bytes()
-    index = json.dumps({"metadata": {"total_size": 8}, "weight_map": {"a": "b.safetensors"}})
-    importance = json.dumps({"layer_importance": {"0": 1.0, "1": 2.5}})
     return {
-        "json": Reader(plan, lambda place: read_json(place / "a.json"), file("a.json")),
-        "yaml": Reader(recipe, lambda p: read_yaml(p / "a.yaml"), file("a.yaml"), json=False),
-        "plan": Reader(plan, lambda place: Plan.load(place / "a.json"), file("a.json")),
-        "importance": Reader(
-            importance.encode(),
-            lambda place: load_layer_importance(place / "a.json", 2),
-            file("a.json"),
-        ),
-        "settings": Reader(
-            b"ratio: 0.3\nlayers: '0:1'\nalign: 8\ncalib-samples: 2\nstructures: [mlp]\n",
-            config, file("a.yaml"), json=False,
-        ),
-        "recipe": Reader(
-            recipe,
-            lambda place: load_recipe(FinetuneConfig(recipe=str(place / "a.yaml"))),
-            file("a.yaml"), json=False,
-        ),
         "safetensors": Reader(weights[8:length].rstrip(), _weights, framed),
-        "index": Reader(
-            index.encode(), lambda place: listed_files(place / "a.json"), file("a.json")
+        "index": Reader(index, lambda place: listed_files(place / "a.json"), _file("a.json")),
+        "config": Reader(
+            (base / "model" / "config.json").read_bytes(), load_config, _file("config.json")
         ),
-        "config": Reader((model / "config.json").read_bytes(), load_config, file("config.json")),
         "adapter": Reader(
-            (base / "adapter/adapter_config.json").read_bytes(), adapter,
-            file("adapter_config.json"),
+            (base / "adapter" / "adapter_config.json").read_bytes(),
+            adapter,
+            _file("adapter_config.json"),
         ),
         "gguf": Reader(
-            packed[:end], lambda place: convert_gguf(place / "a.gguf"),
-            lambda place, data: (place / "a.gguf").write_bytes(data + packed[end:]), json=False,
+            packed[:end],
+            lambda place: convert_gguf(place / "a.gguf"),
+            lambda place, data: (place / "a.gguf").write_bytes(data + packed[end:]),
+            json=False,
         ),
-        **_of_data(),
-    }  # fmt: skip
+    }
 
 
 def _weights(place: Path) -> None:

@@ -16,15 +16,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.models.families import (
-    DOWN,
-    GATE,
-    KEY,
-    OUTPUT,
-    QUERY,
-    UP,
-    VALUE,
-)
+from fastprune.models.families import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE
 from fastprune.models.gguf_file import ARCHITECTURE, Contents, read_contents, read_tensor
 
 DECI = "deci"
