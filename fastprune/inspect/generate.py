@@ -34,7 +34,8 @@ log = logging.getLogger("fastprune")
 
 GENERATION_CONFIG = "the model's generation_config.json"
 COUNTED = ("num_beams", "num_beam_groups", "num_return_sequences")
-"""Its settings that count something."""
+"""Its settings that count something, each at most MOST: that many texts are computed at once."""
+MOST = 1000
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Its settings that name a token, or several."""
 EXIT, CLEAR = "/exit", "/clear"
@@ -188,7 +189,7 @@ def generate(
     of range and NumericalError when the model's output is not finite.
     """
     settings = _settings(max_new_tokens, temperature)
-    _check_numbers(model)
+    _check_own_settings(model)
     device = next(model.parameters()).device
     ids = _prompt_ids(tokenizer, prompt, seq2seq=is_seq2seq(model))
     check_largest(model, tokenizer, int(ids.max()), "the prompt")
@@ -235,8 +236,8 @@ def generate(
     )
 
 
-def _check_numbers(model: nn.Module) -> None:
-    """InputError where the model's own settings of generation are not the numbers they must be."""
+def _check_own_settings(model: nn.Module) -> None:
+    """InputError where the model's own settings of generation are not what they must be."""
     for name in TOKENS:
         value = getattr(model.generation_config, name, None)
         tokens = value if isinstance(value, list) else [] if value is None else [value]
@@ -247,11 +248,18 @@ def _check_numbers(model: nn.Module) -> None:
             )
     for name in COUNTED:
         value = getattr(model.generation_config, name, None)
-        if value is not None and not (type(value) is int and value > 0):
+        if value is not None and not (type(value) is int and 0 < value <= MOST):
             raise InputError(
-                f"{GENERATION_CONFIG}: broken: {name} must be a whole number above 0, not "
+                f"{GENERATION_CONFIG}: broken: {name} must be a whole number from 1 to {MOST}, not "
                 f"{value!r:.40}"
             )
+    stop = model.generation_config.stop_strings
+    words = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if not all(isinstance(word, str) and word for word in words):
+        raise InputError(
+            f"{GENERATION_CONFIG}: broken: stop_strings must be a text or a list of texts, not "
+            f"{stop!r:.40}"
+        )
 
 
 def _settings(max_new_tokens: int, temperature: float) -> dict[str, Any]:

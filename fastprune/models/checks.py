@@ -94,6 +94,15 @@ def check_layer_count(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"num_hidden_layers is {count:.3g}")
 
 
+def check_whole_numbers(value: Any) -> None:
+    """ValueError where a whole number anywhere in the JSON `value` takes more than 64 bits."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{value} is too large a number")
+    parts = value.values() if isinstance(value, Mapping) else value
+    for part in parts if isinstance(value, (Mapping, list)) else ():
+        check_whole_numbers(part)
+
+
 def check_config_dtype(config: Any, name: str) -> None:
     """InputError, naming `name`, for a config whose weights are of no dtype that is worked in."""
     if config.dtype is not None and config.dtype not in DTYPES:

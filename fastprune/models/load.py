@@ -30,6 +30,7 @@ from fastprune.models.checks import (
     check_layer_count,
     check_pointer,
     check_values,
+    check_whole_numbers,
     inside,
     quantisation,
     reason,
@@ -296,6 +297,7 @@ def _read_config(folder: Path, trust: bool = False) -> Any:
         if not isinstance(settings, dict) or "model_type" not in settings:
             raise ValueError("it names no model_type")
         check_layer_count(settings)
+        check_whole_numbers(settings)
         with quiet_libraries():
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust

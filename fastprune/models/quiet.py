@@ -9,7 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence transformers' log lines, warnings and progress bars inside the block."""
+    """Silence transformers' log lines, warnings and progress bars inside the block.
+
+    Raises RuntimeError for a panic of a library written in Rust, such as tokenizers, which would
+    pass every `except Exception`.
+    """
     from transformers.utils import logging as library
 
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
@@ -19,6 +23,10 @@ def quiet_libraries() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 gives it no name to import it by
+            raise
+        raise RuntimeError(str(error)) from error
     finally:
         library.set_verbosity(level)
         if bars:

@@ -235,7 +235,15 @@ def test_settings_that_name_no_token_are_refused(value):
         generate(model, tiny_tokenizer(), "The river", 2)
 
 
-@pytest.mark.parametrize("value", [-1, 0, 2.5, "x", True])
+@pytest.mark.parametrize("value", [[[1]], 3, [""], {"a": "b"}])
+def test_stop_strings_that_are_no_texts_are_refused(value):
+    model = tiny_model("llama", layers=1)
+    model.generation_config.stop_strings = value
+    with pytest.raises(InputError, match=r"generation_config.json: broken: stop_strings must be"):
+        generate(model, tiny_tokenizer(), "The river", 2)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 2.5, "x", True, 10**12])
 def test_settings_that_count_in_no_numbers_are_refused(value):
     model = tiny_model("llama", layers=1)
     model.generation_config.num_beams = value

@@ -415,3 +415,21 @@ def test_a_cache_without_room_is_told(gguf_file, cache, monkeypatch):
     with pytest.raises(InputError, match="0 kB are free"):
         load_model(gguf_file)
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [2**63, [1, {"a": -(10**20)}]])
+def test_numbers_of_a_config_fit_into_64_bits(tmp_path, value):
+    model = tiny_checkpoint(tmp_path / "model", layers=1)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": value}))
+    with pytest.raises(InputError, match=r"broken or unknown config: .* is too large a number"):
+        load_config(model)
+
+
+def test_a_tokenizer_whose_library_panics_is_broken(tmp_path, capfd):
+    model = tiny_checkpoint(tmp_path / "model", layers=1)
+    settings = json.loads((model / "tokenizer.json").read_text())
+    settings["model"]["continuing_subword_prefix"] = "x" * 40
+    (model / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="broken tokenizer: range end index"):
+        load_tokenizer(model)

@@ -247,7 +247,8 @@ def _paths(base: Base) -> Iterator[Case]:
         for what in (*PATHS, *LINKS):
             written_to = flag in ("--out", "--json")
             usable = written_to and what in ("missing", "escapes", "blank", "comma", "null device")
-            usable |= flag == "--json" and what == "zero device"  # devices are written into
+            # Devices are written into, and links are followed.
+            usable |= flag == "--json" and what in ("zero device", "dangling link")
             unused = flag == "--layer-importance" or (flag == "--text" and what == "empty")
             unused |= flag == "--tasks" and what in ("comma", "empty", "blank")  # none are named
             yield Case(
